@@ -1,0 +1,21 @@
+"""Kernels and losses for modular training of neural networks (MODA, arXiv 2411.01074)."""
+
+from moda_kernels._version import __version__
+from moda_kernels.backends import BackendUnavailableError, Status, backends
+from moda_kernels.firing import FiringCounter, class_similarity
+from moda_kernels.losses import ModularLoss, ModularLosses, modular_losses
+from moda_kernels.pooling import pool, relu_pool
+
+__all__ = [
+    "BackendUnavailableError",
+    "FiringCounter",
+    "ModularLoss",
+    "ModularLosses",
+    "Status",
+    "__version__",
+    "backends",
+    "class_similarity",
+    "modular_losses",
+    "pool",
+    "relu_pool",
+]

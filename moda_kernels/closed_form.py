@@ -1,0 +1,126 @@
+"""The modular losses from class sums, in plain PyTorch: backend "torch".
+
+For one layer with pooled activations a_i and rows n_i = a_i / max(|a_i|, 1e-12), class sums s_k, their total s and
+q_k = sum over segment k of |n_i|^2:
+
+    sum over same-class pairs      n_i . n_j  =  1/2 sum_k ( |s_k|^2 - q_k )
+    sum over different-class pairs n_i . n_j  =  1/2 sum_k s_k . (s - s_k)
+
+which are the published N x N means at O(N C) (moda.md section 3). Both are written per segment, so that a batch in
+which one kind of pair is rare does not lose it in the difference of two large numbers.
+
+Any device and floating dtype, any strides, differentiable twice, no host synchronisation, traceable by
+`torch.compile(fullgraph=True)`. Sums are in float32 for half precision and float32, in float64 for float64.
+Run to run: bitwise equal on the CPU; on CUDA `index_add` sums in no fixed order unless
+`torch.use_deterministic_algorithms(True)` is set (the Triton backend always is deterministic).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from moda_kernels.segments import Segments
+
+_FLOATS = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
+
+OPS = frozenset({"grouped_losses", "pool", "relu_pool", "class_sums", "count_firings"})
+DTYPES: Mapping[str, frozenset[torch.dtype]] = dict.fromkeys(OPS, _FLOATS)
+DEVICES: Mapping[str, frozenset[str]] | None = None  # any
+
+EPS = 1e-12  # the published floor of a row's norm
+
+
+def unavailable(device: torch.device | None = None) -> str | None:
+    """Plain PyTorch always runs."""
+    return None
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 for float64, float32 for everything narrower."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def pooled_activation(activation: Tensor) -> Tensor:
+    """(N, C) pooled activation: mean of |x| over positions; an (N, C) activation is its own pool (signed)."""
+    dtype = accumulation_dtype(activation.dtype)
+    if activation.dim() == 2:
+        return activation.to(dtype)
+    return activation.abs().mean(dim=tuple(range(2, activation.dim())), dtype=dtype)
+
+
+def pool(activations: Sequence[Tensor]) -> list[Tensor]:
+    """The pooled activation of every layer."""
+    return [pooled_activation(activation) for activation in activations]
+
+
+def relu_pool(x: Tensor, inplace: bool) -> tuple[Tensor, Tensor]:
+    """`relu(x)` and its pooled activation."""
+    y = torch.relu_(x) if inplace else torch.relu(x)
+    return y, pooled_activation(y)
+
+
+def normalized_rows(pooled: Tensor) -> Tensor:
+    """Rows divided by max(L2 norm, 1e-12). An all-zero row stays zero and passes gradient 0 (published: g / 1e-12)."""
+    squares = pooled.square().sum(1, keepdim=True)
+    scale = squares.clamp_min(EPS * EPS).rsqrt()
+    return pooled * torch.where(squares > 0, scale, 0)
+
+
+def class_sums(pooled: Sequence[Tensor], labels: Tensor, num_classes: int) -> list[Tensor]:
+    """Per layer the (K, C) sum over each class's samples of the normalised rows; `labels` in [0, K)."""
+    index = labels.long()
+    return [rows.new_zeros(num_classes, rows.shape[1]).index_add(0, index, normalized_rows(rows)) for rows in pooled]
+
+
+def pair_sums(pooled: Tensor, segments: Segments) -> tuple[Tensor, Tensor]:
+    """Sums of n_i . n_j over same-class and over different-class pairs i < j of one layer; 0-d tensors."""
+    rows = normalized_rows(pooled)
+    sums = torch.zeros_like(rows).index_add(0, segments.segment, rows)
+    own = rows.new_zeros(rows.shape[0]).index_add(0, segments.segment, rows.square().sum(1))
+    same = (sums.square().sum(1) - own).sum() / 2
+    different = (sums * (sums.sum(0) - sums)).sum() / 2
+    return same, different
+
+
+def mean_over_pairs(pair_sum: Tensor, pairs: Tensor) -> Tensor:
+    """`pair_sum / pairs`; 0 with zero gradient where there is no pair."""
+    return torch.where(pairs > 0, pair_sum / pairs.clamp_min(1), 0)
+
+
+def grouped_losses(activations: Sequence[Tensor], segments: Segments) -> tuple[Tensor, Tensor, Tensor]:
+    """(affinity, dispersion, compactness) over all layers; 0-d, in the accumulation dtype of the widest layer."""
+    pooled = pool(activations)
+    sums = [pair_sums(rows, segments) for rows in pooled]
+    same = torch.stack([same for same, _ in sums]).mean()
+    different = torch.stack([different for _, different in sums]).mean()
+    compactness = torch.stack([rows.abs().mean() for rows in pooled]).mean()
+    affinity = torch.where(segments.same_pairs > 0, 1 - mean_over_pairs(same, segments.same_pairs), 0)
+    return affinity, mean_over_pairs(different, segments.diff_pairs), compactness
+
+
+def count_firings(
+    activations: Sequence[Tensor],
+    labels: Tensor,
+    threshold: float,
+    counts: Sequence[Tensor],
+    class_sizes: Tensor,
+    invalid: Tensor,
+) -> None:
+    """Add the batch's firings to `counts` ((K, C) int64 each), `class_sizes` and `invalid`, in place.
+
+    A neuron fires for a sample when any of its positions exceeds `threshold` in magnitude; NaN counts as firing.
+    Samples whose label is outside [0, K) are counted in `invalid` alone.
+    """
+    valid = (labels >= 0) & (labels < class_sizes.shape[0])
+    index = torch.where(valid, labels, 0).long()
+    weight = valid.long()
+    for activation, count in zip(activations, counts, strict=True):
+        fired = ~(activation.abs() <= threshold)
+        if fired.dim() > 2:
+            fired = fired.flatten(2).any(2)
+        count.index_add_(0, index, fired.long() * weight[:, None])
+    class_sizes.index_add_(0, index, weight)
+    invalid.add_((~valid).sum())

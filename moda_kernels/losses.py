@@ -1,0 +1,111 @@
+"""The modular losses: affinity, dispersion and compactness (arXiv 2411.01074, section 3)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from moda_kernels.backends import select
+from moda_kernels.segments import Segments
+from moda_kernels.validation import check_batch
+
+
+class ModularLosses(NamedTuple):
+    """The three terms, unweighted; 0-d tensors."""
+
+    affinity: Tensor
+    dispersion: Tensor
+    compactness: Tensor
+
+
+class ModularWeights(NamedTuple):
+    """Weights of the three terms: the paper's alpha, beta and gamma."""
+
+    affinity: float
+    dispersion: float
+    compactness: float
+
+
+def modular_losses(activations: Sequence[Tensor], labels: Tensor, *, backend: str = "auto") -> ModularLosses:
+    """Affinity, dispersion and compactness of a batch, each the mean over layers.
+
+    With pooled activations a_i (mean over positions of |x|; an (N, C) activation as it is) and n_i = a_i /
+    max(|a_i|, 1e-12):
+
+        affinity    = 1 - mean over pairs i<j of one class of  n_i . n_j
+        dispersion  =     mean over pairs i<j of two classes of n_i . n_j
+        compactness =     mean over all elements of |a|
+
+    A batch without a pair of the kind gives 0 for that term, with zero gradient. An all-zero row has cosine 0 with
+    every row, still counts in the means and receives gradient 0. Never NaN for finite activations.
+
+    Args:
+        activations: one tensor per layer, (N, C) or (N, C, *spatial), floating point, any strides, dtypes may differ.
+        labels: (N,) int64 or int32 class of each sample; any integers, only equality matters.
+        backend: "auto", or a name of `moda_kernels.backends()`.
+
+    Returns:
+        Three 0-d tensors, float64 if a layer is float64, else float32; differentiable with respect to the
+        activations (twice with backend "torch" and "reference").
+
+    Raises:
+        TypeError, ValueError: an argument is not as above; the message names it, what was given and what is expected.
+        BackendUnavailableError: the backend asked for cannot run.
+    """
+    layers = check_batch(activations, labels)
+    implementation = select("grouped_losses", backend, layers)
+    return ModularLosses(*implementation.grouped_losses(layers, Segments.from_labels(labels)))
+
+
+class ModularLoss(nn.Module):
+    """The weighted sum of the modular losses, to be added to the task's loss.
+
+    loss = affinity_weight * affinity + dispersion_weight * dispersion + compactness_weight * compactness
+
+    The defaults are the paper's. After each call `last` holds the three terms, detached, on their device: reading
+    them for a log costs no synchronisation until you do.
+
+    Args:
+        affinity: weight of the affinity term, finite and >= 0.
+        dispersion: weight of the dispersion term.
+        compactness: weight of the compactness term.
+        backend: see `modular_losses`.
+
+    Raises:
+        ValueError: a weight is negative or not finite.
+
+    Example:
+        >>> loss = F.cross_entropy(model(x), y) + modular_loss(model.activations(), y)
+    """
+
+    def __init__(
+        self,
+        affinity: float = 1.0,
+        dispersion: float = 1.0,
+        compactness: float = 0.3,
+        *,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        self.weights = ModularWeights(affinity, dispersion, compactness)
+        for name, weight in self.weights._asdict().items():
+            if not (math.isfinite(weight) and weight >= 0):
+                raise ValueError(f"{name}: expected a finite weight of at least 0, got {weight}")
+        self.backend = backend
+        self.last: ModularLosses | None = None
+
+    def forward(self, activations: Sequence[Tensor], labels: Tensor) -> Tensor:
+        """The weighted sum, a 0-d tensor. Arguments and errors as in `modular_losses`."""
+        losses = modular_losses(activations, labels, backend=self.backend)
+        self.last = ModularLosses(*(term.detach() for term in losses))
+        # A term of weight 0 is left out, not multiplied: 0 * inf would poison the sum.
+        terms = [weight * term for weight, term in zip(self.weights, losses, strict=True) if weight != 0]
+        return torch.stack(terms).sum() if terms else torch.zeros_like(losses.affinity)
+
+    def extra_repr(self) -> str:
+        weights = ", ".join(f"{name}={weight:g}" for name, weight in self.weights._asdict().items())
+        return f"{weights}, backend={self.backend!r}"

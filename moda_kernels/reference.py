@@ -1,0 +1,107 @@
+"""The published implementation, literally: the oracle of the tests and the baseline of the benchmarks.
+
+N x N cosine similarities and lists of pair indices per layer (with the host synchronisation that building such a list
+takes), gradients by autograd; firing rates by a loop over classes; masks by a loop over classes and layers
+(arXiv 2411.01074, section 3; moda.md sections 3 and 5). Where the published code logs NaN (no pair of a kind), so do
+`published_losses`; as a backend, the edge rules of `moda_kernels.modular_losses` apply.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moda_kernels import closed_form
+from moda_kernels.segments import Segments
+
+OPS = frozenset({"grouped_losses", "pool", "relu_pool", "count_firings"})
+DTYPES: Mapping[str, frozenset[torch.dtype]] = {op: closed_form.DTYPES[op] for op in OPS}
+DEVICES: Mapping[str, frozenset[str]] | None = None  # any
+
+pool = closed_form.pool
+relu_pool = closed_form.relu_pool
+
+
+def unavailable(device: torch.device | None = None) -> str | None:
+    """Plain PyTorch always runs."""
+    return None
+
+
+def published_losses(activations: Sequence[Tensor], labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(affinity, dispersion, compactness) of (N, C) or (N, C, *spatial) activations; NaN where a kind has no pair."""
+    affinities, dispersions, compactnesses = [], [], []
+    for activation in activations:
+        pooled = closed_form.pooled_activation(activation)
+        rows = F.normalize(pooled, dim=1, eps=closed_form.EPS)
+        with torch.autocast(rows.device.type, enabled=False):
+            similarity = rows @ rows.T
+        i, j = torch.triu_indices(len(labels), len(labels), offset=1, device=labels.device)
+        same = labels[i] == labels[j]
+        affinities.append(similarity[i[same], j[same]].mean())
+        dispersions.append(similarity[i[~same], j[~same]].mean())
+        compactnesses.append(pooled.abs().sum() / pooled.numel())
+    affinity = 1 - torch.stack(affinities).mean()
+    return affinity, torch.stack(dispersions).mean(), torch.stack(compactnesses).mean()
+
+
+def grouped_losses(activations: Sequence[Tensor], segments: Segments) -> tuple[Tensor, Tensor, Tensor]:
+    """The published losses with our edge rules: a term without a pair is 0."""
+    affinity, dispersion, compactness = published_losses(activations, segments.segment)
+    affinity = torch.where(segments.same_pairs > 0, affinity, 0)
+    dispersion = torch.where(segments.diff_pairs > 0, dispersion, 0)
+    return affinity, dispersion, compactness
+
+
+def count_firings(
+    activations: Sequence[Tensor],
+    labels: Tensor,
+    threshold: float,
+    counts: Sequence[Tensor],
+    class_sizes: Tensor,
+    invalid: Tensor,
+) -> None:
+    """The published counting loop, a boolean selection per class and layer; contract of `closed_form.count_firings`."""
+    num_classes = class_sizes.shape[0]
+    for activation, count in zip(activations, counts, strict=True):
+        fired = ~(activation.abs().flatten(2).amax(2) <= threshold) if activation.dim() > 2 else None
+        fired = ~(activation.abs() <= threshold) if fired is None else fired
+        for k in range(num_classes):
+            count[k] += fired[labels == k].sum(0)
+    for k in range(num_classes):
+        class_sizes[k] += (labels == k).sum()
+    invalid.add_(((labels < 0) | (labels >= num_classes)).sum())
+
+
+def published_rates(activations: Sequence[Tensor], labels: Tensor, num_classes: int) -> list[Tensor]:
+    """Per layer the (K, C) float32 share of each class's samples for which a neuron fires; 0 for an empty class."""
+    rates = []
+    for activation in activations:
+        fired = closed_form.pooled_activation(activation) != 0
+        layer = torch.zeros(num_classes, activation.shape[1], device=activation.device)
+        for k in range(num_classes):
+            of_class = fired[labels == k]
+            if len(of_class):
+                layer[k] = of_class.sum(0).float() / len(of_class)
+        rates.append(layer)
+    return rates
+
+
+def published_masks(rates: Sequence[Tensor], threshold: float, min_fraction: float = 0.005) -> list[Tensor]:
+    """Per layer the (K, C) bool mask `rate >= threshold` (in float32) with the published floor of neurons per class.
+
+    A class with fewer than max(1, int(min_fraction C)) neurons gets its top k by rate, k the larger of that floor
+    and the largest mask any class has in the layer. Ties fall as `torch.topk` lets them.
+    """
+    masks = []
+    for layer in rates:
+        mask = layer >= torch.tensor(threshold, dtype=torch.float32)
+        floor = max(1, int(min_fraction * layer.shape[1]))
+        for k in range(layer.shape[0]):
+            if int(mask[k].sum()) < floor:
+                size = max(floor, int(mask.sum(1).max()))
+                mask[k] = torch.zeros_like(mask[k]).scatter(0, layer[k].topk(size).indices, True)
+        masks.append(mask)
+    return masks

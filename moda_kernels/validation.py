@@ -1,0 +1,81 @@
+"""What the front doors accept. Every error names the argument, what was given and what is expected."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_LABEL_DTYPES = (torch.int64, torch.int32)
+
+
+def check_batch(activations: Sequence[Tensor], labels: Tensor) -> tuple[Tensor, ...]:
+    """The activations as a tuple, if they and the labels are one batch of at least one sample and one layer."""
+    check_labels(labels)
+    layers = check_layers(activations)
+    for index, activation in enumerate(layers):
+        if activation.shape[0] != labels.shape[0]:
+            raise ValueError(
+                f"activations[{index}]: expected {labels.shape[0]} samples as in labels, got {activation.shape[0]}"
+            )
+        if activation.device != labels.device:
+            raise ValueError(
+                f"activations[{index}]: expected device {labels.device} as labels are on, got {activation.device}"
+            )
+    return layers
+
+
+def check_layers(activations: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The activations as a tuple of at least one floating-point layer."""
+    if isinstance(activations, Tensor) or not isinstance(activations, Sequence):
+        raise TypeError(f"activations: expected a sequence of tensors, one per layer, got {type(activations).__name__}")
+    layers = tuple(activations)
+    if not layers:
+        raise ValueError("activations: expected at least one layer, got none")
+    for index, activation in enumerate(layers):
+        check_activation(activation, f"activations[{index}]")
+    return layers
+
+
+def check_activation(activation: Any, name: str) -> None:
+    """A floating-point (N, C) or (N, C, *spatial) tensor without an empty axis."""
+    if not isinstance(activation, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(activation).__name__}")
+    if not activation.dtype.is_floating_point:
+        raise TypeError(f"{name}: expected a floating-point dtype, got {activation.dtype}")
+    if activation.dim() < 2:
+        raise ValueError(f"{name}: expected shape (N, C) or (N, C, *spatial), got {tuple(activation.shape)}")
+    if 0 in activation.shape:
+        raise ValueError(
+            f"{name}: expected at least one sample, neuron and position, got shape {tuple(activation.shape)}"
+        )
+
+
+def check_labels(labels: Any) -> None:
+    """A non-empty (N,) int64 or int32 tensor."""
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"labels: expected a tensor, got {type(labels).__name__}")
+    if labels.dtype not in _LABEL_DTYPES:
+        raise TypeError(f"labels: expected dtype torch.int64 or torch.int32, got {labels.dtype}")
+    if labels.dim() != 1:
+        raise ValueError(f"labels: expected shape (N,), got {tuple(labels.shape)}")
+    if labels.shape[0] == 0:
+        raise ValueError("labels: expected at least one sample, got none")
+
+
+def check_num_classes(num_classes: Any) -> None:
+    """A positive integer."""
+    if not isinstance(num_classes, int) or isinstance(num_classes, bool):
+        raise TypeError(f"num_classes: expected an int, got {type(num_classes).__name__}")
+    if num_classes < 1:
+        raise ValueError(f"num_classes: expected at least 1, got {num_classes}")
+
+
+def check_label_range(labels: Tensor, num_classes: int) -> None:
+    """All labels in [0, num_classes). Reads the labels on the host."""
+    smallest, largest = int(labels.min()), int(labels.max())
+    if smallest < 0 or largest >= num_classes:
+        wrong = smallest if smallest < 0 else largest
+        raise ValueError(f"labels: expected classes in [0, {num_classes}), got {wrong}")
