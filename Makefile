@@ -1,0 +1,45 @@
+# Two commands for a fresh machine: `make demo` and `make test`. Each makes its own virtual environment in .venv.
+PYTHON ?= python3
+# PyTorch goes in first and by exact version, so that nothing installed after it can bring another one.
+TORCH ?= torch==2.13.0
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+SOURCES := pyproject.toml setup.py CMakeLists.txt moda_kernels/_version.py $(wildcard csrc/*)
+
+.PHONY: demo test lint clean
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/installed
+	$(BIN)/moda demo
+
+test: $(VENV)/installed-dev
+	$(MAKE) --no-print-directory lint
+	$(BIN)/python -m pytest -n 2
+
+lint: $(VENV)/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) build dist demo *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+	rm -f moda_kernels/_native*.so
+
+$(VENV)/torch:
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet "$(TORCH)" numpy
+	touch $@
+
+# The native extension is built here; without a compiler the package installs all the same and says so.
+$(VENV)/installed: $(VENV)/torch $(SOURCES)
+	$(PIP) install --quiet --editable ".[train]"
+	touch $@
+
+# torchvision without its dependencies: its models are test subjects, and it must not replace the PyTorch above.
+$(VENV)/installed-dev: $(VENV)/installed
+	$(PIP) install --quiet --editable ".[train,dev]"
+	$(PIP) install --quiet --no-deps torchvision==0.28.0
+	$(PIP) install --quiet pillow
+	touch $@

@@ -1,0 +1,194 @@
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moda_kernels import FiringCounter, class_similarity
+from moda_kernels.reference import published_masks, published_rates
+
+BACKENDS = ["torch", "reference", "auto"]
+
+
+def golden_batches(data):
+    for b in range(sum(key.startswith("labels_b") for key in data)):
+        keys = sorted(key for key in data if key.startswith(f"act_b{b:02d}_"))
+        yield [torch.from_numpy(data[key]) for key in keys], torch.from_numpy(data[f"labels_b{b:02d}"])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", ["basic", "signed", "exact_rates"])
+def test_golden_counts_and_rates(golden, name, backend):
+    data = golden(f"firing_{name}")
+    counter = FiringCounter(int(data["num_classes"]), backend=backend)
+    for activations, labels in golden_batches(data):
+        counter.update(activations, labels)
+    assert np.array_equal(counter.class_sizes, data["class_counts"])
+    assert counter.empty_classes == np.flatnonzero(data["class_counts"] == 0).tolist()
+    for layer, (count, rate) in enumerate(zip(counter.counts, counter.rates, strict=True)):
+        assert np.array_equal(count, data[f"counts_l{layer:02d}"])
+        assert rate.dtype == torch.float32
+        assert np.array_equal(rate, data[f"rates_l{layer:02d}"])  # bitwise
+
+
+@pytest.mark.parametrize("name", ["basic", "signed", "exact_rates"])
+def test_published_rates_are_the_golden_ones(golden, name):
+    data = golden(f"firing_{name}")
+    batches = list(golden_batches(data))
+    layers = [torch.cat(parts) for parts in zip(*(acts for acts, _ in batches), strict=True)]
+    labels = torch.cat([y for _, y in batches])
+    for layer, rate in enumerate(published_rates(layers, labels, int(data["num_classes"]))):
+        assert np.array_equal(rate, data[f"rates_l{layer:02d}"])
+
+
+@pytest.mark.parametrize("name", ["k4", "k10", "below_min"])
+def test_published_masks_are_the_golden_ones(golden, name):
+    data = golden(f"masks_{name}")
+    rates = [torch.from_numpy(data[key]) for key in sorted(data) if key.startswith("rates_l")]
+    for t, tau in enumerate(data["tau"]):
+        for layer, mask in enumerate(published_masks(rates, float(tau))):
+            key = f"t{t}_l{layer:02d}"
+            clear = ~data[f"ambiguous_{key}"]
+            assert np.array_equal(mask[clear], data[f"mask_{key}"][clear])
+            assert np.array_equal(mask.sum(1), data[f"k_{key}"])
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_counts_by_hand(data):
+    samples, classes = data.draw(st.integers(1, 8)), data.draw(st.integers(1, 4))
+    shape = data.draw(st.lists(st.integers(1, 4), min_size=1, max_size=3))
+    threshold = data.draw(st.sampled_from([0.0, 0.5]))
+    torch.manual_seed(data.draw(st.integers(0, 99)))
+    act = torch.randn(samples, *shape).round(decimals=1)
+    act[torch.rand(act.shape) < 0.1] = float("nan")
+    labels = torch.randint(classes, (samples,))
+    counters = [FiringCounter(classes, threshold=threshold, backend=backend) for backend in BACKENDS]
+    for counter in counters:
+        counter.update([act], labels)
+    fired = [
+        [any(not abs(v) <= threshold for v in act[i, c].reshape(-1).tolist()) for c in range(shape[0])]
+        for i in range(samples)
+    ]
+    expected = [
+        [sum(fired[i][c] for i in range(samples) if labels[i] == k) for c in range(shape[0])] for k in range(classes)
+    ]
+    for counter in counters:
+        assert counter.counts[0].tolist() == expected
+        assert counter.class_sizes.tolist() == [int((labels == k).sum()) for k in range(classes)]
+
+
+def random_batch(samples=12, classes=3, seed=0):
+    torch.manual_seed(seed)
+    return [torch.randn(samples, 4, 3, 3).relu(), torch.randn(samples, 5).relu()], torch.randint(classes, (samples,))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_invariants(backend):
+    activations, labels = random_batch()
+    whole, parts, shuffled = (FiringCounter(3, backend=backend) for _ in range(3))
+    whole.update(activations, labels)
+    for half in (slice(0, 5), slice(5, None)):
+        parts.update([act[half] for act in activations], labels[half])
+    order = torch.randperm(len(labels))
+    shuffled.update([act[order] for act in activations], labels[order])
+    for counter in (parts, shuffled):
+        assert [a.tolist() for a in counter.counts] == [a.tolist() for a in whole.counts]
+        assert counter.class_sizes.tolist() == whole.class_sizes.tolist()
+    assert all((count <= whole.class_sizes[:, None]).all() for count in whole.counts)
+
+
+def test_merge_and_state_round_trip():
+    one, two, both = FiringCounter(3), FiringCounter(3), FiringCounter(3)
+    for counter, seed in [(one, 0), (two, 1), (both, 0), (both, 1)]:
+        counter.update(*random_batch(seed=seed))
+    fresh = FiringCounter(3)
+    fresh.merge(one)
+    fresh.merge(FiringCounter(3))  # nothing counted: nothing added
+    fresh.load_state_dict(fresh.state_dict())
+    fresh.merge(two)
+    assert [a.tolist() for a in fresh.counts] == [a.tolist() for a in both.counts]
+    assert fresh.class_sizes.tolist() == both.class_sizes.tolist()
+    assert repr(fresh) == "FiringCounter(num_classes=3, threshold=0, neurons=[4, 5])"
+
+
+def test_empty_class_has_rate_zero_and_is_reported():
+    counter = FiringCounter(4)
+    counter.update([torch.ones(3, 2)], torch.tensor([0, 2, 2]))
+    assert counter.empty_classes == [1, 3]
+    assert counter.rates[0].tolist() == [[1, 1], [0, 0], [1, 1], [0, 0]]
+
+
+def test_bad_labels_count_nothing():
+    counter = FiringCounter(3)
+    counter.update([torch.ones(2, 4)], torch.tensor([0, 1]))
+    for labels, wrong in [([0, 3], 3), ([-1, 0], -1)]:
+        with pytest.raises(ValueError, match=re.escape(f"labels: expected classes in [0, 3), got {wrong}")):
+            counter.update([torch.ones(2, 4)], torch.tensor(labels))
+    assert counter.class_sizes.tolist() == [1, 1, 0]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_invalid_labels_found_by_a_backend_are_reported_at_the_read(backend, monkeypatch):
+    monkeypatch.setattr("moda_kernels.firing.check_label_range", lambda labels, classes: None)  # as on a GPU
+    counter = FiringCounter(3, backend=backend)
+    counter.update([torch.ones(4, 2)], torch.tensor([0, 3, -1, 2]))
+    assert counter._class_sizes.tolist() == [1, 0, 1]
+    assert counter._counts[0].tolist() == [[1, 1], [0, 0], [1, 1]]
+    for read in ("counts", "rates", "class_sizes", "empty_classes"):
+        with pytest.raises(ValueError, match="got 2 samples with a class outside of it"):
+            getattr(counter, read)
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: FiringCounter(0), ValueError, "num_classes: expected at least 1, got 0"),
+        (lambda: FiringCounter(2.0), TypeError, "num_classes: expected an int, got float"),
+        (lambda: FiringCounter(2, threshold=-1), ValueError, "threshold: expected a finite number of at least 0, got -1"),
+        (lambda: filled().update([torch.ones(2, 3)], torch.tensor([0, 1])), ValueError,
+         "activations: expected layers of [4, 5] neurons as counted so far, got [3]"),
+        (lambda: filled().merge(FiringCounter(4)), ValueError, "other: expected num_classes=3 as here, got 4"),
+        (lambda: filled().merge(FiringCounter(3, threshold=1)), ValueError, "other: expected threshold=0.0 as here, got 1.0"),
+        (lambda: filled().load_state_dict({"counts.0": torch.zeros(1)}), ValueError, "state: expected class_sizes, threshold"),
+        (lambda: filled().load_state_dict(filled().state_dict() | {"class_sizes": torch.zeros(3)}), ValueError,
+         "state['class_sizes']: expected int64 of shape (3,), got torch.float32 (3,)"),
+        (lambda: filled().load_state_dict(FiringCounter(3, threshold=2).state_dict()), ValueError,
+         "state['threshold']: expected 0.0 as here, got 2.0"),
+        (lambda: class_similarity([torch.ones(2, 3)], torch.tensor([0, 2]), 2), ValueError,
+         "labels: expected classes in [0, 2), got 2"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_named(make, error, message):
+    with pytest.raises(error, match=re.escape(message)):
+        make()
+
+
+def filled():
+    counter = FiringCounter(3)
+    counter.update(*random_batch())
+    return counter
+
+
+def test_class_similarity_by_hand():
+    activations, labels = random_batch(samples=9)
+    labels[labels == 1] = 0  # class 1 is empty
+    labels[-1], labels[labels == 2] = 2, 0
+    labels[-1] = 2  # class 2 has a single sample: no pair with itself
+    for act, similarity in zip(activations, class_similarity(activations, labels, 3), strict=True):
+        rows = torch.nn.functional.normalize(act.abs().flatten(2).mean(2) if act.dim() > 2 else act)
+        cosine = rows @ rows.T
+        for a in range(3):
+            for b in range(3):
+                pairs = [
+                    cosine[i, j].item()
+                    for i in range(9)
+                    for j in range(9)
+                    if labels[i] == a and labels[j] == b and (i < j if a == b else True)
+                ]
+                expected = sum(pairs) / len(pairs) if pairs else 0.0
+                assert similarity[a, b].item() == pytest.approx(expected, abs=1e-6)
