@@ -107,5 +107,6 @@ class ModularLoss(nn.Module):
         return torch.stack(terms).sum() if terms else torch.zeros_like(losses.affinity)
 
     def extra_repr(self) -> str:
+        """Weights and backend, for printing."""
         weights = ", ".join(f"{name}={weight:g}" for name, weight in self.weights._asdict().items())
         return f"{weights}, backend={self.backend!r}"

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -14,9 +16,7 @@ def test_segments_of_any_labels(values):
     classes = sorted(set(values))
     members = [[i for i, value in enumerate(values) if value == k] for k in classes]
     offsets = segments.offsets.tolist()
-    assert [segments.order[a:b].tolist() for a, b in zip(offsets, offsets[1:], strict=False)] == members + [[]] * (
-        len(values) - len(classes)
-    )
+    assert [segments.order[a:b].tolist() for a, b in pairwise(offsets)] == members + [[]] * (len(values) - len(classes))
     assert segments.segment.tolist() == [classes.index(value) for value in values]
     assert segments.sizes.tolist() == [len(m) for m in members] + [0] * (len(values) - len(classes))
     same = sum(a == b for i, a in enumerate(values) for b in values[:i])
