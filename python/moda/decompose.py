@@ -141,7 +141,7 @@ def masks_from_rates(rates: Tensor, threshold: float = 0.9, min_fraction: float 
 
     A class keeps the neurons with rate >= threshold, compared in float32. A class that would keep fewer than
     max(1, int(min_fraction * C)) keeps its k highest rates instead (ties: lower index first), where k is that minimum
-    or the size of the largest class in this layer, whichever is larger. This is the published code's floor, but for ties,
+    or the size of the largest class in this layer, whichever is larger. This is the published floor, but for ties,
     which it leaves to the library.
 
     Args:

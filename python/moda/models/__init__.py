@@ -1,0 +1,48 @@
+"""The published architectures, with the published checkpoints' state_dict keys, and a small one for the demo."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from moda.models.lenet import lenet5
+from moda.models.mobilenet import mobilenet
+from moda.models.resnet import resnet18
+from moda.models.vgg import small_vgg, vgg16
+
+__all__ = ["NAMES", "create", "lenet5", "mobilenet", "resnet18", "small_vgg", "vgg16"]
+
+_OF_ONE_SIZE: dict[str, Callable[..., nn.Module]] = {"lenet5": lenet5, "vgg16": vgg16, "small_vgg": small_vgg}
+_OF_ANY_SIZE: dict[str, Callable[..., nn.Module]] = {"resnet18": resnet18, "mobilenet": mobilenet}
+
+NAMES: tuple[str, ...] = (*_OF_ONE_SIZE, *_OF_ANY_SIZE)
+"""What `create` knows."""
+
+
+def create(
+    name: str, *, num_classes: int = 10, in_channels: int = 3, width: float = 1.0, image_size: int | None = None
+) -> nn.Module:
+    """A freshly initialised model by name.
+
+    Args:
+        name: one of `NAMES`.
+        num_classes: logits.
+        in_channels: channels of the images.
+        width: multiplier of the hidden layers' neurons.
+        image_size: height and width of the images, None for the model's own; models that end in adaptive pooling
+            (resnet18, mobilenet) are the same for all.
+
+    Raises:
+        ValueError: the name is unknown or a number out of range.
+        TypeError: an argument is of the wrong type.
+    """
+    if name not in NAMES:
+        raise ValueError(f"name: expected one of {', '.join(NAMES)}, got {name!r}")
+    options: dict[str, Any] = {"num_classes": num_classes, "in_channels": in_channels, "width": width}
+    if name in _OF_ANY_SIZE:
+        return _OF_ANY_SIZE[name](**options)
+    if image_size is not None:
+        options["image_size"] = image_size
+    return _OF_ONE_SIZE[name](**options)

@@ -1,0 +1,74 @@
+"""ResNet18 with the small-image stem (3x3 convolution, no max-pooling), for images of any size."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from moda.models.options import check_count, check_width, init_convolutions, scaled
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions and a skip connection; each ReLU call is a module of its own, so each is a tap."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(outputs)
+        self.relu1 = nn.ReLU()
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(outputs)
+        self.downsample: nn.Sequential | None = None
+        if stride != 1:
+            self.downsample = nn.Sequential(
+                nn.Conv2d(inputs, outputs, 1, stride=stride, bias=False), nn.BatchNorm2d(outputs)
+            )
+        self.relu2 = nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, inputs, H, W) -> (N, outputs, ceil(H / stride), ceil(W / stride))."""
+        identity = x if self.downsample is None else self.downsample(x)
+        x = self.relu1(self.bn1(self.conv1(x)))
+        y: Tensor = self.relu2(self.bn2(self.conv2(x)) + identity)
+        return y
+
+
+class ResNet18(nn.Module):
+    """See `resnet18`."""
+
+    def __init__(self, num_classes: int, in_channels: int, width: float) -> None:
+        super().__init__()
+        stem, second, third, fourth = (scaled(neurons, width) for neurons in (64, 128, 256, 512))
+        self.conv1 = nn.Conv2d(in_channels, stem, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(stem)
+        self.relu1 = nn.ReLU()
+        self.layer1 = nn.Sequential(BasicBlock(stem, stem, 1), BasicBlock(stem, stem, 1))
+        self.layer2 = nn.Sequential(BasicBlock(stem, second, 2), BasicBlock(second, second, 1))
+        self.layer3 = nn.Sequential(BasicBlock(second, third, 2), BasicBlock(third, third, 1))
+        self.layer4 = nn.Sequential(BasicBlock(third, fourth, 2), BasicBlock(fourth, fourth, 1))
+        self.avgpool = nn.AdaptiveAvgPool2d(1)
+        self.flatten = nn.Flatten()
+        self.fc = nn.Linear(fourth, num_classes)
+        init_convolutions(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, in_channels, H, W) -> (N, num_classes) logits."""
+        x = self.relu1(self.bn1(self.conv1(x)))
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        logits: Tensor = self.fc(self.flatten(self.avgpool(x)))
+        return logits
+
+
+def resnet18(num_classes: int = 10, in_channels: int = 3, width: float = 1.0) -> ResNet18:
+    """ResNet18 with the stem for small images, as published (also for 224 x 224 there).
+
+    Args:
+        num_classes: logits.
+        in_channels: channels of the images.
+        width: multiplier of the stages' neurons (64, 128, 256, 512 at 1).
+
+    Raises:
+        TypeError, ValueError: an argument is not as above.
+    """
+    check_count("num_classes", num_classes)
+    check_count("in_channels", in_channels)
+    return ResNet18(num_classes, in_channels, check_width(width))
