@@ -1,0 +1,49 @@
+"""Data sets by name: the offline digits, and the published ones through torchvision."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from moda.data import cifar, digits, imagefolder, svhn
+from moda.data.splits import DataSplits
+
+__all__ = ["NAMES", "DataSplits", "load"]
+
+_LOADERS: dict[str, Callable[..., DataSplits]] = {
+    "digits": digits.load,
+    "cifar10": cifar.load_cifar10,
+    "cifar100": cifar.load_cifar100,
+    "svhn": svhn.load,
+    "imagefolder": imagefolder.load,
+}
+
+NAMES: tuple[str, ...] = tuple(_LOADERS)
+"""What `load` knows."""
+
+
+def load(name: str, root: str | Path = "data", **options: Any) -> DataSplits:
+    """A data set by name.
+
+    Args:
+        name: one of `NAMES`.
+        root: folder that holds it; `digits` needs none.
+        options: of that data set: `seed`, `channels`, `image_size` for digits; `augment`, `download` for cifar10,
+            cifar100 and svhn; `class_list`, `image_size`, `augment` for imagefolder.
+
+    Raises:
+        ValueError: the name is unknown, an option is out of range, or what lies in `root` is not the data set.
+        TypeError: the data set has no such option, or it is of the wrong type.
+        FileNotFoundError: the data set is not in `root`; the message says what to put where.
+        ImportError: a package that it needs is missing; the message says which.
+    """
+    if name not in NAMES:
+        raise ValueError(f"name: expected one of {', '.join(NAMES)}, got {name!r}")
+    loader = _LOADERS[name]
+    known = [option for option in inspect.signature(loader).parameters if option != "root"]
+    unknown = sorted(set(options) - set(known))
+    if unknown:
+        raise TypeError(f"options: {name} takes {', '.join(known)}, got {', '.join(unknown)}")
+    return loader(Path(root), **options)

@@ -1,0 +1,46 @@
+"""scikit-learn's handwritten digits: 1797 real 8x8 images that come with the package, so no network is needed."""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional as F
+
+from moda.data.splits import DataSplits, InMemory, require
+from moda.models.options import check_count
+
+
+def load(root: object, *, seed: int = 0, channels: int = 3, image_size: int = 8) -> DataSplits:
+    """Digits in [0, 1], split 80/20 with equal shares of every class.
+
+    Args:
+        root: not used.
+        seed: of the split, at least 0.
+        channels: how many times the grey channel is given.
+        image_size: height and width; other than 8 the images are resized bilinearly.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above.
+        ImportError: scikit-learn is missing.
+    """
+    check_count("seed", seed, least=0)
+    check_count("channels", channels)
+    check_count("image_size", image_size)
+    data_sets = require("sklearn.datasets", "digits", "train")
+    selection = require("sklearn.model_selection", "digits", "train")
+    digits = data_sets.load_digits()
+    images = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 16
+    if image_size != images.shape[-1]:
+        images = F.interpolate(images, size=(image_size, image_size), mode="bilinear", align_corners=False)
+    images = images.repeat(1, channels, 1, 1)
+    labels = torch.tensor(digits.target, dtype=torch.int64)
+    indices = range(len(labels))
+    train, test = selection.train_test_split(indices, test_size=0.2, stratify=digits.target, random_state=seed)
+    train_split = InMemory(images[train], labels[train])
+    return DataSplits(
+        train=train_split,
+        train_eval=train_split,
+        test=InMemory(images[test], labels[test]),
+        num_classes=10,
+        class_names=tuple(str(digit) for digit in range(10)),
+        input_shape=(channels, image_size, image_size),
+    )

@@ -1,0 +1,98 @@
+"""What a data set consists of, and the views of it that training and counting need."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from torch.utils.data import Dataset
+
+Sample = tuple[Tensor, int]
+
+
+@dataclass(frozen=True)
+class DataSplits:
+    """A data set, ready for training. Samples are (image, class): float32 (C, H, W) and an int in [0, num_classes).
+
+    Attributes:
+        train: training split, augmented where the data set is.
+        train_eval: training split as the test split is seen: not augmented, the same every time.
+        test: test split.
+        num_classes: K.
+        class_names: K names.
+        input_shape: (C, H, W).
+    """
+
+    train: Dataset[Sample]
+    train_eval: Dataset[Sample]
+    test: Dataset[Sample]
+    num_classes: int
+    class_names: tuple[str, ...]
+    input_shape: tuple[int, int, int]
+
+    def for_firing_rates(self, *, augmented: bool = False) -> Dataset[Sample]:
+        """The split to count firings over.
+
+        Not augmented by default, so that a decomposition is a function of model and data. With `augmented` the split
+        that training sees, as in the published code, whose rates are one random draw.
+        """
+        return self.train if augmented else self.train_eval
+
+
+class InMemory(Dataset[Sample]):
+    """Images that are one tensor.
+
+    Args:
+        images: (N, C, H, W) float32.
+        labels: (N,) int64.
+    """
+
+    def __init__(self, images: Tensor, labels: Tensor) -> None:
+        self.images = images
+        self.labels = labels
+        self._classes: list[int] = labels.tolist()
+
+    def __len__(self) -> int:
+        return len(self._classes)
+
+    def __getitem__(self, index: int) -> Sample:
+        return self.images[index], self._classes[index]
+
+
+class Transformed(Dataset[Sample]):
+    """A data set of (picture, class) with a transform of the pictures; several may share one data set."""
+
+    def __init__(self, pictures: Any, transform: Callable[[Any], Tensor]) -> None:
+        self.pictures = pictures
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def __getitem__(self, index: int) -> Sample:
+        picture, label = self.pictures[index]
+        return self.transform(picture), int(label)
+
+
+def require(module: str, data_set: str, extra: str) -> Any:
+    """Import a module that only some data sets need.
+
+    Raises:
+        ImportError: it cannot be imported; the message says what to install.
+    """
+    package = module.partition(".")[0]
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ImportError(
+            f"data set {data_set!r} needs {package}, which cannot be imported ({error}); "
+            f"install it: pip install moda-kernels[{extra}]"
+        ) from error
+    except RuntimeError as error:  # torchvision's way of saying that it was built for another torch
+        raise ImportError(
+            f"data set {data_set!r} needs {package}, which does not fit the torch that is installed ({error}); "
+            "install both from one release and one index"
+        ) from error
