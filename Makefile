@@ -37,9 +37,10 @@ $(VENV)/installed: $(VENV)/torch $(SOURCES)
 	$(PIP) install --quiet --editable ".[train]"
 	touch $@
 
-# torchvision without its dependencies: its models are test subjects, and it must not replace the PyTorch above.
+# torchvision's models are test subjects. It goes beside the environment, where only the tests look: its wheel does not fit a
+# CPU build of PyTorch (tests/conftest.py), and it must not bring another PyTorch.
 $(VENV)/installed-dev: $(VENV)/installed
 	$(PIP) install --quiet --editable ".[train,dev]"
-	$(PIP) install --quiet --no-deps torchvision==0.28.0
+	$(PIP) install --quiet --no-deps --upgrade --target $(VENV)/vision torchvision==0.28.0
 	$(PIP) install --quiet pillow
 	touch $@

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,19 +16,19 @@ GOLDEN = Path(__file__).parent / "golden"
 torch.set_num_threads(1)
 
 
-def _register_torchvision_schemas() -> torch.library.Library | None:
-    """torchvision's wheel beside PyTorch's CPU build lacks its compiled ops; their schemas are enough to import it."""
-    try:
-        torch.ops.torchvision.nms  # noqa: B018
-    except (AttributeError, RuntimeError):
-        library = torch.library.Library("torchvision", "DEF")
-        library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        return library
-    return None
+def _make_torchvision_importable() -> torch.library.Library:
+    """torchvision lies beside the environment, where only the tests look (Makefile). With a CPU build of PyTorch its wheel
+    lacks its compiled operators; the schemas of two of them are enough to import it.
+    """
+    sys.path.append(str(Path(sys.prefix) / "vision"))
+    library = torch.library.Library("torchvision", "FRAGMENT")
+    if torch.version.cuda is None:
+        for operator in ("nms", "qnms"):
+            library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    return library
 
 
-_TORCHVISION = _register_torchvision_schemas()
+_TORCHVISION = _make_torchvision_importable()
 
 
 @pytest.fixture(scope="session")

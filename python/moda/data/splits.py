@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, TensorDataset
 
 Sample = tuple[Tensor, int]
 
@@ -26,14 +26,14 @@ class DataSplits:
         input_shape: (C, H, W).
     """
 
-    train: Dataset[Sample]
-    train_eval: Dataset[Sample]
-    test: Dataset[Sample]
+    train: Dataset[Any]
+    train_eval: Dataset[Any]
+    test: Dataset[Any]
     num_classes: int
     class_names: tuple[str, ...]
     input_shape: tuple[int, int, int]
 
-    def for_firing_rates(self, *, augmented: bool = False) -> Dataset[Sample]:
+    def for_firing_rates(self, *, augmented: bool = False) -> Dataset[Any]:
         """The split to count firings over.
 
         Not augmented by default, so that a decomposition is a function of model and data. With `augmented` the split
@@ -42,7 +42,7 @@ class DataSplits:
         return self.train if augmented else self.train_eval
 
 
-class InMemory(Dataset[Sample]):
+class InMemory(TensorDataset):
     """Images that are one tensor.
 
     Args:
@@ -51,15 +51,12 @@ class InMemory(Dataset[Sample]):
     """
 
     def __init__(self, images: Tensor, labels: Tensor) -> None:
-        self.images = images
-        self.labels = labels
-        self._classes: list[int] = labels.tolist()
+        super().__init__(images, labels)
 
-    def __len__(self) -> int:
-        return len(self._classes)
-
-    def __getitem__(self, index: int) -> Sample:
-        return self.images[index], self._classes[index]
+    def __getitem__(self, index: Any) -> Any:
+        """Image and class (an int) for an int; images and classes of a whole batch for a tensor of indices."""
+        images, labels = (tensor[index] for tensor in self.tensors)
+        return images, labels if labels.dim() else int(labels)
 
 
 class Transformed(Dataset[Sample]):
@@ -90,9 +87,4 @@ def require(module: str, data_set: str, extra: str) -> Any:
         raise ImportError(
             f"data set {data_set!r} needs {package}, which cannot be imported ({error}); "
             f"install it: pip install moda-kernels[{extra}]"
-        ) from error
-    except RuntimeError as error:  # torchvision's way of saying that it was built for another torch
-        raise ImportError(
-            f"data set {data_set!r} needs {package}, which does not fit the torch that is installed ({error}); "
-            "install both from one release and one index"
         ) from error
