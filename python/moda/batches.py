@@ -1,0 +1,132 @@
+"""Training batches whose order and augmentation depend on (seed, epoch) and nothing else.
+
+So a training that stops after any step continues with exactly the batches it would have had, however many processes
+load them: no state of a random generator has to be carried over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, TypeAlias, cast
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler, TensorDataset, default_collate
+
+Samples: TypeAlias = "tuple[int, list[int]]"  # epoch, indices
+Batch: TypeAlias = "tuple[Tensor, Tensor]"  # images, labels
+
+
+class EpochOrder(Sampler[Samples]):
+    """A process's share of every batch of an epoch, in the epoch's own random order.
+
+    Batches are cut from the order common to all processes; process `rank` gets every `world_size`-th sample of each.
+    In training, where processes must step together, a last batch too small to give each a sample is left out.
+
+    Args:
+        size: samples in the data set.
+        batch_size: samples per batch, over all processes together.
+        seed: of the order; None: ascending order, for testing.
+        rank: of this process.
+        world_size: number of processes.
+    """
+
+    def __init__(self, size: int, batch_size: int, seed: int | None, rank: int = 0, world_size: int = 1) -> None:
+        self.size = size
+        self.batch_size = batch_size
+        self.seed = seed
+        self.rank = rank
+        self.world_size = world_size
+        self.epoch = 0
+        self.start = 0  # batches of this epoch that are done already
+
+    def set_epoch(self, epoch: int) -> None:
+        """Begin with this epoch; where it is the one that was resumed, behind the batches done already."""
+        if epoch != self.epoch:
+            self.epoch, self.start = epoch, 0
+
+    def __len__(self) -> int:
+        full, rest = divmod(self.size, self.batch_size)
+        return full + (rest > self.rank if self.seed is None else rest >= self.world_size)
+
+    def __iter__(self) -> Iterator[Samples]:
+        order = epoch_order(self.size, self.seed, self.epoch)
+        for batch in range(self.start, len(self)):
+            indices = order[batch * self.batch_size : (batch + 1) * self.batch_size]
+            yield self.epoch, indices[self.rank :: self.world_size].tolist()
+
+
+def epoch_order(size: int, seed: int | None, epoch: int) -> Tensor:
+    """(size,) int64: the order of the samples in an epoch."""
+    if seed is None:
+        return torch.arange(size)
+    return torch.randperm(size, generator=torch.Generator().manual_seed(_mix(seed, epoch)))
+
+
+def _mix(*numbers: int) -> int:
+    """A 63-bit seed from several numbers: different tuples give unrelated generators."""
+    state = 0x9E3779B97F4A7C15
+    for number in numbers:
+        state = (state ^ number) * 0xBF58476D1CE4E5B9 % 2**64
+        state ^= state >> 31
+    return state >> 1
+
+
+class SampleBatches(Dataset[Batch]):
+    """Whole batches of a data set, fetched by (epoch, indices).
+
+    Samples of a `TensorDataset` are taken in one go. Any other data set may transform its samples at random: each is
+    drawn with the random generator seeded from (seed, epoch, index).
+    """
+
+    def __init__(self, dataset: Dataset[Any], seed: int | None) -> None:
+        self.dataset = dataset
+        self.seed = seed
+
+    def __getitem__(self, samples: Samples) -> Batch:
+        epoch, indices = samples
+        if isinstance(self.dataset, TensorDataset):
+            return cast(Batch, self.dataset[torch.tensor(indices)])
+        if self.seed is None:
+            return cast(Batch, tuple(default_collate([self.dataset[index] for index in indices])))
+        with torch.random.fork_rng(devices=[]):
+            return cast(Batch, tuple(default_collate([self._draw(epoch, index) for index in indices])))
+
+    def _draw(self, epoch: int, index: int) -> Any:
+        torch.manual_seed(_mix(cast(int, self.seed), epoch, index))
+        return self.dataset[index]
+
+
+class BatchLoader(DataLoader[Batch]):
+    """A data loader that knows where in which epoch it is, and can be put there again.
+
+    Its `state_dict` counts the batches handed out: with Lightning, which fetches none ahead of a loader of known
+    length, those that were trained on.
+    """
+
+    def __init__(self, dataset: Dataset[Any], order: EpochOrder, *, num_workers: int = 0, pin_memory: bool = False):
+        super().__init__(
+            SampleBatches(dataset, order.seed),
+            sampler=order,
+            batch_size=None,
+            num_workers=num_workers,
+            persistent_workers=num_workers > 0,
+            pin_memory=pin_memory,
+            generator=torch.Generator(),  # its own: loading data draws nothing from the global generator
+        )
+        self.order = order
+        self.done = 0
+
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+        self.done = self.order.start
+        for batch in super().__iter__():
+            self.done += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        """The epoch and how many of its batches are done."""
+        return {"epoch": self.order.epoch, "done": self.done}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on behind the batches that `state` says are done."""
+        self.order.epoch, self.order.start = state["epoch"], state["done"]

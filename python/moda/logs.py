@@ -1,0 +1,85 @@
+"""CSV files of a run that grow by a row at a time and can be cut back to a checkpoint."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TextIO
+
+from moda.files import FormatError, write_bytes
+
+
+class MetricsFile:
+    """A CSV file with a header; every row has a `step` and is on disk (flushed) when `write` returns."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file: TextIO | None = None
+        self._columns: list[str] = []
+
+    def open(self, columns: Sequence[str], *, keep_until_step: int | None = None) -> None:
+        """Start with an empty table, or with the rows up to a step: later ones were written after the checkpoint."""
+        rows = []
+        if keep_until_step is not None and self.path.exists():
+            rows = [row for row in _rows(self.path) if _step(row) <= keep_until_step]
+        buffer = io.StringIO()
+        writer = csv.DictWriter(buffer, columns, restval="", extrasaction="ignore", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        write_bytes(self.path, buffer.getvalue().encode())
+        self._columns = list(columns)
+        self._file = self.path.open("a", encoding="utf-8", newline="")
+
+    def write(self, row: Mapping[str, float]) -> None:
+        """Append a row; columns it lacks stay empty.
+
+        Raises:
+            RuntimeError: the file is not open.
+            ValueError: the row has a column that the file has not.
+        """
+        if self._file is None:
+            raise RuntimeError(f"{self.path}: not open")
+        writer = csv.DictWriter(self._file, self._columns, restval="", lineterminator="\n")
+        writer.writerow({name: _text(value) for name, value in row.items()})
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file, if it is open."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """The rows of a metrics file as numbers; empty cells are left out.
+
+    Raises:
+        FormatError: it is missing, or a cell is no number.
+    """
+    if not path.exists():
+        raise FormatError(f"{path}: no such file")
+    try:
+        return [{name: float(cell) for name, cell in row.items() if cell} for row in _rows(path)]
+    except (TypeError, ValueError) as error:
+        raise FormatError(f"{path}: not a table of numbers: {error}") from None
+
+
+def _rows(path: Path) -> list[dict[str, str]]:
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def _step(row: Mapping[str, str]) -> float:
+    """The step of a row; infinite for a row that was cut off in the middle."""
+    if None in row.values():
+        return float("inf")
+    try:
+        return int(row["step"])
+    except (KeyError, ValueError):
+        return float("inf")
+
+
+def _text(value: float) -> str:
+    return str(value) if isinstance(value, int) else f"{value:.9g}"
