@@ -1,0 +1,50 @@
+"""Keeps the record of a tap from being overwritten by the model.
+
+A model may change an activation in place after its tap has seen it (`x += y`, `nn.Dropout(inplace=True)`). Such
+a value is cloned first and the clone takes its place from there on. Where the model goes on to use the
+overwritten memory by another name (a view made before), no clone can stand in for it: that is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import fx, nn
+
+from .calls import is_inplace, may_view, overwritten, source_of, subject
+from .tracing import refusal
+
+
+def protect(graph: fx.Graph, modules: nn.Module, is_record: Callable[[fx.Node], bool]) -> None:
+    """Clone before it is overwritten whatever shares memory with the output of a node that `is_record`."""
+    memory: dict[fx.Node, fx.Node] = {}  # node -> the first node whose memory it may share
+    recorded: set[fx.Node] = set()
+    for node in list(graph.nodes):
+        target = overwritten(node) if is_inplace(node, modules) else None
+        if target is not None and memory[target] in recorded:
+            target = _overwrite_a_clone(node, target, memory)
+        shared = target or (subject(node) if may_view(node, modules) else None)
+        memory[node] = memory[shared] if shared is not None else node
+        if is_record(node):
+            recorded.add(memory[node])
+
+
+def _overwrite_a_clone(node: fx.Node, value: fx.Node, memory: dict[fx.Node, fx.Node]) -> fx.Node:
+    others = [other for other in memory if other is not value and memory[other] is memory[value]]
+    for user in (user for other in others for user in other.users if node < user):
+        raise refusal(
+            f"an activation is overwritten in place here, and its memory is used again at {source_of(user)}",
+            source_of(node),
+        )
+    with node.graph.inserting_before(node):
+        clone = node.graph.call_method("clone", (value,))
+    clone.meta = dict(node.meta)
+    memory[clone] = clone
+    for user in [node, *users_after(value, node)]:
+        user.replace_input_with(value, clone)
+    return clone
+
+
+def users_after(value: fx.Node, node: fx.Node) -> list[fx.Node]:
+    """Users of `value` that run after `node`."""
+    return [user for user in value.users if node < user]
