@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import pairwise
+
 from torch import Tensor, nn
 
 from moda.models.options import check_count, check_width, init_convolutions, init_linears, scaled
@@ -45,22 +48,33 @@ class DepthwiseBlock(nn.Module):
 
 
 class MobileNet(nn.Module):
-    """See `mobilenet`."""
+    """MobileNet of any plan; `mobilenet` is one.
 
-    def __init__(self, num_classes: int, in_channels: int, width: float) -> None:
+    Args:
+        stem: neurons of the first convolution.
+        blocks: of each block, neurons of its pointwise convolution and stride of its depthwise one.
+        num_classes: logits.
+        in_channels: channels of the images.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above.
+    """
+
+    def __init__(self, stem: int, blocks: Sequence[tuple[int, int]], num_classes: int, in_channels: int) -> None:
         super().__init__()
-        neurons = scaled(_STEM, width)
-        self.conv1 = nn.Conv2d(in_channels, neurons, 3, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(neurons)
+        check_count("num_classes", num_classes)
+        check_count("in_channels", in_channels)
+        widths = [stem, *(neurons for neurons, _ in blocks)]
+        strides = [stride for _, stride in blocks]
+        self.conv1 = nn.Conv2d(in_channels, stem, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(stem)
         self.relu1 = nn.ReLU()
-        blocks: list[nn.Module] = []
-        for outputs, stride in _BLOCKS:
-            blocks.append(DepthwiseBlock(neurons, scaled(outputs, width), stride))
-            neurons = scaled(outputs, width)
-        self.layers = nn.Sequential(*blocks)
+        self.layers = nn.Sequential(
+            *(DepthwiseBlock(*ends, stride) for ends, stride in zip(pairwise(widths), strides, strict=True))
+        )
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.flatten = nn.Flatten()
-        self.linear = nn.Linear(neurons, num_classes)
+        self.linear = nn.Linear(widths[-1], num_classes)
         init_convolutions(self)
         init_linears(self)
 
@@ -82,6 +96,6 @@ def mobilenet(num_classes: int = 10, in_channels: int = 3, width: float = 1.0) -
     Raises:
         TypeError, ValueError: an argument is not as above.
     """
-    check_count("num_classes", num_classes)
-    check_count("in_channels", in_channels)
-    return MobileNet(num_classes, in_channels, check_width(width))
+    check_width(width)
+    blocks = [(scaled(neurons, width), stride) for neurons, stride in _BLOCKS]
+    return MobileNet(scaled(_STEM, width), blocks, num_classes, in_channels)

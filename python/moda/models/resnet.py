@@ -1,6 +1,8 @@
-"""ResNet18 with the small-image stem (3x3 convolution, no max-pooling), for images of any size."""
+"""ResNet with the small-image stem (3x3 convolution, no max-pooling), for images of any size."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 from torch import Tensor, nn
 
@@ -32,19 +34,31 @@ class BasicBlock(nn.Module):
         return y
 
 
-class ResNet18(nn.Module):
-    """See `resnet18`."""
+class ResNet(nn.Module):
+    """ResNet of basic blocks in four stages; `resnet18` is one.
 
-    def __init__(self, num_classes: int, in_channels: int, width: float) -> None:
+    Args:
+        widths: neurons of the four stages; the stem has those of the first. From the second on, a stage halves the map.
+        depths: blocks in each stage.
+        num_classes: logits.
+        in_channels: channels of the images.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above.
+    """
+
+    def __init__(self, widths: Sequence[int], depths: Sequence[int], num_classes: int, in_channels: int) -> None:
         super().__init__()
-        stem, second, third, fourth = (scaled(neurons, width) for neurons in (64, 128, 256, 512))
-        self.conv1 = nn.Conv2d(in_channels, stem, 3, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(stem)
+        check_count("num_classes", num_classes)
+        check_count("in_channels", in_channels)
+        first, second, third, fourth = widths
+        self.conv1 = nn.Conv2d(in_channels, first, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(first)
         self.relu1 = nn.ReLU()
-        self.layer1 = nn.Sequential(BasicBlock(stem, stem, 1), BasicBlock(stem, stem, 1))
-        self.layer2 = nn.Sequential(BasicBlock(stem, second, 2), BasicBlock(second, second, 1))
-        self.layer3 = nn.Sequential(BasicBlock(second, third, 2), BasicBlock(third, third, 1))
-        self.layer4 = nn.Sequential(BasicBlock(third, fourth, 2), BasicBlock(fourth, fourth, 1))
+        self.layer1 = _stage(first, first, depths[0], stride=1)
+        self.layer2 = _stage(first, second, depths[1], stride=2)
+        self.layer3 = _stage(second, third, depths[2], stride=2)
+        self.layer4 = _stage(third, fourth, depths[3], stride=2)
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.flatten = nn.Flatten()
         self.fc = nn.Linear(fourth, num_classes)
@@ -58,7 +72,12 @@ class ResNet18(nn.Module):
         return logits
 
 
-def resnet18(num_classes: int = 10, in_channels: int = 3, width: float = 1.0) -> ResNet18:
+def _stage(inputs: int, outputs: int, depth: int, stride: int) -> nn.Sequential:
+    rest = [BasicBlock(outputs, outputs, 1) for _ in range(depth - 1)]
+    return nn.Sequential(BasicBlock(inputs, outputs, stride), *rest)
+
+
+def resnet18(num_classes: int = 10, in_channels: int = 3, width: float = 1.0) -> ResNet:
     """ResNet18 with the stem for small images, as published (also for 224 x 224 there).
 
     Args:
@@ -69,6 +88,6 @@ def resnet18(num_classes: int = 10, in_channels: int = 3, width: float = 1.0) ->
     Raises:
         TypeError, ValueError: an argument is not as above.
     """
-    check_count("num_classes", num_classes)
-    check_count("in_channels", in_channels)
-    return ResNet18(num_classes, in_channels, check_width(width))
+    check_width(width)
+    widths = [scaled(neurons, width) for neurons in (64, 128, 256, 512)]
+    return ResNet(widths, (2, 2, 2, 2), num_classes, in_channels)
