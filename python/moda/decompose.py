@@ -5,6 +5,7 @@ Rules as in MODA (arXiv 2411.01074) and its published code, with the code's unde
 
 from __future__ import annotations
 
+import json
 import operator
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -84,7 +85,7 @@ def count_firings(
         num_classes: K.
         threshold: magnitude that a position must exceed to fire; the published code uses 0.
         backend: see `moda_kernels.backends`.
-        progress: show a progress bar on standard error.
+        progress: show a progress bar on standard error, if that is a terminal.
 
     Raises:
         TypeError: `model` is not instrumented, or a batch is not a pair.
@@ -110,12 +111,22 @@ def count_firings(
 def _count_batches(model: InstrumentedModel, loader: Iterable[Any], counter: FiringCounter, progress: bool) -> None:
     device = _device(model)
     console = Console(stderr=True)
-    for batch in track(loader, "Counting firings", console=console, transient=True, disable=not progress):
-        if not isinstance(batch, (tuple, list)) or len(batch) < 2:
-            raise TypeError(f"loader: expected batches of (inputs, labels), got {type(batch).__name__}")
-        inputs, labels = batch[0].to(device), batch[1].to(device)
-        model(inputs)
-        counter.update(model.activations(), labels)
+    hidden = not (progress and console.is_terminal)  # a log file wants no bar
+    for batch in track(loader, "Counting firings", console=console, transient=True, disable=hidden):
+        inputs, labels = _inputs_and_labels(batch)
+        model(inputs.to(device))
+        counter.update(model.activations(), labels.to(device))
+
+
+def _inputs_and_labels(batch: Any) -> tuple[Tensor, Tensor]:
+    if not isinstance(batch, (tuple, list)):
+        raise TypeError(f"loader: expected batches of (inputs, labels), got {type(batch).__name__}")
+    if len(batch) < 2:
+        raise TypeError(f"loader: expected batches of (inputs, labels), got {type(batch).__name__} of {len(batch)}")
+    for name, value in zip(("inputs", "labels"), batch, strict=False):
+        if not isinstance(value, Tensor):
+            raise TypeError(f"loader: expected tensors in each batch, got {name} of type {type(value).__name__}")
+    return batch[0], batch[1]
 
 
 def _device(model: nn.Module) -> torch.device:
@@ -240,6 +251,7 @@ class Decomposition:
         _check_fraction("threshold", self.threshold)
         _check_fraction("min_fraction", self.min_fraction)
         _check_masks(self.masks)
+        _check_metadata(self.metadata)
         object.__setattr__(self, "masks", dict(self.masks))
         object.__setattr__(self, "metadata", dict(self.metadata))
 
@@ -361,10 +373,21 @@ def _check_masks(masks: Mapping[str, Tensor]) -> None:
             raise ValueError(f"masks[{tap!r}]: expected {num_classes} classes as in the first tap, got {mask.shape[0]}")
 
 
+def _check_metadata(metadata: Any) -> None:
+    if not isinstance(metadata, Mapping):
+        raise TypeError(f"metadata: expected an object, got {type(metadata).__name__}")
+    try:
+        json.dumps(dict(metadata), allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"metadata: expected only what JSON can hold: {error}") from None
+
+
 def _described_shapes(description: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
-    num_classes = description["num_classes"]
-    taps = [(tap["name"], (num_classes, tap["neurons"])) for tap in description["taps"]]
-    shapes = dict(taps)
+    """Shape of each tap's mask by the description, in execution order."""
+    num_classes, taps = description["num_classes"], description["taps"]
+    if not isinstance(taps, list) or not all(isinstance(tap, dict) and {"name", "neurons"} <= set(tap) for tap in taps):
+        raise TypeError(f'taps: expected a list of {{"name": ..., "neurons": ...}}, got {taps!r}')
+    shapes = {tap["name"]: (num_classes, tap["neurons"]) for tap in taps}
     if len(shapes) != len(taps):
         raise ValueError("taps: a name occurs twice")
     return shapes
