@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moda_kernels import closed_form
+from moda_kernels import closed_form, distributed
 from moda_kernels.backends import select
 from moda_kernels.pooling import pool
 from moda_kernels.validation import check_batch, check_label_range, check_num_classes
@@ -114,6 +114,37 @@ class FiringCounter:
         for mine, theirs in zip(self._counts, other.counts, strict=True):
             mine += theirs.to(device)
         self._class_sizes += other.class_sizes.to(device)
+
+    def all_reduce(self, group: distributed.Group) -> None:
+        """Replace the counts on every rank by their sums over the ranks of a process group.
+
+        Integer sums have no order: every rank ends with the same counts, whatever the number of ranks that shared the
+        samples. A rank that counted no batch takes part. Calling it twice counts twice.
+
+        Args:
+            group: a process group that this process is in, or "world" for the default one.
+
+        Raises:
+            TypeError, ValueError: `group` is none, or the ranks' counters differ in classes, threshold or layers; then
+                on every rank, and nothing is added.
+        """
+        process_group = distributed.resolve_group(group)
+        mine = (self.num_classes, self.threshold, tuple(count.shape[1] for count in self._counts))
+        everyone = distributed.gather_objects(mine, process_group)
+        widths = max(theirs for _, _, theirs in everyone)
+        if {(*settings, seen or widths) for *settings, seen in everyone} != {(*mine[:2], widths)}:
+            described = [f"num_classes={k}, threshold={t:g}, neurons {list(seen)}" for k, t, seen in everyone]
+            raise ValueError(
+                f"group: expected the same classes, threshold and layers on every rank, got "
+                f"{distributed.describe(described)}"
+            )
+        device = self._class_sizes.device
+        counts = self._counts or [
+            torch.zeros(self.num_classes, width, dtype=torch.int64, device=device) for width in widths
+        ]
+        *self._counts, self._class_sizes, self._invalid = distributed.sum_counts(
+            [*counts, self._class_sizes, self._invalid], process_group
+        )
 
     def state_dict(self) -> dict[str, Tensor]:
         """Counts, sizes and settings as tensors; `load_state_dict` takes it back, safetensors can hold it."""

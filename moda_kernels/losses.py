@@ -9,9 +9,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from moda_kernels import distributed
 from moda_kernels.backends import select
 from moda_kernels.segments import Segments
-from moda_kernels.validation import check_batch
+from moda_kernels.validation import check_batch, check_label_range, check_num_classes
 
 
 class ModularLosses(NamedTuple):
@@ -30,7 +31,14 @@ class ModularWeights(NamedTuple):
     compactness: float
 
 
-def modular_losses(activations: Sequence[Tensor], labels: Tensor, *, backend: str = "auto") -> ModularLosses:
+def modular_losses(
+    activations: Sequence[Tensor],
+    labels: Tensor,
+    *,
+    backend: str = "auto",
+    group: distributed.Group | None = None,
+    num_classes: int | None = None,
+) -> ModularLosses:
     """Affinity, dispersion and compactness of a batch, each the mean over layers.
 
     With pooled activations a_i (mean over positions of |x|; an (N, C) activation as it is) and n_i = a_i /
@@ -47,18 +55,41 @@ def modular_losses(activations: Sequence[Tensor], labels: Tensor, *, backend: st
         activations: one tensor per layer, (N, C) or (N, C, *spatial), floating point, any strides, dtypes may differ.
         labels: (N,) int64 or int32 class of each sample; any integers, only equality matters.
         backend: "auto", or a name of `moda_kernels.backends()`.
+        group: a process group, or "world" for the default one: the batch is then what its ranks hold together, every
+            rank gets the losses of that global batch, and a rank may hold no sample. The gradient each rank gets is
+            that of the global losses times the number of ranks, because DDP and FSDP2 average gradients over ranks
+            (`moda_kernels.distributed` derives it). The backend pools; sums and gradients are plain PyTorch.
+        num_classes: with `group`, says that labels are in [0, num_classes): saves the exchange of labels between
+            ranks, and with it the read on the host. Has no effect on a batch of one process.
 
     Returns:
         Three 0-d tensors, float64 if a layer is float64, else float32; differentiable with respect to the
-        activations (twice with backend "torch" and "reference").
+        activations (twice with backend "torch" and "reference", without a group).
 
     Raises:
         TypeError, ValueError: an argument is not as above; the message names it, what was given and what is expected.
+            With a group, also if its ranks disagree on layers or dtypes.
         BackendUnavailableError: the backend asked for cannot run.
     """
+    if group is not None:
+        return _global_losses(activations, labels, backend, group, num_classes)
     layers = check_batch(activations, labels)
     implementation = select("grouped_losses", backend, layers)
     return ModularLosses(*implementation.grouped_losses(layers, Segments.from_labels(labels)))
+
+
+def _global_losses(
+    activations: Sequence[Tensor], labels: Tensor, backend: str, group: distributed.Group, num_classes: int | None
+) -> ModularLosses:
+    process_group = distributed.resolve_group(group)
+    layers = check_batch(activations, labels, allow_empty=True)
+    if num_classes is not None:
+        check_num_classes(num_classes)
+        # On a GPU, looking would be a synchronisation; there a label out of range is a device-side error.
+        if labels.device.type == "cpu" and not torch.compiler.is_compiling():
+            check_label_range(labels, num_classes)
+    losses = distributed.grouped_losses(layers, labels, backend=backend, group=process_group, num_classes=num_classes)
+    return ModularLosses(*losses)
 
 
 class ModularLoss(nn.Module):
@@ -74,6 +105,8 @@ class ModularLoss(nn.Module):
         dispersion: weight of the dispersion term.
         compactness: weight of the compactness term.
         backend: see `modular_losses`.
+        group: see `modular_losses`; "world" may be given before the process group is made, and can be pickled.
+        num_classes: see `modular_losses`.
 
     Raises:
         ValueError: a weight is negative or not finite.
@@ -89,24 +122,33 @@ class ModularLoss(nn.Module):
         compactness: float = 0.3,
         *,
         backend: str = "auto",
+        group: distributed.Group | None = None,
+        num_classes: int | None = None,
     ) -> None:
         super().__init__()
         self.weights = ModularWeights(affinity, dispersion, compactness)
         for name, weight in self.weights._asdict().items():
             if not (math.isfinite(weight) and weight >= 0):
                 raise ValueError(f"{name}: expected a finite weight of at least 0, got {weight}")
+        if num_classes is not None:
+            check_num_classes(num_classes)
         self.backend = backend
+        self.group = group
+        self.num_classes = num_classes
         self.last: ModularLosses | None = None
 
     def forward(self, activations: Sequence[Tensor], labels: Tensor) -> Tensor:
         """The weighted sum, a 0-d tensor. Arguments and errors as in `modular_losses`."""
-        losses = modular_losses(activations, labels, backend=self.backend)
+        losses = modular_losses(
+            activations, labels, backend=self.backend, group=self.group, num_classes=self.num_classes
+        )
         self.last = ModularLosses(*(term.detach() for term in losses))
         # A term of weight 0 is left out, not multiplied: 0 * inf would poison the sum.
         terms = [weight * term for weight, term in zip(self.weights, losses, strict=True) if weight != 0]
         return torch.stack(terms).sum() if terms else torch.zeros_like(losses.affinity)
 
     def extra_repr(self) -> str:
-        """Weights and backend, for printing."""
+        """Weights, backend and group, for printing."""
         weights = ", ".join(f"{name}={weight:g}" for name, weight in self.weights._asdict().items())
-        return f"{weights}, backend={self.backend!r}"
+        group = "" if self.group is None else f", group={self.group!r}, num_classes={self.num_classes}"
+        return f"{weights}, backend={self.backend!r}{group}"

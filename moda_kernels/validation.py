@@ -11,10 +11,13 @@ from torch import Tensor
 _LABEL_DTYPES = (torch.int64, torch.int32)
 
 
-def check_batch(activations: Sequence[Tensor], labels: Tensor) -> tuple[Tensor, ...]:
-    """The activations as a tuple, if they and the labels are one batch of at least one sample and one layer."""
-    check_labels(labels)
-    layers = check_layers(activations)
+def check_batch(activations: Sequence[Tensor], labels: Tensor, *, allow_empty: bool = False) -> tuple[Tensor, ...]:
+    """The activations as a tuple, if they and the labels are one batch of at least one layer.
+
+    And of at least one sample, unless `allow_empty`: a process may hold none of a batch that others share.
+    """
+    check_labels(labels, allow_empty=allow_empty)
+    layers = check_layers(activations, allow_empty=allow_empty)
     for index, activation in enumerate(layers):
         if activation.shape[0] != labels.shape[0]:
             raise ValueError(
@@ -27,7 +30,7 @@ def check_batch(activations: Sequence[Tensor], labels: Tensor) -> tuple[Tensor, 
     return layers
 
 
-def check_layers(activations: Sequence[Tensor]) -> tuple[Tensor, ...]:
+def check_layers(activations: Sequence[Tensor], *, allow_empty: bool = False) -> tuple[Tensor, ...]:
     """The activations as a tuple of at least one floating-point layer."""
     if isinstance(activations, Tensor) or not isinstance(activations, Sequence):
         raise TypeError(f"activations: expected a sequence of tensors, one per layer, got {type(activations).__name__}")
@@ -35,33 +38,33 @@ def check_layers(activations: Sequence[Tensor]) -> tuple[Tensor, ...]:
     if not layers:
         raise ValueError("activations: expected at least one layer, got none")
     for index, activation in enumerate(layers):
-        check_activation(activation, f"activations[{index}]")
+        check_activation(activation, f"activations[{index}]", allow_empty=allow_empty)
     return layers
 
 
-def check_activation(activation: Any, name: str) -> None:
-    """A floating-point (N, C) or (N, C, *spatial) tensor without an empty axis."""
+def check_activation(activation: Any, name: str, *, allow_empty: bool = False) -> None:
+    """A floating-point (N, C) or (N, C, *spatial) tensor without an empty axis, but for N if `allow_empty`."""
     if not isinstance(activation, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(activation).__name__}")
     if not activation.dtype.is_floating_point:
         raise TypeError(f"{name}: expected a floating-point dtype, got {activation.dtype}")
     if activation.dim() < 2:
         raise ValueError(f"{name}: expected shape (N, C) or (N, C, *spatial), got {tuple(activation.shape)}")
-    if 0 in activation.shape:
+    if 0 in (activation.shape[1:] if allow_empty else activation.shape):
         raise ValueError(
             f"{name}: expected at least one sample, neuron and position, got shape {tuple(activation.shape)}"
         )
 
 
-def check_labels(labels: Any) -> None:
-    """A non-empty (N,) int64 or int32 tensor."""
+def check_labels(labels: Any, *, allow_empty: bool = False) -> None:
+    """An (N,) int64 or int32 tensor, not empty unless `allow_empty`."""
     if not isinstance(labels, Tensor):
         raise TypeError(f"labels: expected a tensor, got {type(labels).__name__}")
     if labels.dtype not in _LABEL_DTYPES:
         raise TypeError(f"labels: expected dtype torch.int64 or torch.int32, got {labels.dtype}")
     if labels.dim() != 1:
         raise ValueError(f"labels: expected shape (N,), got {tuple(labels.shape)}")
-    if labels.shape[0] == 0:
+    if labels.shape[0] == 0 and not allow_empty:
         raise ValueError("labels: expected at least one sample, got none")
 
 
@@ -75,6 +78,8 @@ def check_num_classes(num_classes: Any) -> None:
 
 def check_label_range(labels: Tensor, num_classes: int) -> None:
     """All labels in [0, num_classes). Reads the labels on the host."""
+    if labels.shape[0] == 0:
+        return
     smallest, largest = int(labels.min()), int(labels.max())
     if smallest < 0 or largest >= num_classes:
         wrong = smallest if smallest < 0 else largest
