@@ -8,6 +8,7 @@ kept alive or refused. Numbers and flags that a model keeps as plain attributes 
 from __future__ import annotations
 
 import operator
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -117,7 +118,7 @@ def _refuse_hooks(module: nn.Module, path: str) -> None:
         raise refusal(f"{which} has hooks, which a traced graph does not call", "")
 
 
-_NOT_THE_MODEL = (str(Path(torch.__file__).parent), __file__, "<")
+_NOT_THE_MODEL = (f"{Path(torch.__file__).parent}{os.sep}", __file__, "<")
 
 
 def _is_models(code: CodeType) -> bool:
