@@ -88,3 +88,8 @@ def require(module: str, data_set: str, extra: str) -> Any:
             f"data set {data_set!r} needs {package}, which cannot be imported ({error}); "
             f"install it: pip install moda-kernels[{extra}]"
         ) from error
+    except RuntimeError as error:  # how torchvision says that it was built for another torch
+        raise ImportError(
+            f"data set {data_set!r} needs {package}, which does not fit the torch that is installed ({error}); "
+            "install both from one release and one index"
+        ) from error
