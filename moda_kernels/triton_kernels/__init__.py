@@ -1,16 +1,75 @@
-"""Not built yet: replaced as the kernels land."""
+"""Backend "triton": the modular losses, pooling, relu_pool and class sums as Triton kernels.
+
+One file per kernel; grouped.py strings the kernels of the losses together, ops.py shows them to PyTorch. Importing this
+module imports neither Triton nor a kernel: both come with the first call.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from importlib.util import find_spec
 
 import torch
+from torch import Tensor
 
-OPS: frozenset[str] = frozenset()
-DTYPES: Mapping[str, frozenset[torch.dtype]] = {}
-DEVICES: Mapping[str, frozenset[str]] | None = {}
+from moda_kernels.segments import Segments
+
+_FLOATS = frozenset({torch.float16, torch.bfloat16, torch.float32})
+_OLDEST = (8, 0)  # bfloat16 arithmetic; older GPUs are not compiled for in our tests
+
+OPS = frozenset({"grouped_losses", "pool", "relu_pool", "class_sums"})
+DTYPES: Mapping[str, frozenset[torch.dtype]] = dict.fromkeys(OPS, _FLOATS)
+DEVICES: Mapping[str, frozenset[str]] | None = dict.fromkeys(OPS, frozenset({"cuda"}))
 
 
 def unavailable(device: torch.device | None = None) -> str | None:
-    """Always, for now."""
-    return "not built"
+    """None if the kernels can run (on `device`, or on any), else the reason in one line. Starts no CUDA context."""
+    if find_spec("triton") is None:
+        return "Triton is not installed; it comes with PyTorch's CUDA builds, or `pip install triton`"
+    if device is not None and device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
+        return None  # Triton's interpreter: for tests
+    if device is not None and device.type != "cuda":
+        return f"Triton kernels run on NVIDIA GPUs, not on {device.type}"
+    if not torch.cuda.is_available():
+        return "no CUDA device is visible to PyTorch"
+    return _too_old(device.index) if device is not None and torch.cuda.is_initialized() else None
+
+
+@lru_cache
+def _too_old(index: int | None) -> str | None:
+    capability = torch.cuda.get_device_capability(index)
+    if capability >= _OLDEST:
+        return None
+    return f"needs compute capability {_OLDEST[0]}.{_OLDEST[1]}, the device has {capability[0]}.{capability[1]}"
+
+
+def grouped_losses(activations: Sequence[Tensor], segments: Segments) -> tuple[Tensor, Tensor, Tensor]:
+    """(affinity, dispersion, compactness) over all layers, 0-d float32; differentiable once."""
+    from moda_kernels.triton_kernels import ops
+
+    return ops.grouped_losses(activations, segments)
+
+
+def pool(activations: Sequence[Tensor]) -> list[Tensor]:
+    """The pooled activation of every layer, (N, C) float32; differentiable once."""
+    from moda_kernels.triton_kernels import ops
+
+    return ops.pool(activations)
+
+
+def relu_pool(x: Tensor, inplace: bool) -> tuple[Tensor, Tensor]:
+    """relu(x) and its pooled activation (N, C) float32; differentiable once."""
+    from moda_kernels.triton_kernels import ops
+
+    return ops.relu_pool(x, inplace)
+
+
+def class_sums(
+    pooled: Sequence[Tensor], labels: Tensor, num_classes: int, *, normalize: bool = True
+) -> list[Tensor]:
+    """Per layer the (K, C) float32 sums over each class's samples of the rows, L2-normalised unless told otherwise."""
+    from moda_kernels.triton_kernels import segment_sums as kernels
+
+    return kernels.class_sums(pooled, labels, num_classes, normalize=normalize)

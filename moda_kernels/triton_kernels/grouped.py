@@ -1,0 +1,154 @@
+"""From activations of all layers to the three losses, and back: which kernel runs on what.
+
+    forward     pool (spatial and half-precision layers) - row norms - block sums - combine - pair terms - losses
+    backward    gradient of the pooled rows - gradient of the activations
+
+Seven launches and two, whatever the number of layers: one more pooling launch each for a second and a third dtype, and
+one for long channels_last maps. A float32 (N, C) layer is read where it lies, and its gradient comes straight out of
+the first backward launch. Everything here works on plain tensors; autograd is in ops.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moda_kernels.segments import Segments
+from moda_kernels.triton_kernels import layouts
+from moda_kernels.triton_kernels.segment_sums import launch_class_sums
+from moda_kernels.triton_kernels.layouts import Layout, address_after, arrange, gradient_like
+from moda_kernels.triton_kernels.losses_backward import launch_losses_backward
+from moda_kernels.triton_kernels.pair_terms import launch_pair_terms
+from moda_kernels.triton_kernels.pool_forward import Pooling, launch_pool
+from moda_kernels.triton_kernels.pool_backward import launch_pool_backward
+from moda_kernels.triton_kernels.row_norms import launch_row_norms
+from moda_kernels.triton_kernels.rows import BLOCK_SAMPLES, TILE_NEURONS, Rows
+from moda_kernels.triton_kernels.tables import on_device_of
+
+_ALIGNED = 4  # float32 values in 16 bytes
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What backward needs of a forward pass besides the activations and the segments."""
+
+    pooled: Tensor  # pooled rows of all pooled layers, one after the other
+    inverse: Tensor  # (L, N) inverse norms
+    total: Tensor  # (width,) float64
+    crossing: Tensor  # (blocks, width) float64: class sums of segments that cross a block boundary
+    terms: Tensor  # (2, tiles, N)
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The fields in order."""
+        return self.pooled, self.inverse, self.total, self.crossing, self.terms
+
+
+def needs_pooling(activation: Tensor) -> bool:
+    """Whether a layer's pooled rows are another tensor than the layer: it is spatial or not float32."""
+    return activation.dim() != 2 or activation.dtype != torch.float32
+
+
+def pooled_offsets(activations: Sequence[Tensor]) -> tuple[list[int], int]:
+    """Where each layer's pooled rows begin in one buffer (unused for layers that are their own pool), and its size."""
+    offsets, size = [], 0
+    for activation in activations:
+        offsets.append(size)
+        if needs_pooling(activation):
+            size += -(-activation.shape[0] * activation.shape[1] // _ALIGNED) * _ALIGNED
+    return offsets, size
+
+
+def saved_shapes(samples: int, neurons: Sequence[int], pooled: int) -> tuple[tuple[int, ...], ...]:
+    """Shapes of the fields of `Saved`."""
+    blocks = -(-samples // BLOCK_SAMPLES)
+    tiles = sum(-(-width // TILE_NEURONS) for width in neurons)
+    width = tiles * TILE_NEURONS
+    return (pooled,), (len(neurons), samples), (width,), (blocks, width), (2, tiles, samples)
+
+
+def losses_forward(activations: Sequence[Tensor], segments: Segments) -> tuple[tuple[Tensor, Tensor, Tensor], Saved]:
+    """(affinity, dispersion, compactness), 0-d float32, and what backward needs."""
+    arranged, device = [arrange(activation) for activation in activations], activations[0].device
+    offsets, size = pooled_offsets(activations)
+    pooled = torch.empty(size, dtype=torch.float32, device=device)
+    rows = _rows(arranged, pooled, offsets)
+    with on_device_of(pooled):
+        launch_pool(_poolings(arranged, pooled, offsets, range(len(arranged))))
+        table = rows.table([0] * len(arranged))
+        inverse = torch.empty(len(arranged), rows.samples, dtype=torch.float32, device=device)
+        launch_row_norms(rows, table, inverse)
+        total, crossing = launch_class_sums(rows, table, inverse, segments)
+        losses, terms = launch_pair_terms(rows, table, inverse, segments, (total, crossing))
+    return losses, Saved(pooled, inverse, total, crossing, terms)
+
+
+def losses_backward(
+    activations: Sequence[Tensor],
+    segments: Segments,
+    saved: Saved,
+    upstream: tuple[Tensor, Tensor, Tensor],
+    wanted: Sequence[bool],
+) -> list[Tensor | None]:
+    """Gradient of each wanted layer, in its dtype and layout."""
+    arranged = [arrange(activation) for activation in activations]
+    offsets, size = pooled_offsets(activations)
+    pooling = [i for i, (x, _) in enumerate(arranged) if wanted[i] and needs_pooling(x)]
+    gradients = [gradient_like(x) if want else None for (x, _), want in zip(arranged, wanted, strict=True)]
+    dpooled = torch.empty(size if pooling else 0, dtype=torch.float32, device=saved.pooled.device)
+    targets = [0 if gradient is None else gradient.data_ptr() for gradient in gradients]
+    activation_targets = [targets[i] for i in pooling]
+    for i in pooling:
+        targets[i] = address_after(dpooled, offsets[i])
+    rows = _rows(arranged, saved.pooled, offsets)
+    with on_device_of(saved.pooled):
+        kept = (saved.inverse, saved.total, saved.crossing, saved.terms)
+        launch_losses_backward(rows, rows.table(targets), segments, kept, upstream)
+        launch_pool_backward(_poolings(arranged, dpooled, offsets, pooling), activation_targets)
+    return gradients
+
+
+def _rows(arranged: Sequence[tuple[Tensor, Layout]], pooled: Tensor, offsets: Sequence[int]) -> Rows:
+    addresses = tuple(
+        address_after(pooled, offset) if needs_pooling(activation) else activation.data_ptr()
+        for (activation, _), offset in zip(arranged, offsets, strict=True)
+    )
+    neurons = tuple(layout.neurons for _, layout in arranged)
+    return Rows(arranged[0][0].shape[0], neurons, addresses, pooled.device)
+
+
+def _poolings(
+    arranged: Sequence[tuple[Tensor, Layout]], pooled: Tensor, offsets: Sequence[int], which: Sequence[int]
+) -> list[Pooling]:
+    return [
+        Pooling(activation, layout, address_after(pooled, offsets[i]), activation.dim() == 2)
+        for i, (activation, layout) in ((i, arranged[i]) for i in which)
+        if needs_pooling(activation)
+    ]
+
+
+def pool_forward(activations: Sequence[Tensor]) -> list[Tensor]:
+    """Pooled rows (N, C) float32 of layers that need pooling, a tensor each."""
+    arranged = [arrange(activation) for activation in activations]
+    pooled = [torch.empty(x.shape[:2], dtype=torch.float32, device=x.device) for x in activations]
+    launch_pool(
+        [
+            Pooling(x, layout, rows.data_ptr(), x.dim() == 2)
+            for (x, layout), rows in zip(arranged, pooled, strict=True)
+        ]
+    )
+    return pooled
+
+
+def pool_backward(activations: Sequence[Tensor], dpooled: Sequence[Tensor]) -> list[Tensor]:
+    """Gradients of layers that need pooling, in their dtype and layout."""
+    arranged = [arrange(activation) for activation in activations]
+    gradients = [layouts.gradient_like(x) for x, _ in arranged]
+    rows = [gradient.contiguous() for gradient in dpooled]
+    poolings = [
+        Pooling(x, layout, row.data_ptr(), x.dim() == 2) for (x, layout), row in zip(arranged, rows, strict=True)
+    ]
+    launch_pool_backward(poolings, [gradient.data_ptr() for gradient in gradients])
+    return gradients

@@ -1,0 +1,119 @@
+"""How an activation lies in memory, and the tiles in which the pooling kernels walk it.
+
+Three modes cover every activation whose neurons or positions are contiguous; any other is copied first.
+
+    FLAT      one value per (sample, neuron): (N, C), or one position
+    ROWS      NCHW: a row per (sample, neuron), its positions contiguous
+    COLUMNS   channels_last, and (N, T, C) seen as (N, C, T): positions apart, neurons contiguous
+
+A tile holds 4096 elements, 32 for each of 128 threads: in float32 eight 16-byte loads in flight per thread, which is
+what keeps memory busy when few programs fit on a multiprocessor. ROWS chooses among five shapes of that tile by the
+number of positions, so that a tile of small maps (2 x 2, 4 x 4) is as full as one of large maps; maps beyond 1024
+positions are walked in a loop. COLUMNS takes 32 neurons at a time (128 bytes of float32, a whole cache line) and
+splits long maps over programs, or a layer of 64 neurons would occupy a handful of multiprocessors.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import cast
+
+import torch
+from torch import Tensor
+
+TILE = 4096
+WARPS = 4
+
+FLAT = 0
+ROWS = 1  # 1..5: index into ROW_WIDTHS, plus one
+ROW_WIDTHS = (4, 16, 64, 256, 1024)
+COLUMNS = ROWS + len(ROW_WIDTHS)
+
+COLUMN_NEURONS = 32
+COLUMN_POSITIONS = TILE // COLUMN_NEURONS
+SPAN = 16 * COLUMN_POSITIONS  # positions per program in COLUMNS: 16 tiles hide the cost of the final reduction
+
+VECTOR_BYTES = 16
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One activation as the pooling kernels see it; `rows` is N * C, `run` the elements that are contiguous for sure."""
+
+    mode: int
+    rows: int
+    neurons: int
+    positions: int
+    splits: int
+    programs: int
+    run: int
+
+    def vector(self, itemsize: int, *addresses: int) -> bool:
+        """Whether 16-byte accesses are aligned for these addresses of elements of `itemsize` bytes."""
+        whole = self.run * itemsize % VECTOR_BYTES == 0
+        return whole and all(address % VECTOR_BYTES == 0 for address in addresses)
+
+
+def arrange(activation: Tensor) -> tuple[Tensor, Layout]:
+    """The activation, copied if it lies in none of the three ways, and its layout."""
+    layout = _layout(tuple(activation.shape), activation.stride())
+    if layout is None:
+        activation = activation.contiguous()
+        layout = _layout(tuple(activation.shape), activation.stride())
+    return activation, cast(Layout, layout)  # contiguous memory always has one
+
+
+def is_arranged(activation: Tensor) -> bool:
+    """Whether `arrange` takes the activation as it lies. Traceable."""
+    shape, stride = activation.shape, activation.stride()
+    last = (0, *range(2, len(shape)), 1)
+    return _contiguous(shape, stride) or _contiguous([shape[d] for d in last], [stride[d] for d in last])
+
+
+@lru_cache(maxsize=4096)
+def _layout(shape: tuple[int, ...], stride: tuple[int, ...]) -> Layout | None:
+    rows, neurons, positions = shape[0] * shape[1], shape[1], math.prod(shape[2:])
+    if _contiguous(shape, stride):
+        if positions == 1:
+            return Layout(FLAT, rows, neurons, 1, 1, _ceil(rows, TILE), rows)
+        return _rows(rows, neurons, positions)
+    last = (0, *range(2, len(shape)), 1)
+    if _contiguous([shape[d] for d in last], [stride[d] for d in last]):
+        splits = _ceil(positions, SPAN)
+        programs = shape[0] * splits * _ceil(neurons, COLUMN_NEURONS)
+        return Layout(COLUMNS, rows, neurons, positions, splits, programs, neurons)
+    return None
+
+
+def _rows(rows: int, neurons: int, positions: int) -> Layout:
+    index = next((i for i, width in enumerate(ROW_WIDTHS) if positions <= width), len(ROW_WIDTHS) - 1)
+    programs = _ceil(rows, TILE // ROW_WIDTHS[index])
+    return Layout(ROWS + index, rows, neurons, positions, 1, programs, positions)
+
+
+def _contiguous(shape: Sequence[int], stride: Sequence[int]) -> bool:
+    expected = 1
+    for size, step in zip(reversed(shape), reversed(stride), strict=True):
+        if size != 1:
+            if step != expected:
+                return False
+            expected *= size
+    return True
+
+
+def _ceil(value: int, step: int) -> int:
+    return -(-value // step)
+
+
+def address_after(base: Tensor, elements: int) -> int:
+    """Address of the element `elements` after the start of `base`."""
+    return base.data_ptr() + elements * base.element_size()
+
+
+def gradient_like(activation: Tensor) -> Tensor:
+    """Uninitialised memory for the gradient of an activation: laid out as it is if arranged, else contiguous."""
+    kept = torch.preserve_format if is_arranged(activation) else torch.contiguous_format
+    return torch.empty_like(activation, memory_format=kept)

@@ -1,0 +1,123 @@
+"""Gradient of the three modular losses with respect to the pooled rows of all layers, in one launch.
+
+With upstream gradients u_a, u_d, u_c of affinity, dispersion and compactness, read on the device:
+
+    g_i     = -u_a / (L P_same) (s_k - n_i)  +  u_d / (L P_diff) (s - s_k)
+    dL/da_i = ( g_i - (g_i . n_i) n_i ) / |a_i|  +  u_c / (L N C) sign(a_i)
+
+g_i . n_i comes from the terms that forward kept (pair_terms.py), so nothing is reduced here. A kind of pair that does
+not occur has coefficient 0; an all-zero row gets 0; a row with 0 < |a_i| < 1e-12 gets g_i * 1e12 (its norm is
+floored, so there is no projection).
+
+Shapes: gradient (N, C) per layer; layers with address 0 in the table are left out. Dtypes: float32, s - s_k in float64.
+Determinism: each element written once; no atomics.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from moda_kernels.segments import Segments
+from moda_kernels.triton_kernels.pair_terms import segment_sum
+from moda_kernels.triton_kernels.rows import BLOCK, NEURONS, WARPS, Rows, load_rows, segment_bounds
+from moda_kernels.triton_kernels.tables import find_layer
+
+
+@triton.jit
+def _per_pair(upstream, pairs, layers):
+    """upstream / (L P), 0 without a pair."""
+    count = tl.load(pairs)
+    return tl.where(count > 0, tl.load(upstream) / (1.0 * layers * tl.maximum(count, 1)), 0.0)
+
+
+@triton.jit
+def _terms_of_layer(terms, first_tile, tiles, position, inside, samples):
+    """Sum of a term over a layer's tiles, (BLOCK,)."""
+    total = tl.zeros([BLOCK, BLOCK], tl.float32)
+    for start in range(0, tiles, BLOCK):
+        tile = start + tl.arange(0, BLOCK)
+        pointers = terms + (first_tile + tile)[:, None] * samples + position[None, :]
+        total += tl.load(pointers, mask=(tile < tiles)[:, None] & inside[None, :], other=0.0)
+    return tl.sum(total, 0)
+
+
+@triton.jit
+def _store(target, sample, inside, neurons, neuron, values, VEC: tl.constexpr):
+    pointers = target + sample[:, None] * neurons + neuron[None, :]
+    pointers = tl.max_contiguous(tl.multiple_of(pointers, [1, 4 * VEC]), [1, VEC])
+    mask = tl.max_constancy(inside[:, None] & (neuron < neurons)[None, :], [1, VEC])
+    tl.store(pointers, values, mask=mask)
+
+
+@triton.jit(do_not_specialize=["layers", "samples", "width"])
+def losses_backward_kernel(
+    table, inverse, order, offsets, segment, total, crossing, same, different,
+    same_pairs, diff_pairs, upstream_affinity, upstream_dispersion, upstream_compactness,
+    layers: tl.int64, samples: tl.int64, width: tl.int64,
+):  # fmt: skip
+    block = tl.program_id(0).to(tl.int64)
+    tile = tl.program_id(1).to(tl.int64)
+    layer = find_layer(table, layers, tile)
+    address = tl.load(table + 4 * layers + layer)
+    if address == 0:
+        return
+    target = address.to(tl.pointer_type(tl.float32))
+    rows = tl.load(table + layers + layer).to(tl.pointer_type(tl.float32))
+    neurons = tl.load(table + 2 * layers + layer)
+    aligned = tl.load(table + 3 * layers + layer)
+    first_tile = tl.load(table + layer)
+    neuron = (tile - first_tile) * NEURONS + tl.arange(0, NEURONS)
+    column = tile * NEURONS + tl.arange(0, NEURONS)
+
+    position = block * BLOCK + tl.arange(0, BLOCK)
+    inside = position < samples
+    sample = tl.load(order + position, mask=inside, other=0)
+    of_segment = tl.load(segment + sample, mask=inside, other=-1)
+    first, last, _, _ = segment_bounds(order, offsets, segment, block, samples)
+
+    of_same = -_per_pair(upstream_affinity, same_pairs, layers)
+    of_different = _per_pair(upstream_dispersion, diff_pairs, layers)
+    of_magnitude = tl.load(upstream_compactness) / (1.0 * layers * samples * neurons)
+    tiles = tl.cdiv(neurons, NEURONS)
+    projection = of_same * _terms_of_layer(same, first_tile, tiles, position, inside, samples)
+    projection += of_different * _terms_of_layer(different, first_tile, tiles, position, inside, samples)
+
+    scale = tl.load(inverse + layer * samples + sample, mask=inside, other=0.0)
+    values = load_rows(rows, sample, inside, neurons, neuron, aligned)
+    sign = (values > 0).to(tl.float32) - (values < 0).to(tl.float32)
+    values *= scale[:, None]
+    everything = tl.load(total + column)
+    gradient = tl.zeros([BLOCK, NEURONS], tl.float32)
+    for index in range(first, last + 1):
+        of_class = segment_sum(values, of_segment, index, offsets, crossing, block, width, column)
+        pull = of_same * of_class.to(tl.float32) + of_different * (everything - of_class).to(tl.float32)
+        gradient = tl.where((of_segment == index)[:, None], pull[None, :], gradient)
+    gradient -= of_same * values
+    floored = scale >= 1e12
+    gradient -= tl.where(floored, 0.0, projection)[:, None] * values
+    gradient = gradient * scale[:, None] + of_magnitude * sign
+    if aligned != 0:
+        _store(target, sample, inside, neurons, neuron, gradient, 4)
+    else:
+        _store(target, sample, inside, neurons, neuron, gradient, 1)
+
+
+# Block, tile and warps and their reasons: rows.py.
+
+
+def launch_losses_backward(
+    rows: Rows,
+    table: Tensor,
+    segments: Segments,
+    saved: tuple[Tensor, Tensor, Tensor, Tensor],
+    upstream: tuple[Tensor, Tensor, Tensor],
+) -> None:
+    """Write the gradients to the addresses in `table`; `saved` is (inverse, total, crossing, terms)."""
+    inverse, total, crossing, terms = saved
+    losses_backward_kernel[(rows.blocks, rows.tiles)](
+        table, inverse, segments.order, segments.offsets, segments.segment, total, crossing, terms[0], terms[1],
+        segments.same_pairs, segments.diff_pairs, *upstream, len(rows.neurons), rows.samples, rows.width,
+        num_warps=WARPS,
+    )  # fmt: skip

@@ -1,0 +1,325 @@
+"""The Triton operations as PyTorch sees them: `torch.library` ops (schema, fake, autograd) and the way around them.
+
+Under `torch.compile` and `torch.export` the ops of the namespace `moda_kernels` are traced whole. In eager mode a call
+goes straight to an `autograd.Function` that runs the same code, past the dispatcher's Python layers (their cost:
+docs/kernels.md).
+
+Every operation is differentiable once. A second derivative is an error that names backend="torch".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from moda_kernels.segments import Segments
+from moda_kernels.triton_kernels import grouped
+from moda_kernels.triton_kernels.grouped import Saved
+from moda_kernels.triton_kernels.layouts import arrange, gradient_like
+from moda_kernels.triton_kernels.relu_pool_forward import launch_relu_pool
+from moda_kernels.triton_kernels.relu_pool_backward import launch_relu_pool_backward
+
+# What the kernels read of the segments, in the order in which an op takes them.
+_SEGMENT_FIELDS = ("order", "offsets", "segment", "same_pairs", "diff_pairs")
+
+
+def grouped_losses(activations: Sequence[Tensor], segments: Segments) -> tuple[Tensor, Tensor, Tensor]:
+    """(affinity, dispersion, compactness) over all layers, 0-d float32."""
+    if torch.compiler.is_compiling():
+        outputs = torch.ops.moda_kernels.modular_losses(list(activations), _segment_tensors(segments))
+        return outputs[0], outputs[1], outputs[2]
+    losses: tuple[Tensor, Tensor, Tensor] = _GroupedLosses.apply(segments, *activations)
+    return losses
+
+
+def pool(activations: Sequence[Tensor]) -> list[Tensor]:
+    """The pooled activation of every layer, (N, C) float32; a float32 (N, C) layer is returned as it is."""
+    layers = [activation for activation in activations if grouped.needs_pooling(activation)]
+    if not layers:
+        return list(activations)
+    pooled = iter(torch.ops.moda_kernels.pool(layers) if torch.compiler.is_compiling() else _Pool.apply(*layers))
+    return [next(pooled) if grouped.needs_pooling(activation) else activation for activation in activations]
+
+
+def relu_pool(x: Tensor, inplace: bool) -> tuple[Tensor, Tensor]:
+    """relu(x) and its pooled activation (N, C) float32."""
+    if torch.compiler.is_compiling():
+        y, pooled = torch.ops.moda_kernels.relu_pool(x)
+        return (x.copy_(y) if inplace else y), pooled
+    result: tuple[Tensor, Tensor] = _ReluPool.apply(x, inplace)
+    return result
+
+
+def _segment_tensors(segments: Segments) -> list[Tensor]:
+    return [getattr(segments, field) for field in _SEGMENT_FIELDS]
+
+
+def _segments(tensors: Sequence[Tensor]) -> Segments:
+    named = dict(zip(_SEGMENT_FIELDS, tensors, strict=True))
+    return Segments(sizes=named["segment"], **named)  # the kernels read sizes off the offsets
+
+
+# --- eager: autograd.Function around the launches ---------------------------------------------------------------------
+
+
+class _NoSecondDerivative(Function):
+    """Identity on the first `count` tensors; differentiating through it is the error."""
+
+    @staticmethod
+    def forward(ctx: Any, count: int, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+        return tuple(None if tensor is None else tensor.view_as(tensor) for tensor in tensors[:count])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        raise RuntimeError(
+            'the Triton kernels are differentiable once; use backend="torch" for second derivatives'
+        )
+
+
+def _once(gradients: Sequence[Tensor | None], *depends_on: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The gradients; if a graph of them is being made (create_graph=True), one that ends in the error above."""
+    if not torch.is_grad_enabled():
+        return tuple(gradients)
+    marked: tuple[Tensor | None, ...] = _NoSecondDerivative.apply(len(gradients), *gradients, *depends_on)
+    return marked
+
+
+class _GroupedLosses(Function):
+    @staticmethod
+    def forward(ctx: Any, segments: Segments, *activations: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        losses, saved = grouped.losses_forward(activations, segments)
+        ctx.save_for_backward(*saved.tensors(), *_segment_tensors(segments), *activations)
+        return losses
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        tensors = ctx.saved_tensors
+        activations = tensors[10:]
+        with torch.no_grad():
+            gradients = grouped.losses_backward(
+                activations, _segments(tensors[5:10]), Saved(*tensors[:5]), _scalars(upstream), ctx.needs_input_grad[1:]
+            )
+        return None, *_once(gradients, *activations, *upstream)
+
+
+def _scalars(upstream: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    affinity, dispersion, compactness = (gradient.float() for gradient in upstream)
+    return affinity, dispersion, compactness
+
+
+class _Pool(Function):
+    @staticmethod
+    def forward(ctx: Any, *activations: Tensor) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(*activations)
+        ctx.set_materialize_grads(False)
+        return tuple(grouped.pool_forward(activations))
+
+    @staticmethod
+    def backward(ctx: Any, *dpooled: Tensor | None) -> tuple[Tensor | None, ...]:
+        activations = ctx.saved_tensors
+        wanted = [
+            i for i, gradient in enumerate(dpooled) if gradient is not None and ctx.needs_input_grad[i]
+        ]
+        gradients: list[Tensor | None] = [None] * len(activations)
+        with torch.no_grad():
+            rows = [gradient for i in wanted if (gradient := dpooled[i]) is not None]
+            for i, gradient in zip(wanted, grouped.pool_backward([activations[i] for i in wanted], rows), strict=True):
+                gradients[i] = gradient
+        return _once(gradients, *activations, *dpooled)
+
+
+class _ReluPool(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, inplace: bool) -> tuple[Tensor, Tensor]:
+        arranged, layout = arrange(x)
+        overwrite = inplace or arranged is not x
+        y = arranged if overwrite else gradient_like(arranged)
+        pooled = launch_relu_pool(arranged, y, layout)
+        if inplace:
+            y = x if arranged is x else x.copy_(y)
+            ctx.mark_dirty(x)
+        ctx.save_for_backward(y)
+        ctx.set_materialize_grads(False)
+        return y, pooled
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None, dpooled: Tensor | None) -> tuple[Tensor | None, None]:
+        (y,) = ctx.saved_tensors
+        if dy is None and dpooled is None:
+            return None, None
+        with torch.no_grad():
+            dx = _relu_pool_backward(y, dy, dpooled)
+        return _once([dx], y, dy, dpooled)[0], None
+
+
+def _relu_pool_backward(y: Tensor, dy: Tensor | None, dpooled: Tensor | None) -> Tensor:
+    y, layout = arrange(y)
+    if dy is not None and (dy.stride() != y.stride() or dy.dtype != y.dtype):
+        dy = torch.empty_like(y).copy_(dy)
+    return launch_relu_pool_backward(y, dy, None if dpooled is None else dpooled.contiguous(), layout)
+
+
+# --- torch.library: the same launches behind schemas ------------------------------------------------------------------
+#
+# Ops may not return their inputs, so what a caller of the ops above gets unchanged stays outside of them.
+
+
+@torch.library.custom_op(
+    "moda_kernels::modular_losses",
+    mutates_args=(),
+    schema="(Tensor[] activations, Tensor[] segments) -> Tensor[]",
+)
+def modular_losses_op(activations: Sequence[Tensor], segments: Sequence[Tensor]) -> list[Tensor]:
+    """[affinity, dispersion, compactness, *Saved]; segments are (order, offsets, segment, same_pairs, diff_pairs)."""
+    losses, saved = grouped.losses_forward(activations, _segments(segments))
+    return [*losses, *saved.tensors()]
+
+
+@modular_losses_op.register_fake
+def _(activations: Sequence[Tensor], segments: Sequence[Tensor]) -> list[Tensor]:
+    first = activations[0]
+    _, size = grouped.pooled_offsets(activations)
+    shapes = grouped.saved_shapes(first.shape[0], [layer.shape[1] for layer in activations], size)
+    dtypes = (torch.float32, torch.float32, torch.float64, torch.float64, torch.float32)
+    losses = [first.new_empty((), dtype=torch.float32) for _ in range(3)]
+    return losses + [first.new_empty(shape, dtype=dtype) for shape, dtype in zip(shapes, dtypes, strict=True)]
+
+
+@torch.library.custom_op(
+    "moda_kernels::modular_losses_backward",
+    mutates_args=(),
+    schema="(Tensor[] activations, Tensor[] segments, Tensor[] saved, Tensor[] upstream, bool[] wanted) -> Tensor[]",
+)
+def modular_losses_backward_op(
+    activations: Sequence[Tensor],
+    segments: Sequence[Tensor],
+    saved: Sequence[Tensor],
+    upstream: Sequence[Tensor],
+    wanted: Sequence[bool],
+) -> list[Tensor]:
+    """Gradients of the wanted layers, in order."""
+    gradients = grouped.losses_backward(
+        activations, _segments(segments), Saved(*saved), _scalars(upstream), wanted
+    )
+    return [gradient for gradient in gradients if gradient is not None]
+
+
+@modular_losses_backward_op.register_fake
+def _(
+    activations: Sequence[Tensor],
+    segments: Sequence[Tensor],
+    saved: Sequence[Tensor],
+    upstream: Sequence[Tensor],
+    wanted: Sequence[bool],
+) -> list[Tensor]:
+    return [gradient_like(layer) for layer, want in zip(activations, wanted, strict=True) if want]
+
+
+def _losses_setup(ctx: Any, inputs: tuple[Any, ...], output: Sequence[Tensor]) -> None:
+    activations, segments = inputs
+    ctx.layers = len(activations)
+    ctx.wanted = [layer.requires_grad for layer in activations]
+    ctx.save_for_backward(*output[3:], *segments, *activations)
+
+
+def _losses_autograd(ctx: Any, gradients: Sequence[Tensor | None]) -> tuple[list[Tensor | None], None]:
+    tensors = ctx.saved_tensors
+    upstream = [tensors[0].new_zeros(()) if gradient is None else gradient for gradient in gradients[:3]]
+    results = iter(
+        torch.ops.moda_kernels.modular_losses_backward(
+            list(tensors[10:]), list(tensors[5:10]), list(tensors[:5]), upstream, ctx.wanted
+        )
+    )
+    return [next(results) if want else None for want in ctx.wanted], None
+
+
+modular_losses_op.register_autograd(_losses_autograd, setup_context=_losses_setup)
+
+
+@torch.library.custom_op("moda_kernels::pool", mutates_args=(), schema="(Tensor[] activations) -> Tensor[]")
+def pool_op(activations: Sequence[Tensor]) -> list[Tensor]:
+    """Pooled rows of layers that are not their own pool."""
+    return grouped.pool_forward(activations)
+
+
+@pool_op.register_fake
+def _(activations: Sequence[Tensor]) -> list[Tensor]:
+    return [layer.new_empty(layer.shape[:2], dtype=torch.float32) for layer in activations]
+
+
+@torch.library.custom_op(
+    "moda_kernels::pool_backward", mutates_args=(), schema="(Tensor[] activations, Tensor[] dpooled) -> Tensor[]"
+)
+def pool_backward_op(activations: Sequence[Tensor], dpooled: Sequence[Tensor]) -> list[Tensor]:
+    """Gradients of the layers."""
+    return grouped.pool_backward(activations, dpooled)
+
+
+@pool_backward_op.register_fake
+def _(activations: Sequence[Tensor], dpooled: Sequence[Tensor]) -> list[Tensor]:
+    return [gradient_like(layer) for layer in activations]
+
+
+def _pool_setup(ctx: Any, inputs: tuple[Any, ...], output: Sequence[Tensor]) -> None:
+    ctx.save_for_backward(*inputs[0])
+    ctx.wanted = [layer.requires_grad for layer in inputs[0]]
+
+
+def _pool_autograd(ctx: Any, dpooled: Sequence[Tensor | None]) -> list[Tensor | None]:
+    wanted = [i for i, gradient in enumerate(dpooled) if gradient is not None and ctx.wanted[i]]
+    gradients: list[Tensor | None] = [None] * len(dpooled)
+    if wanted:
+        layers = [ctx.saved_tensors[i] for i in wanted]
+        for i, gradient in zip(
+            wanted, torch.ops.moda_kernels.pool_backward(layers, [dpooled[i] for i in wanted]), strict=True
+        ):
+            gradients[i] = gradient
+    return gradients
+
+
+pool_op.register_autograd(_pool_autograd, setup_context=_pool_setup)
+
+
+@torch.library.custom_op("moda_kernels::relu_pool", mutates_args=(), schema="(Tensor x) -> (Tensor, Tensor)")
+def relu_pool_op(x: Tensor) -> tuple[Tensor, Tensor]:
+    """relu(x) and its pooled activation."""
+    arranged, layout = arrange(x)
+    y = gradient_like(arranged)
+    return y, launch_relu_pool(arranged, y, layout)
+
+
+@relu_pool_op.register_fake
+def _(x: Tensor) -> tuple[Tensor, Tensor]:
+    return gradient_like(x), x.new_empty(x.shape[:2], dtype=torch.float32)
+
+
+@torch.library.custom_op(
+    "moda_kernels::relu_pool_backward", mutates_args=(), schema="(Tensor y, Tensor? dy, Tensor? dpooled) -> Tensor"
+)
+def relu_pool_backward_op(y: Tensor, dy: Tensor | None, dpooled: Tensor | None) -> Tensor:
+    """dx."""
+    return _relu_pool_backward(y, dy, dpooled)
+
+
+@relu_pool_backward_op.register_fake
+def _(y: Tensor, dy: Tensor | None, dpooled: Tensor | None) -> Tensor:
+    return gradient_like(y)
+
+
+def _relu_pool_setup(ctx: Any, inputs: tuple[Tensor], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(output[0])
+    ctx.set_materialize_grads(False)
+
+
+def _relu_pool_autograd(ctx: Any, dy: Tensor | None, dpooled: Tensor | None) -> Tensor | None:
+    if dy is None and dpooled is None:
+        return None
+    dx: Tensor = torch.ops.moda_kernels.relu_pool_backward(ctx.saved_tensors[0], dy, dpooled)
+    return dx
+
+
+relu_pool_op.register_autograd(_relu_pool_autograd, setup_context=_relu_pool_setup)

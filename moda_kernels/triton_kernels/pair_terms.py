@@ -1,0 +1,138 @@
+"""The three modular losses from pooled rows and class sums, in two launches.
+
+With s_k the class sum of sample i's segment and s the total (segment_sums.py), per layer
+
+    same_i = n_i . (s_k - n_i)          diff_i = n_i . (s - s_k)
+
+and, over all layers,
+
+    affinity    = 1 - sum_i same_i / (2 L P_same)       0 without a same-class pair
+    dispersion  =     sum_i diff_i / (2 L P_diff)       0 without a different-class pair
+    compactness =     sum |a| / (L N C)
+
+Written per sample, the sum over pairs of one class has no difference of large numbers: a segment of one sample gives
+exactly 0. The first launch writes same and diff per sample and tile of neurons, which backward needs again, and one
+partial sum per program; the second adds those.
+
+Shapes: same and diff (tiles, N) in the order of segments; losses 0-d. Dtypes: float32; sums of partials in float64.
+Determinism: fixed order everywhere; no atomics.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from moda_kernels.segments import Segments
+from moda_kernels.triton_kernels.rows import BLOCK, NEURONS, WARPS, Rows, load_rows, segment_bounds
+from moda_kernels.triton_kernels.tables import find_layer
+
+
+@triton.jit
+def segment_sum(values, of_segment, index, offsets, crossing, block, width, column):
+    """s_k of segment `index` in `column`, float64: from memory if it crosses a block boundary, else from the block."""
+    start = tl.load(offsets + index)
+    end = tl.load(offsets + index + 1)
+    if (start < block * BLOCK) | (end > block * BLOCK + BLOCK):
+        total = tl.load(crossing + (start // BLOCK) * width + column)
+    else:
+        total = tl.sum(tl.where((of_segment == index)[:, None], values, 0.0), 0).to(tl.float64)
+    return total
+
+
+@triton.jit(do_not_specialize=["layers", "samples", "width"])
+def pair_terms_kernel(
+    table, inverse, order, offsets, segment, total, crossing, same, different, partials,
+    layers: tl.int64, samples: tl.int64, width: tl.int64,
+):  # fmt: skip
+    block = tl.program_id(0).to(tl.int64)
+    tile = tl.program_id(1).to(tl.int64)
+    layer = find_layer(table, layers, tile)
+    rows = tl.load(table + layers + layer).to(tl.pointer_type(tl.float32))
+    neurons = tl.load(table + 2 * layers + layer)
+    aligned = tl.load(table + 3 * layers + layer)
+    neuron = (tile - tl.load(table + layer)) * NEURONS + tl.arange(0, NEURONS)
+    column = tile * NEURONS + tl.arange(0, NEURONS)
+
+    position = block * BLOCK + tl.arange(0, BLOCK)
+    inside = position < samples
+    sample = tl.load(order + position, mask=inside, other=0)
+    of_segment = tl.load(segment + sample, mask=inside, other=-1)
+    first, last, _, _ = segment_bounds(order, offsets, segment, block, samples)
+
+    values = load_rows(rows, sample, inside, neurons, neuron, aligned)
+    magnitude = tl.sum(tl.sum(tl.abs(values), 1), 0) / neurons
+    values *= tl.load(inverse + layer * samples + sample, mask=inside, other=0.0)[:, None]
+
+    everything = tl.load(total + column)
+    own = tl.zeros([BLOCK, NEURONS], tl.float32)
+    others = tl.zeros([BLOCK, NEURONS], tl.float32)
+    for index in range(first, last + 1):
+        of_class = segment_sum(values, of_segment, index, offsets, crossing, block, width, column)
+        member = (of_segment == index)[:, None]
+        own = tl.where(member, of_class.to(tl.float32)[None, :], own)
+        others = tl.where(member, (everything - of_class).to(tl.float32)[None, :], others)
+    same_term = tl.sum(values * (own - values), 1)
+    different_term = tl.sum(values * others, 1)
+
+    tl.store(same + tile * samples + position, same_term, mask=inside)
+    tl.store(different + tile * samples + position, different_term, mask=inside)
+    programs = tl.num_programs(0).to(tl.int64) * tl.num_programs(1)
+    slot = partials + tile * tl.num_programs(0) + block
+    tl.store(slot, tl.sum(same_term, 0))
+    tl.store(slot + programs, tl.sum(different_term, 0))
+    tl.store(slot + 2 * programs, magnitude)
+
+
+@triton.jit
+def _mean_over_pairs(pair_sum, pairs, layers):
+    """Half the sum over samples, per pair and layer; 0 without a pair."""
+    return tl.where(pairs > 0, pair_sum / (2.0 * layers * tl.maximum(pairs, 1)), 0.0)
+
+
+@triton.jit(do_not_specialize=["count", "layers", "samples"])
+def losses_kernel(
+    partials, same_pairs, diff_pairs, affinity, dispersion, compactness,
+    count: tl.int64, layers: tl.int64, samples: tl.int64, WIDTH: tl.constexpr,
+):  # fmt: skip
+    same = tl.zeros([WIDTH], tl.float64)
+    different = tl.zeros([WIDTH], tl.float64)
+    magnitude = tl.zeros([WIDTH], tl.float64)
+    for start in range(0, count, WIDTH):
+        index = start + tl.arange(0, WIDTH)
+        inside = index < count
+        same += tl.load(partials + index, mask=inside, other=0.0)
+        different += tl.load(partials + count + index, mask=inside, other=0.0)
+        magnitude += tl.load(partials + 2 * count + index, mask=inside, other=0.0)
+    pairs = tl.load(same_pairs)
+    similar = _mean_over_pairs(tl.sum(same, 0), pairs, layers)
+    tl.store(affinity, tl.where(pairs > 0, 1.0 - similar, 0.0))
+    tl.store(dispersion, _mean_over_pairs(tl.sum(different, 0), tl.load(diff_pairs), layers))
+    tl.store(compactness, tl.sum(magnitude, 0) / (1.0 * layers * samples))
+
+
+# Block, tile and warps of the first launch and their reasons: rows.py. The second is one program, or its order would
+# need a third; 1024 partials a step, so that a step's latency is paid a few times only (ResNet18 at N = 128: once).
+PARTIALS = 1024
+
+
+def launch_pair_terms(
+    rows: Rows, table: Tensor, inverse: Tensor, segments: Segments, sums: tuple[Tensor, Tensor]
+) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
+    """(affinity, dispersion, compactness), float32 0-d, and the terms (2, tiles, N) that backward reads."""
+    total, crossing = sums
+    layers, programs = len(rows.neurons), rows.blocks * rows.tiles
+    terms = torch.empty(2, rows.tiles, rows.samples, dtype=torch.float32, device=rows.device)
+    partials = torch.empty(3, programs, dtype=torch.float32, device=rows.device)
+    losses = tuple(torch.empty((), dtype=torch.float32, device=rows.device) for _ in range(3))
+    pair_terms_kernel[(rows.blocks, rows.tiles)](
+        table, inverse, segments.order, segments.offsets, segments.segment, total, crossing, terms[0], terms[1],
+        partials, layers, rows.samples, rows.width, num_warps=WARPS,
+    )  # fmt: skip
+    losses_kernel[(1,)](
+        partials, segments.same_pairs, segments.diff_pairs, *losses, programs, layers, rows.samples, PARTIALS,
+        num_warps=WARPS,
+    )  # fmt: skip
+    return losses, terms  # type: ignore[return-value]

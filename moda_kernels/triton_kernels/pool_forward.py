@@ -1,0 +1,221 @@
+"""Pooled activations of all layers in one launch per dtype present.
+
+    pooled[n, c] = mean over positions s of |x[n, c, s]|          spatial layers
+    pooled[n, c] = x[n, c]                                        (N, C) layers (widening half precision)
+
+Shapes: layers (N, C) or (N, C, *spatial), contiguous, channels_last or anything `layouts.arrange` copies.
+Dtypes: float16, bfloat16, float32 in; sums and results in float32.
+Determinism: every sum runs in an order fixed by shapes and layout; no atomics; bitwise equal from run to run.
+
+Each activation is read once. Layers are looked up in a device table (tables.py), so a launch covers layers of any
+shape and layout; a long channels_last map is split over programs, and a second small launch adds the parts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from moda_kernels.triton_kernels import layouts
+from moda_kernels.triton_kernels.layouts import Layout, address_after
+from moda_kernels.triton_kernels.tables import device_table, find_layer, on_device_of
+
+TILE = tl.constexpr(layouts.TILE)
+COLUMN_NEURONS = tl.constexpr(layouts.COLUMN_NEURONS)
+COLUMN_POSITIONS = tl.constexpr(layouts.COLUMN_POSITIONS)
+SPAN = tl.constexpr(layouts.SPAN)
+
+
+@triton.jit
+def _flat(x, out, tile, rows, signed, VEC: tl.constexpr):
+    index = tile * TILE + tl.arange(0, TILE)
+    pointers = tl.max_contiguous(tl.multiple_of(x + index, 16 if VEC > 1 else 1), VEC)
+    inside = tl.max_constancy(index < rows, VEC)
+    value = tl.load(pointers, mask=inside, other=0.0).to(tl.float32)
+    targets = tl.max_contiguous(tl.multiple_of(out + index, 16 if VEC > 1 else 4), VEC)
+    tl.store(targets, tl.where(signed != 0, value, tl.abs(value)), mask=inside)
+
+
+@triton.jit
+def _rows(x, out, tile, rows, positions, ROWS: tl.constexpr, WIDTH: tl.constexpr, VEC: tl.constexpr):
+    row = tile * ROWS + tl.arange(0, ROWS)
+    total = tl.zeros([ROWS, WIDTH], tl.float32)
+    for start in range(0, positions, WIDTH):
+        position = start + tl.arange(0, WIDTH)
+        pointers = x + row[:, None] * positions + position[None, :]
+        pointers = tl.max_contiguous(tl.multiple_of(pointers, [1, 16 if VEC > 1 else 1]), [1, VEC])
+        inside = tl.max_constancy((row < rows)[:, None] & (position < positions)[None, :], [1, VEC])
+        total += tl.abs(tl.load(pointers, mask=inside, other=0.0).to(tl.float32))
+    tl.store(out + row, tl.sum(total, 1) / positions, mask=row < rows)
+
+
+@triton.jit
+def _columns(x, out, tile, rows, neurons, positions, splits, VEC: tl.constexpr):
+    blocks = tl.cdiv(neurons, COLUMN_NEURONS)
+    neuron = (tile % blocks) * COLUMN_NEURONS + tl.arange(0, COLUMN_NEURONS)
+    split = (tile // blocks) % splits
+    sample = tile // (blocks * splits)
+    total = tl.zeros([COLUMN_POSITIONS, COLUMN_NEURONS], tl.float32)
+    for start in range(split * SPAN, tl.minimum(split * SPAN + SPAN, positions), COLUMN_POSITIONS):
+        position = start + tl.arange(0, COLUMN_POSITIONS)
+        pointers = x + (sample * positions + position)[:, None] * neurons + neuron[None, :]
+        pointers = tl.max_contiguous(tl.multiple_of(pointers, [1, 16 if VEC > 1 else 1]), [1, VEC])
+        inside = tl.max_constancy((position < positions)[:, None] & (neuron < neurons)[None, :], [1, VEC])
+        total += tl.abs(tl.load(pointers, mask=inside, other=0.0).to(tl.float32))
+    mean = tl.sum(total, 0) / positions
+    tl.store(out + split * rows + sample * neurons + neuron, mean, mask=neuron < neurons)
+
+
+@triton.jit(do_not_specialize=["layers"])
+def pool_kernel(table, layers: tl.int64, DTYPE: tl.constexpr):
+    program = tl.program_id(0).to(tl.int64)
+    layer = find_layer(table, layers, program)
+    field = table + layer
+    tile = program - tl.load(field)
+    x = tl.load(field + layers).to(tl.pointer_type(DTYPE))
+    out = tl.load(field + 2 * layers).to(tl.pointer_type(tl.float32))
+    rows = tl.load(field + 3 * layers)
+    neurons = tl.load(field + 4 * layers)
+    positions = tl.load(field + 5 * layers)
+    splits = tl.load(field + 6 * layers)
+    signed = tl.load(field + 7 * layers)
+    mode = tl.load(field + 8 * layers)
+    VEC: tl.constexpr = 128 // DTYPE.primitive_bitwidth
+    # The layout's mode, twice, plus one where 16-byte accesses are aligned (layouts.py).
+    if mode == 0:
+        _flat(x, out, tile, rows, signed, 1)
+    elif mode == 1:
+        _flat(x, out, tile, rows, signed, VEC)
+    elif mode == 2:
+        _rows(x, out, tile, rows, positions, TILE // 4, 4, 1)
+    elif mode == 3:
+        _rows(x, out, tile, rows, positions, TILE // 4, 4, VEC)
+    elif mode == 4:
+        _rows(x, out, tile, rows, positions, TILE // 16, 16, 1)
+    elif mode == 5:
+        _rows(x, out, tile, rows, positions, TILE // 16, 16, VEC)
+    elif mode == 6:
+        _rows(x, out, tile, rows, positions, TILE // 64, 64, 1)
+    elif mode == 7:
+        _rows(x, out, tile, rows, positions, TILE // 64, 64, VEC)
+    elif mode == 8:
+        _rows(x, out, tile, rows, positions, TILE // 256, 256, 1)
+    elif mode == 9:
+        _rows(x, out, tile, rows, positions, TILE // 256, 256, VEC)
+    elif mode == 10:
+        _rows(x, out, tile, rows, positions, TILE // 1024, 1024, 1)
+    elif mode == 11:
+        _rows(x, out, tile, rows, positions, TILE // 1024, 1024, VEC)
+    elif mode == 12:
+        _columns(x, out, tile, rows, neurons, positions, splits, 1)
+    else:
+        _columns(x, out, tile, rows, neurons, positions, splits, VEC)
+
+
+@triton.jit(do_not_specialize=["layers"])
+def add_splits_kernel(table, layers: tl.int64, BLOCK: tl.constexpr):
+    """out = sum over splits of the partial means, split after split."""
+    program = tl.program_id(0).to(tl.int64)
+    layer = find_layer(table, layers, program)
+    field = table + layer
+    index = (program - tl.load(field)) * BLOCK + tl.arange(0, BLOCK)
+    partial = tl.load(field + layers).to(tl.pointer_type(tl.float32))
+    out = tl.load(field + 2 * layers).to(tl.pointer_type(tl.float32))
+    rows = tl.load(field + 3 * layers)
+    splits = tl.load(field + 4 * layers)
+    total = tl.zeros([BLOCK], tl.float32)
+    for split in range(0, splits):
+        total += tl.load(partial + split * rows + index, mask=index < rows, other=0.0)
+    tl.store(out + index, total, mask=index < rows)
+
+
+# Tiles and their reasons: layouts.py. Parts are few and small; 512 of them per program spreads them out.
+SPLIT_BLOCK = 512
+
+
+@dataclass(frozen=True)
+class Pooling:
+    """A layer to pool: the activation as arranged, where its pooled rows go, whether it keeps its sign."""
+
+    activation: Tensor
+    layout: Layout
+    pooled: int  # address of (N, C) float32: the pooled rows, or in backward their gradient
+    signed: bool
+
+
+def by_dtype(layers: Iterable[Pooling]) -> Iterator[tuple[tl.dtype, list[Pooling]]]:
+    """Layers that one launch can take together."""
+    groups: dict[torch.dtype, list[Pooling]] = {}
+    for layer in layers:
+        groups.setdefault(layer.activation.dtype, []).append(layer)
+    for dtype, group in groups.items():
+        yield TRITON_DTYPE[dtype], group
+
+
+TRITON_DTYPE = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
+
+
+def launch_pool(layers: Sequence[Pooling]) -> None:
+    """Write the pooled rows of every layer."""
+    if not layers:
+        return
+    with on_device_of(layers[0].activation):
+        for dtype, group in by_dtype(layers):
+            _launch_group(dtype, group)
+
+
+def _launch_group(dtype: tl.dtype, group: Sequence[Pooling]) -> None:
+    device = group[0].activation.device
+    split = [layer for layer in group if layer.layout.splits > 1]
+    offsets = list(_starts(layer.layout.splits * layer.layout.rows for layer in split))
+    parts = torch.empty(offsets[-1], dtype=torch.float32, device=device)
+    target = {id(layer): address_after(parts, offset) for layer, offset in zip(split, offsets, strict=False)}
+    outputs = [target.get(id(layer), layer.pooled) for layer in group]
+    columns, programs = pool_columns(group, outputs)
+    pool_kernel[(programs,)](device_table(columns, device), len(group), dtype, num_warps=layouts.WARPS)
+    if split:
+        starts = list(_starts(-(-layer.layout.rows // SPLIT_BLOCK) for layer in split))
+        sums = [
+            starts[:-1],
+            list(target.values()),
+            [layer.pooled for layer in split],
+            [layer.layout.rows for layer in split],
+            [layer.layout.splits for layer in split],
+        ]
+        add_splits_kernel[(starts[-1],)](device_table(sums, device), len(split), SPLIT_BLOCK, num_warps=layouts.WARPS)
+
+
+def pool_columns(group: Sequence[Pooling], outputs: Sequence[int]) -> tuple[list[list[int]], int]:
+    """The columns of a pooling table, forward or backward, and the number of programs it asks for."""
+    starts = list(_starts(layer.layout.programs for layer in group))
+    addresses = [layer.activation.data_ptr() for layer in group]
+    modes = [
+        2 * layer.layout.mode + layer.layout.vector(layer.activation.element_size(), address, output, layer.pooled)
+        for layer, address, output in zip(group, addresses, outputs, strict=True)
+    ]
+    columns = [
+        starts[:-1],
+        addresses,
+        list(outputs),
+        [layer.layout.rows for layer in group],
+        [layer.layout.neurons for layer in group],
+        [layer.layout.positions for layer in group],
+        [layer.layout.splits for layer in group],
+        [int(layer.signed) for layer in group],
+        modes,
+    ]
+    return columns, starts[-1]
+
+
+def _starts(sizes: Iterable[int]) -> Iterator[int]:
+    """0, then the running sum of `sizes`."""
+    total = 0
+    yield total
+    for size in sizes:
+        total += size
+        yield total

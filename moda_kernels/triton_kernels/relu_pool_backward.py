@@ -1,0 +1,122 @@
+"""Gradient of ReLU with pooling, in one launch.
+
+    dx = (y > 0) * (dy + dpooled / S)          where y is NaN the gradient passes, as in torch.relu
+
+Shapes, layouts and dtypes as in relu_pool_forward.py: dy and dx like y, dpooled (N, C) float32; either gradient may be absent.
+Determinism: elementwise, each element written once.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from moda_kernels.triton_kernels import layouts
+from moda_kernels.triton_kernels.layouts import Layout
+from moda_kernels.triton_kernels.relu_pool_forward import vector_width
+from moda_kernels.triton_kernels.tables import on_device_of
+
+
+@triton.jit
+def _gradient(y, dy, dx, offsets, inside, gradient, HAS_DY: tl.constexpr, ALIGN: tl.constexpr, GROUP: tl.constexpr):
+    """Write (y > 0) * (dy + gradient) at `offsets`; ALIGN bytes and GROUP elements describe the accesses."""
+    pointers = tl.max_contiguous(tl.multiple_of(y + offsets, ALIGN), GROUP)
+    value = tl.load(pointers, mask=inside, other=0.0).to(tl.float32)
+    if HAS_DY:
+        sources = tl.max_contiguous(tl.multiple_of(dy + offsets, ALIGN), GROUP)
+        gradient = gradient + tl.load(sources, mask=inside, other=0.0).to(tl.float32)
+    targets = tl.max_contiguous(tl.multiple_of(dx + offsets, ALIGN), GROUP)
+    tl.store(targets, tl.where(value <= 0, 0.0, gradient).to(dx.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _pooled_gradient(dpooled, index, inside, positions, HAS_DPOOLED: tl.constexpr, SIZE: tl.constexpr):
+    if HAS_DPOOLED:
+        gradient = tl.load(dpooled + index, mask=inside, other=0.0) / positions
+    else:
+        gradient = tl.zeros([SIZE], tl.float32)
+    return gradient
+
+
+@triton.jit(do_not_specialize=["rows", "positions"])
+def relu_pool_rows_backward_kernel(
+    y, dy, dpooled, dx, rows: tl.int64, positions: tl.int64,
+    ROWS: tl.constexpr, WIDTH: tl.constexpr, VEC: tl.constexpr, HAS_DY: tl.constexpr, HAS_DPOOLED: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    gradient = _pooled_gradient(dpooled, row, row < rows, positions, HAS_DPOOLED, ROWS)
+    for start in range(0, positions, WIDTH):
+        position = start + tl.arange(0, WIDTH)
+        offsets = row[:, None] * positions + position[None, :]
+        inside = tl.max_constancy((row < rows)[:, None] & (position < positions)[None, :], [1, VEC])
+        _gradient(
+            y, dy, dx, offsets, inside, tl.broadcast_to(gradient[:, None], [ROWS, WIDTH]),
+            HAS_DY, [1, 16 if VEC > 1 else 1], [1, VEC],
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["rows"])
+def relu_pool_flat_backward_kernel(
+    y, dy, dpooled, dx, rows: tl.int64,
+    TILE: tl.constexpr, VEC: tl.constexpr, HAS_DY: tl.constexpr, HAS_DPOOLED: tl.constexpr,
+):  # fmt: skip
+    index = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+    inside = tl.max_constancy(index < rows, VEC)
+    gradient = tl.zeros([TILE], tl.float32)
+    if HAS_DPOOLED:
+        sources = tl.max_contiguous(tl.multiple_of(dpooled + index, 16 if VEC > 1 else 1), VEC)
+        gradient = tl.load(sources, mask=inside, other=0.0)
+    _gradient(y, dy, dx, index, inside, gradient, HAS_DY, 16 if VEC > 1 else 1, VEC)
+
+
+@triton.jit(do_not_specialize=["neurons", "positions", "splits"])
+def relu_pool_columns_backward_kernel(
+    y, dy, dpooled, dx, neurons: tl.int64, positions: tl.int64, splits: tl.int64,
+    SPAN: tl.constexpr, POSITIONS: tl.constexpr, NEURONS: tl.constexpr, VEC: tl.constexpr,
+    HAS_DY: tl.constexpr, HAS_DPOOLED: tl.constexpr,
+):  # fmt: skip
+    tile = tl.program_id(0).to(tl.int64)
+    blocks = tl.cdiv(neurons, NEURONS)
+    neuron = (tile % blocks) * NEURONS + tl.arange(0, NEURONS)
+    split = (tile // blocks) % splits
+    sample = tile // (blocks * splits)
+    gradient = _pooled_gradient(dpooled, sample * neurons + neuron, neuron < neurons, positions, HAS_DPOOLED, NEURONS)
+    for start in range(split * SPAN, tl.minimum(split * SPAN + SPAN, positions), POSITIONS):
+        position = start + tl.arange(0, POSITIONS)
+        offsets = (sample * positions + position)[:, None] * neurons + neuron[None, :]
+        inside = tl.max_constancy((position < positions)[:, None] & (neuron < neurons)[None, :], [1, VEC])
+        _gradient(
+            y, dy, dx, offsets, inside, tl.broadcast_to(gradient[None, :], [POSITIONS, NEURONS]),
+            HAS_DY, [1, 16 if VEC > 1 else 1], [1, VEC],
+        )  # fmt: skip
+
+
+# Tiles and their reasons: layouts.py; the same programs as forward. An absent gradient is a compile-time variant: a
+# tensor of zeros in its place would cost a pass of its own.
+
+
+def launch_relu_pool_backward(y: Tensor, dy: Tensor | None, dpooled: Tensor | None, layout: Layout) -> Tensor:
+    """dx, which lies as y does; dy, if given, lies as y does too."""
+    dx = layouts.gradient_like(y)
+    vec = vector_width(layout, *(tensor for tensor in (y, dy, dpooled, dx) if tensor is not None))
+    have = (dy is not None, dpooled is not None)
+    tensors = (y, y if dy is None else dy, dx if dpooled is None else dpooled, dx)  # an absent one is never read
+    grid = (layout.programs,)
+    with on_device_of(y):
+        if layout.mode == layouts.FLAT:
+            relu_pool_flat_backward_kernel[grid](
+                *tensors, layout.rows, layouts.TILE, vec, *have, num_warps=layouts.WARPS
+            )
+        elif layout.mode == layouts.COLUMNS:
+            relu_pool_columns_backward_kernel[grid](
+                *tensors, layout.neurons, layout.positions, layout.splits, layouts.SPAN,
+                layouts.COLUMN_POSITIONS, layouts.COLUMN_NEURONS, vec, *have, num_warps=layouts.WARPS,
+            )  # fmt: skip
+        else:
+            width = layouts.ROW_WIDTHS[layout.mode - layouts.ROWS]
+            relu_pool_rows_backward_kernel[grid](
+                *tensors, layout.rows, layout.positions, layouts.TILE // width, width, vec, *have,
+                num_warps=layouts.WARPS,
+            )  # fmt: skip
+    return dx

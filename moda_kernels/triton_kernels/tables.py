@@ -1,0 +1,91 @@
+"""Tables in device memory that let one launch work on every layer, and the lookup a program does in them.
+
+A table is int64, one column of `layers` entries per field, the first field being the first program of each layer
+(ascending). Tensors enter as addresses, so the number of kernel arguments does not depend on the number of layers.
+
+A table goes up in one copy from pinned memory, which does not synchronise, and is kept by its content: the caching
+allocator hands the same addresses out step after step, so a training loop copies nothing after its first steps.
+While a CUDA graph is captured a copy would read host memory at every replay; there the entries travel as arguments of
+small kernels instead, and belong to the graph.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+LOOKUP = tl.constexpr(64)  # layers compared at once; more take another round of the loop
+CAPACITY = 256  # tables kept; each is a few KiB at most
+_kept: OrderedDict[tuple[object, ...], Tensor] = OrderedDict()
+
+
+@triton.jit
+def find_layer(first, layers, program):
+    """Layer whose range of programs, starting at first[layer], holds `program`."""
+    lanes = tl.arange(0, LOOKUP)
+    started = 0
+    for base in range(0, layers, LOOKUP):
+        inside = base + lanes < layers
+        starts = tl.load(first + base + lanes, mask=inside, other=0)
+        started += tl.sum((inside & (starts <= program)).to(tl.int32))
+    return started - 1
+
+
+_ENTRIES = 16  # table entries one launch of _write_kernel takes
+
+
+@triton.jit(do_not_specialize=["count", *(f"e{i}" for i in range(_ENTRIES))])
+def _write_kernel(
+    table,
+    count: tl.int64,
+    e0: tl.int64, e1: tl.int64, e2: tl.int64, e3: tl.int64,
+    e4: tl.int64, e5: tl.int64, e6: tl.int64, e7: tl.int64,
+    e8: tl.int64, e9: tl.int64, e10: tl.int64, e11: tl.int64,
+    e12: tl.int64, e13: tl.int64, e14: tl.int64, e15: tl.int64,
+):
+    """table[:count] = the first `count` of the 16 entries."""
+    entries = (e0, e1, e2, e3, e4, e5, e6, e7, e8, e9, e10, e11, e12, e13, e14, e15)
+    for index in tl.static_range(16):
+        if index < count:
+            tl.store(table + index, entries[index])
+
+
+def device_table(columns: Sequence[Sequence[int]], device: torch.device) -> Tensor:
+    """The columns one after the other as int64 on `device`, without a synchronisation."""
+    entries = tuple(entry for column in columns for entry in column)
+    if device.type != "cuda":
+        return torch.tensor(entries, dtype=torch.int64, device=device)
+    if torch.cuda.is_current_stream_capturing():
+        return _written_by_kernels(entries, device)
+    # Memory freed by one stream may still be read by another: a table serves the stream it was made on.
+    key = (device.index, torch.cuda.current_stream(device).cuda_stream, entries)
+    table = _kept.get(key)
+    if table is None:
+        host = torch.tensor(entries, dtype=torch.int64, pin_memory=True)
+        table = _kept[key] = host.to(device, non_blocking=True)
+        if len(_kept) > CAPACITY:
+            _kept.popitem(last=False)
+    else:
+        _kept.move_to_end(key)
+    return table
+
+
+def _written_by_kernels(entries: Sequence[int], device: torch.device) -> Tensor:
+    table = torch.empty(len(entries), dtype=torch.int64, device=device)
+    for base in range(0, len(entries), _ENTRIES):
+        chunk = entries[base : base + _ENTRIES]
+        _write_kernel[(1,)](table[base:], len(chunk), *chunk, *(0,) * (_ENTRIES - len(chunk)))
+    return table
+
+
+def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
+    """Makes the tensor's device current, as a launch needs it."""
+    if tensor.device.type == "cuda" and tensor.device.index != torch.cuda.current_device():
+        return torch.cuda.device(tensor.device)
+    return nullcontext()
