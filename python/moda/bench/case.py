@@ -1,0 +1,56 @@
+"""A case of the benchmarks and its contenders."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from moda.bench.clock import Budget, Timed
+
+
+def _right() -> str:
+    return ""
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One way to do what the case asks for.
+
+    Attributes:
+        name: unique in the case.
+        phases: what is timed, by phase ("forward", "backward", "both", "step", ...).
+        check: empty when its results are right, else what is wrong with them; runs before anything is timed.
+        memory: bytes of device memory at the peak of one call, where that is asked for.
+        flops: floating-point operations of one call, where that is asked for.
+        skipped: why it cannot run here; then it has no phases.
+    """
+
+    name: str
+    phases: Mapping[str, Timed] = field(default_factory=dict)
+    check: Callable[[], str] = _right
+    memory: Callable[[], int] | None = None
+    flops: int | None = None
+    skipped: str = ""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One question.
+
+    Attributes:
+        suite: the family of cases it belongs to.
+        name: unique in the suite.
+        baseline: name of the contender that the others are compared with.
+        build: makes the inputs and the contenders; what they hold is freed when they are dropped.
+        budget: how often to sample each phase.
+        moved: bytes that an ideal implementation must read and write, by phase; none where that says nothing.
+        parameters: numbers and words that describe the case (shapes, classes, ...), as stored in the results.
+    """
+
+    suite: str
+    name: str
+    baseline: str
+    build: Callable[[], Sequence[Contender]]
+    budget: Budget
+    moved: Mapping[str, int] = field(default_factory=dict)
+    parameters: Mapping[str, int | float | str] = field(default_factory=dict)

@@ -1,0 +1,66 @@
+"""What `moda bench` does: run, write the results, print one table last."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from moda.bench import results, runner
+from moda.bench.plan import SUITES
+from moda.bench.table import notes, table
+
+_TABLE_WIDTH = 190
+
+
+def bench(*, quick: bool, device: str, suites: Sequence[str], folder: Path | None) -> bool:
+    """Run the suites and print their table; False if a contender was wrong.
+
+    Args:
+        quick: few cases and rounds, under two minutes on two cores.
+        device: "auto" (a GPU if there is one), "cpu" or "cuda".
+        suites: of `moda.bench.plan.SUITES`; none means all.
+        folder: where `<device>.json` goes. None: `benchmarks/results` of a checkout or else the current folder for a
+            full run of all suites, nowhere for any other.
+
+    Raises:
+        ValueError: an argument is not as above, or there is no such device.
+    """
+    chosen = _suites(suites)
+    on = _device(device)
+    progress = Console(stderr=True, highlight=False)
+    begin = time.perf_counter()
+
+    def report(line: str) -> None:
+        progress.print(f"[dim]{time.perf_counter() - begin:6.0f} s[/dim]  {line}")
+
+    measured = runner.run(on, quick=quick, suites=chosen, report=report)
+    report("done")
+    for note in notes(measured):
+        progress.print(note)
+    target = folder or (runner.default_folder() if not quick and chosen == SUITES else None)
+    if target is not None:
+        report(f"written to {results.write(measured, target)}")
+    console = Console()
+    shown = console if console.is_terminal else Console(width=_TABLE_WIDTH)
+    shown.print(table(measured))
+    return not any(row.status == results.WRONG for row in measured.rows)
+
+
+def _suites(wanted: Sequence[str]) -> tuple[str, ...]:
+    unknown = [name for name in wanted if name not in SUITES]
+    if unknown:
+        raise ValueError(f"suites: expected some of {', '.join(SUITES)}, got {', '.join(unknown)}")
+    return tuple(name for name in SUITES if not wanted or name in wanted)
+
+
+def _device(name: str) -> torch.device:
+    if name not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"device: expected auto, cpu or cuda, got {name!r}")
+    gpu = torch.cuda.is_available()
+    if name == "cuda" and not gpu:
+        raise ValueError("device: got 'cuda', but PyTorch finds no usable GPU (see moda doctor)")
+    return torch.device("cuda" if gpu and name != "cpu" else "cpu")

@@ -1,0 +1,51 @@
+"""Inputs of the cases: shapes read from the real models, activations like those behind a ReLU, labels."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import moda
+from moda import models
+
+Shapes = tuple[tuple[int, ...], ...]
+
+CIFAR, IMAGENET = 32, 224
+MODELS = ("vgg16", "resnet18", "mobilenet")
+
+
+@functools.cache
+def tap_shapes(model: str, image_size: int, batch: int) -> Shapes:
+    """Shapes of a model's activations in execution order, by tracing it without memory or arithmetic."""
+    with FakeTensorMode(), torch.no_grad():
+        instrumented = moda.instrument(models.create(model, image_size=image_size))
+        with instrumented.recording():
+            instrumented(torch.empty(batch, 3, image_size, image_size))
+        return tuple(tuple(activation.shape) for activation in instrumented.activations())
+
+
+def activations(shapes: Shapes, device: torch.device, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    """One tensor per shape, half of it zero, as behind a ReLU; the same numbers in every run."""
+    generator = torch.Generator(device).manual_seed(0)
+    return [torch.randn(shape, generator=generator, device=device, dtype=dtype).relu_() for shape in shapes]
+
+
+def labels(samples: int, classes: int, device: torch.device) -> Tensor:
+    """(samples,) int64 in [0, classes), every class as often as any other, in random order."""
+    generator = torch.Generator().manual_seed(1)
+    return (torch.arange(samples) % classes)[torch.randperm(samples, generator=generator)].to(device)
+
+
+def images(samples: int, size: int, device: torch.device) -> Tensor:
+    """(samples, 3, size, size) float32."""
+    return torch.randn(samples, 3, size, size, generator=torch.Generator().manual_seed(2)).to(device)
+
+
+def total_bytes(shapes: Sequence[Sequence[int]], dtype: torch.dtype = torch.float32) -> int:
+    """Bytes of one tensor of each shape."""
+    return sum(math.prod(shape) for shape in shapes) * dtype.itemsize

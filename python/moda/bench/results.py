@@ -1,0 +1,107 @@
+"""Results of a run: one JSON file per device."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from moda.bench.clock import Quartiles
+from moda.files import FormatError, read_json, write_json
+from moda_kernels import __version__
+
+FORMAT = "moda-benchmark"
+FORMAT_VERSION = 1
+
+MEASURED, SKIPPED, WRONG = "measured", "skipped", "wrong"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One contender in one phase of one case.
+
+    Attributes:
+        suite, case, parameters, baseline: of the case.
+        contender, phase: what was timed; phase "" for one that was not.
+        status: "measured"; "skipped" or "wrong", with the reason in `note`.
+        seconds: quartiles of the samples.
+        ratio: quartiles of its time over the baseline's, round by round; below 1 is faster. None without a baseline.
+        moved: bytes that an ideal implementation must read and write.
+        memory: peak bytes.
+        flops: floating-point operations for one input.
+    """
+
+    suite: str
+    case: str
+    parameters: Mapping[str, int | float | str]
+    baseline: str
+    contender: str
+    phase: str
+    status: str
+    note: str = ""
+    seconds: Quartiles | None = None
+    ratio: Quartiles | None = None
+    moved: int | None = None
+    memory: int | None = None
+    flops: int | None = None
+
+    @property
+    def bandwidth(self) -> float | None:
+        """Bytes moved per second at the median."""
+        return self.moved / self.seconds.median if self.moved and self.seconds else None
+
+
+@dataclass(frozen=True)
+class Results:
+    """A run: where, how, and its rows."""
+
+    machine: Mapping[str, Any]
+    limits: Mapping[str, Any]
+    quick: bool
+    rows: tuple[Row, ...]
+
+    @property
+    def device(self) -> str:
+        """The device's name."""
+        return str(self.machine["device"])
+
+    @property
+    def copy_bandwidth(self) -> float:
+        """Median bytes per second of a copy, read and written."""
+        return float(self.limits["copy_bytes_per_second"]["median"])
+
+
+def file_name(device: str) -> str:
+    """The device's name as a file name: "AMD EPYC, 2 threads" -> "amd-epyc-2-threads.json"."""
+    return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-") + ".json"
+
+
+def write(results: Results, folder: Path) -> Path:
+    """Write the run as `<folder>/<device>.json`, whole or not at all; the folder is made if need be."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / file_name(results.device)
+    write_json(
+        path, {"format": FORMAT, "format_version": FORMAT_VERSION, "library_version": __version__, **asdict(results)}
+    )
+    return path
+
+
+def read(path: Path) -> Results:
+    """Read what `write` wrote.
+
+    Raises:
+        FormatError: the file is missing, malformed or of another version.
+    """
+    stored = read_json(path, FORMAT, FORMAT_VERSION)
+    try:
+        rows = tuple(_row(row) for row in stored["rows"])
+        return Results(stored["machine"], stored["limits"], stored["quick"], rows)
+    except (KeyError, TypeError) as error:
+        raise FormatError(f"{path}: {type(error).__name__}: {error}") from None
+
+
+def _row(stored: Mapping[str, Any]) -> Row:
+    quartiles = {name: Quartiles(**stored[name]) if stored[name] else None for name in ("seconds", "ratio")}
+    return Row(**{**stored, **quartiles})

@@ -1,0 +1,160 @@
+"""Suite "step": a whole training step, standard and modular, side by side."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import moda
+from moda import models
+from moda.bench import gate, inputs
+from moda.bench.case import Case, Contender
+from moda.bench.clock import Budget, Timed
+from moda.bench.compiled import compile_problem, compiled
+from moda.bench.memory import held_bytes, peak_bytes
+from moda_kernels import BackendUnavailableError, ModularLoss
+from moda_kernels.backends import select
+
+STANDARD = "standard"
+_CHECKED_SAMPLES = 16
+_TOLERANCE = 1e-2
+"""Of parameter gradients: the same convolutions in another order of sums, through batch norm over few samples."""
+
+
+@dataclass(frozen=True)
+class StepInputs:
+    """What a step case is about."""
+
+    model: str
+    batch: int
+    image_size: int
+    device: torch.device
+    classes: int = 10
+    autocast: torch.dtype | None = None
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a contender trains: no loss is standard training."""
+
+    name: str
+    loss: ModularLoss | None = None
+    options: tuple[tuple[str, str], ...] = ()  # of moda.instrument
+    compiled: bool = False
+
+
+def step_case(about: StepInputs, budget: Budget, *, compiling: bool = False) -> Case:
+    """Forward, cross entropy, modular loss, backward and an SGD step with momentum, for each way to do it."""
+    dtype = str(about.autocast).removeprefix("torch.") if about.autocast else "float32"
+    return Case(
+        suite="step",
+        name=f"{about.model} {about.image_size} px batch {about.batch} {dtype}",
+        baseline=STANDARD,
+        build=lambda: _contenders(about, compiling),
+        budget=budget,
+        parameters={"model": about.model, "batch": about.batch, "image_size": about.image_size, "dtype": dtype},
+    )
+
+
+def _recipes(about: StepInputs, compiling: bool) -> list[Recipe]:
+    recipes = [Recipe(STANDARD), Recipe("reference", ModularLoss(backend="reference"))]
+    recipes.append(Recipe("ours", ModularLoss()))
+    recipes += [Recipe(f"grouped, {name}", ModularLoss(backend=name)) for name in ("torch", "triton", "native")]
+    if compiling:
+        recipes.append(Recipe(f"{STANDARD}, compiled", compiled=True))
+        recipes.append(Recipe("ours, compiled", ModularLoss(), compiled=True))
+    return recipes
+
+
+def _contenders(about: StepInputs, compiling: bool) -> list[Contender]:
+    torch.manual_seed(0)
+    model = models.create(about.model, num_classes=about.classes, image_size=about.image_size).to(about.device)
+    torch.compiler.reset()
+    gradients = functools.cache(lambda loss: _gradients(about, model, Recipe("reference", loss)))
+    return [_contender(about, model, recipe, gradients) for recipe in _recipes(about, compiling)]
+
+
+def _contender(
+    about: StepInputs,
+    model: nn.Module,
+    recipe: Recipe,
+    expected: Callable[[ModularLoss | None], list[Tensor]],
+) -> Contender:
+    problem = _problem(about, recipe)
+    if problem:
+        return Contender(recipe.name, skipped=problem)
+    step = Step(about, copy.deepcopy(model), recipe)
+
+    def check() -> str:
+        if recipe.loss is None:
+            return ""  # it is what the others are compared with
+        return gate.first_difference("gradients", _gradients(about, model, recipe), expected(_REFERENCE), _TOLERANCE)
+
+    return Contender(recipe.name, {"step": Timed(lambda _: step())}, check, memory=step.peak_bytes)
+
+
+_REFERENCE = ModularLoss(backend="reference")
+
+
+def _problem(about: StepInputs, recipe: Recipe) -> str:
+    if recipe.compiled and compile_problem(about.device.type):
+        return compile_problem(about.device.type)
+    if recipe.loss is None:
+        return ""
+    try:
+        select("grouped_losses", recipe.loss.backend, [torch.empty(1, 1, device=about.device)])
+    except BackendUnavailableError as error:
+        return str(error)
+    return ""
+
+
+def _gradients(about: StepInputs, model: nn.Module, recipe: Recipe) -> list[Tensor]:
+    """Parameter gradients of the first step of a few samples."""
+    step = Step(about, copy.deepcopy(model), recipe, samples=_CHECKED_SAMPLES)
+    step.loss().backward()
+    return [parameter.grad for parameter in step.model.parameters() if parameter.grad is not None]
+
+
+class Step:
+    """One training step, over and over on the same batch."""
+
+    def __init__(self, about: StepInputs, model: nn.Module, recipe: Recipe, samples: int | None = None) -> None:
+        self.about = about
+        self.modular_loss = recipe.loss
+        batch = samples or about.batch
+        self.images = inputs.images(batch, about.image_size, about.device)
+        self.labels = inputs.labels(batch, about.classes, about.device)
+        instrument: Any = moda.instrument
+        self.model: Any = model.train() if recipe.loss is None else instrument(model.train(), **dict(recipe.options))
+        # Small steps keep the weights near where they began: a diverged model would time arithmetic on NaN.
+        self.optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
+        self.loss = compiled(self._loss) if recipe.compiled else self._loss
+
+    def _loss(self) -> Tensor:
+        with torch.autocast(self.about.device.type, self.about.autocast, enabled=self.about.autocast is not None):
+            logits = self.model(self.images)
+            loss = F.cross_entropy(logits, self.labels)
+        if self.modular_loss is not None:
+            loss = loss + self.modular_loss(self.model.activations(), self.labels)
+        return loss
+
+    def __call__(self) -> None:
+        """The step."""
+        self.optimizer.zero_grad()
+        self.loss().backward()
+        self.optimizer.step()
+
+    def peak_bytes(self) -> int:
+        """Memory at the peak of a step: what training holds between steps, and what a step adds to it."""
+        self()  # the optimizer's state comes with the first step
+        self.optimizer.zero_grad()
+        state = [value for values in self.optimizer.state.values() for value in values.values()]
+        held = [*self.model.parameters(), *self.model.buffers(), *(v for v in state if isinstance(v, Tensor))]
+        return held_bytes([*held, self.images, self.labels]) + peak_bytes(self, self.about.device)
