@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import json
 import operator
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from rich.console import Console
 from rich.progress import track
-from torch import Tensor, nn
+from torch import Tensor
 
 from moda.files import FormatError, read_json, read_tensors, write_json, write_tensors
+from moda.modes import device_of, evaluating
 from moda_kernels import FiringCounter, __version__
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ def count_firings(
     if not all(hasattr(model, name) for name in ("taps", "activations", "recording")):
         raise TypeError(f"model: expected an instrumented model, moda.instrument(model), got {type(model).__name__}")
     counter = FiringCounter(num_classes, threshold=threshold, backend=backend)
-    with _evaluating(model), model.recording(), torch.no_grad():
+    with evaluating(model), model.recording(), torch.no_grad():
         _count_batches(model, loader, counter, progress)
     if not counter.counts:
         raise ValueError("loader: expected at least one batch, got none")
@@ -109,7 +109,7 @@ def count_firings(
 
 
 def _count_batches(model: InstrumentedModel, loader: Iterable[Any], counter: FiringCounter, progress: bool) -> None:
-    device = _device(model)
+    device = device_of(model)
     console = Console(stderr=True)
     hidden = not (progress and console.is_terminal)  # a log file wants no bar
     for batch in track(loader, "Counting firings", console=console, transient=True, disable=hidden):
@@ -127,24 +127,6 @@ def _inputs_and_labels(batch: Any) -> tuple[Tensor, Tensor]:
         if not isinstance(value, Tensor):
             raise TypeError(f"loader: expected tensors in each batch, got {name} of type {type(value).__name__}")
     return batch[0], batch[1]
-
-
-def _device(model: nn.Module) -> torch.device:
-    for tensor in (*model.parameters(), *model.buffers()):
-        return tensor.device
-    return torch.device("cpu")
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode for the whole model; afterwards every submodule is as it was (frozen norms stay frozen)."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def masks_from_rates(rates: Tensor, threshold: float = 0.9, min_fraction: float = 0.005) -> Tensor:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -14,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from moda.channels import Kept
 from moda.decompose import Decomposition, check_classes
+from moda.modes import device_of, evaluating
 from moda.slicing import Plan, Slicer, plan
 from moda.taps import InstrumentedModel
 
@@ -147,7 +147,7 @@ def flops(model: nn.Module, example_input: Tensor) -> int:
         example_input: one batch; the result is for all of its samples.
     """
     counter = FlopCounterMode(display=False)
-    with _evaluating(model), torch.no_grad(), counter:
+    with evaluating(model), torch.no_grad(), counter:
         model(example_input)
     return int(counter.get_total_flops())
 
@@ -171,9 +171,9 @@ def accuracy(model: nn.Module, loader: Iterable[Any], classes: Sequence[int] | N
     if classes is None:
         classes = getattr(model, "classes", None)
     chosen = None if classes is None else _checked(classes, getattr(model, "classes", None))
-    device = next((tensor.device for tensor in (*model.parameters(), *model.buffers())), torch.device("cpu"))
+    device = device_of(model)
     score = torch.zeros(2, dtype=torch.int64, device=device)  # right, all; read once, after the last batch
-    with _evaluating(model), torch.no_grad():
+    with evaluating(model), torch.no_grad():
         for batch in loader:
             inputs, labels = _of_classes(batch[0], batch[1], chosen)
             if len(labels):
@@ -223,15 +223,3 @@ def _columns(classes: list[int], known: Sequence[int] | None, width: int) -> lis
     if max(classes) >= width:
         raise ValueError(f"classes: expected classes in [0, {width}) as the model has {width} logits, got {classes}")
     return classes
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode; afterwards every submodule is as it was."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training

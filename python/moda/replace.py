@@ -12,13 +12,15 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from moda.modes import device_of
 
 
 @dataclass(frozen=True)
@@ -135,7 +137,7 @@ def replace(
     first = next(batches, None)
     if first is None:
         raise ValueError("calibration_loader: expected at least one batch, got none")
-    device = _device(weak)
+    device = device_of(weak)
     classes = _check_outputs(weak, module, positions, first[0].to(device))
     layer = nn.Linear(classes, classes, device=device)
     nn.init.normal_(layer.weight, std=settings.init_std)
@@ -159,7 +161,7 @@ def normalize(weak: nn.Module, module: nn.Module, position: int, bounds_loader: 
         ValueError: `position` is no output of the weak model, the module has not one output, the loader is empty, or
             the module gives the same logit everywhere, so that there is nothing to normalise by.
     """
-    device = _device(weak)
+    device = device_of(weak)
     low, high = math.inf, -math.inf
     module.eval()
     for index, batch in enumerate(bounds_loader):
@@ -210,8 +212,3 @@ def _check_outputs(weak: nn.Module, module: nn.Module, positions: Sequence[int],
     if replaced != len(positions):
         raise ValueError(f"module: expected {len(positions)} outputs, one for each position, got {replaced}")
     return classes
-
-
-def _device(model: nn.Module) -> torch.device:
-    tensors: Iterator[Tensor] = itertools.chain(model.parameters(), model.buffers())
-    return next((tensor.device for tensor in tensors), torch.device("cpu"))
