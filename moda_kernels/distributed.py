@@ -54,7 +54,6 @@ from weakref import WeakKeyDictionary
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from moda_kernels import closed_form
 from moda_kernels.backends import select
@@ -141,7 +140,7 @@ class _GlobalLosses(torch.autograd.Function):
         rows = values * inverse[:, columns]
 
         buffer = values.new_zeros(classes * (len(columns) + 2) + 1)
-        sums, own, sizes, magnitude = _views(buffer, classes)
+        sums, own, sizes, magnitude = _views(buffer, classes, len(columns))
         _add_rows(sums, index, rows)
         own.index_add_(0, index, (squares * inverse.square()).sum(1))
         sizes.index_add_(0, index, values.new_ones(len(index)))
@@ -149,21 +148,26 @@ class _GlobalLosses(torch.autograd.Function):
         dist.all_reduce(buffer, group=group)
 
         samples, same_pairs, diff_pairs = _pair_counts(sizes)
-        total = sums.sum(0)
+        # In float64: where one class is nearly the whole batch, float32 would lose the others in the difference.
+        others = (sums.sum(0, dtype=torch.float64) - sums).to(sums.dtype)
         layers = len(widths)
         same = (sums.square().sum(1) - own).sum() / (2 * layers)
-        different = (sums * (total - sums)).sum() / (2 * layers)
+        different = (sums * others).sum() / (2 * layers)
         affinity = torch.where(same_pairs > 0, 1 - same / same_pairs.clamp_min(1), 0)
         dispersion = torch.where(diff_pairs > 0, different / diff_pairs.clamp_min(1), 0)
 
-        ctx.save_for_backward(values, squares, inverse, index, sums, total, samples, same_pairs, diff_pairs)
+        ctx.save_for_backward(values, squares, inverse, index, sums, others, samples, same_pairs, diff_pairs)
         ctx.widths, ctx.dtypes, ctx.ranks = widths, [rows.dtype for rows in pooled], dist.get_world_size(group)
         return affinity, dispersion, magnitude / samples.clamp_min(1)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, affinity: Tensor, dispersion: Tensor, compactness: Tensor) -> tuple[Tensor | None, ...]:
-        values, squares, inverse, index, sums, total, samples, same_pairs, diff_pairs = ctx.saved_tensors
+        if torch.is_grad_enabled():  # create_graph=True
+            raise RuntimeError(
+                "the losses of a group are differentiable once: a second derivative needs the other ranks' gradients; "
+                'without group, backend="torch" is differentiable twice'
+            )
+        values, squares, inverse, index, sums, others, samples, same_pairs, diff_pairs = ctx.saved_tensors
         columns, column_weight = _columns(tuple(ctx.widths), values)
         # W dF/dx, not dF/dx: the gradients are going to be averaged over the W ranks (module's docstring).
         scale = ctx.ranks / len(ctx.widths)
@@ -173,7 +177,7 @@ class _GlobalLosses(torch.autograd.Function):
 
         expanded = inverse[:, columns]
         rows = values * expanded
-        gradient = sums[index] * (of_same - of_diff) + (total * of_diff - rows * of_same)
+        gradient = (sums[index] - rows) * of_same + others[index] * of_diff
         # A row shorter than EPS is scaled by the constant 1 / EPS: no projection, as in closed_form.normalized_rows.
         along = torch.where(squares >= EPS * EPS, _sum_layers(gradient * rows, ctx.widths), 0)
         gradient = (gradient - along[:, columns] * rows) * expanded + values.sign() * (column_weight * of_magnitude)
@@ -181,10 +185,10 @@ class _GlobalLosses(torch.autograd.Function):
         return (None, None, None, *(part.to(dtype) for part, dtype in zip(parts, ctx.dtypes, strict=True)))
 
 
-def _views(buffer: Tensor, classes: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _views(buffer: Tensor, classes: int, width: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(sums (K, D), own (K,), sizes (K,), magnitude ()) inside the buffer that travels."""
-    sums, own, sizes, magnitude = torch.split(buffer, [len(buffer) - 2 * classes - 1, classes, classes, 1])
-    return sums.view(classes, -1), own, sizes, magnitude[0]
+    sums, own, sizes, magnitude = torch.split(buffer, [classes * width, classes, classes, 1])
+    return sums.view(classes, width), own, sizes, magnitude[0]
 
 
 def _add_rows(sums: Tensor, index: Tensor, rows: Tensor) -> None:
