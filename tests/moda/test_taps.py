@@ -610,6 +610,22 @@ def test_an_inplace_relu_whose_result_is_not_used_by_name() -> None:
     assert len(taps[0].users) == 1  # a mask on the tap reaches what follows
 
 
+@pytest.mark.parametrize("activation", [F.hardswish, F.relu])
+def test_a_record_is_not_overwritten_through_a_view_made_before(activation: Callable[..., Tensor]) -> None:
+    def through_view(x: Tensor) -> Tensor:
+        view = x.view(x.shape)
+        activation(x, inplace=True)
+        view *= 3
+        return view * 2
+
+    model = Lambda(through_view)
+    tapped = instrument(model)
+    x = images()
+    with torch.no_grad(), tapped.recording():
+        assert torch.equal(tapped(x), model(x))
+        assert torch.equal(tapped.activations()[0], activation(model.conv(x)))
+
+
 def test_residual_sums_stay_in_place() -> None:
     graph = instrument(models.resnet18()).graph
     assert [node for node in graph.nodes if node.target == "clone"] == []
@@ -988,6 +1004,10 @@ def test_hooks_notice_an_overwritten_activation() -> None:
     watched(torch.randn(2, 3))
     with pytest.raises(RuntimeError, match="activation '1' was overwritten in place after it was recorded"):
         watched.activations()
+    x = torch.randn(2, 3)
+    with torch.inference_mode(), watched.recording():  # nothing tells there: it is copied
+        watched(x)
+        assert torch.equal(watched.activations()[0], F.hardswish(model[0](x)))
 
 
 def test_a_tap_says_what_it_is() -> None:
