@@ -2,12 +2,14 @@
 
 from moda_kernels._version import __version__
 from moda_kernels.backends import BackendUnavailableError, Status, backends
-from moda_kernels.firing import FiringCounter, class_similarity
+from moda_kernels.firing import FiringCounter
 from moda_kernels.losses import ModularLoss, ModularLosses, modular_losses
 from moda_kernels.pooling import pool, relu_pool
+from moda_kernels.similarity import ClassSimilarity, class_similarity
 
 __all__ = [
     "BackendUnavailableError",
+    "ClassSimilarity",
     "FiringCounter",
     "ModularLoss",
     "ModularLosses",

@@ -1,4 +1,4 @@
-"""Firing counts per class and neuron, and similarity between classes: the statistics behind a decomposition."""
+"""Firing counts per class and neuron: the statistic behind a decomposition."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moda_kernels import closed_form, distributed
+from moda_kernels import distributed
 from moda_kernels.backends import select
-from moda_kernels.pooling import pool
 from moda_kernels.validation import check_batch, check_label_range, check_num_classes
 
 
@@ -205,44 +204,3 @@ def _check_count_tensor(name: str, tensor: Any, num_classes: int) -> None:
     if tensor.dtype != torch.int64 or tensor.dim() != dims or tensor.shape[0] != num_classes:
         shape = f"({num_classes},)" if dims == 1 else f"({num_classes}, C)"
         raise ValueError(f"state[{name!r}]: expected int64 of shape {shape}, got {tensor.dtype} {tuple(tensor.shape)}")
-
-
-def class_similarity(
-    activations: Sequence[Tensor], labels: Tensor, num_classes: int, *, backend: str = "auto"
-) -> list[Tensor]:
-    """Mean cosine similarity between the samples of every two classes, per layer.
-
-    Entry (a, b) is the mean of n_i . n_j over samples i of class a and j of class b; on the diagonal over pairs i <
-    j, so that no sample is compared with itself. From class sums s and sizes m:
-    s_a . s_b / (m_a m_b), and (|s_a|^2 - q_a) / (m_a (m_a - 1)). An entry without a pair is 0.
-
-    Args:
-        activations: one tensor per layer, (N, C) or (N, C, *spatial), floating point.
-        labels: (N,) int64 or int32, in [0, num_classes); read on the host to check this.
-        num_classes: K, at least 1.
-        backend: see `moda_kernels.backends`.
-
-    Returns:
-        One (K, K) symmetric tensor per layer, float64 for float64 layers and float32 otherwise.
-
-    Raises:
-        TypeError, ValueError: an argument is not as above.
-    """
-    check_num_classes(num_classes)
-    layers = check_batch(activations, labels)
-    check_label_range(labels, num_classes)
-    with torch.no_grad():
-        pooled = pool(layers, backend=backend)
-        implementation = select("class_sums", "auto", pooled)
-        sums = implementation.class_sums(pooled, labels, num_classes)
-        return [_similarity(rows, s, labels.long()) for rows, s in zip(pooled, sums, strict=True)]
-
-
-def _similarity(pooled: Tensor, sums: Tensor, labels: Tensor) -> Tensor:
-    classes = sums.shape[0]
-    sizes = sums.new_zeros(classes).index_add(0, labels, sums.new_ones(len(labels)))
-    norms = closed_form.normalized_rows(pooled).square().sum(1)
-    own = sums.new_zeros(classes).index_add(0, labels, norms)
-    products = sums @ sums.T - torch.diag(own)
-    pairs = torch.outer(sizes, sizes) - torch.diag(sizes)
-    return products / pairs.clamp_min(1)

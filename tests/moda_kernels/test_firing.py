@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moda_kernels import FiringCounter, class_similarity
+from moda_kernels import FiringCounter
 from moda_kernels.reference import published_masks, published_rates
 
 BACKENDS = ["torch", "reference", "auto"]
@@ -159,8 +159,6 @@ def test_invalid_labels_found_by_a_backend_are_reported_at_the_read(backend, mon
          "state['class_sizes']: expected int64 of shape (3,), got torch.float32 (3,)"),
         (lambda: filled().load_state_dict(FiringCounter(3, threshold=2).state_dict()), ValueError,
          "state['threshold']: expected 0.0 as here, got 2.0"),
-        (lambda: class_similarity([torch.ones(2, 3)], torch.tensor([0, 2]), 2), ValueError,
-         "labels: expected classes in [0, 2), got 2"),
     ],
 )  # fmt: skip
 def test_bad_input_is_named(make, error, message):
@@ -172,23 +170,3 @@ def filled():
     counter = FiringCounter(3)
     counter.update(*random_batch())
     return counter
-
-
-def test_class_similarity_by_hand():
-    activations, labels = random_batch(samples=9)
-    labels[labels == 1] = 0  # class 1 is empty
-    labels[-1], labels[labels == 2] = 2, 0
-    labels[-1] = 2  # class 2 has a single sample: no pair with itself
-    for act, similarity in zip(activations, class_similarity(activations, labels, 3), strict=True):
-        rows = torch.nn.functional.normalize(act.abs().flatten(2).mean(2) if act.dim() > 2 else act)
-        cosine = rows @ rows.T
-        for a in range(3):
-            for b in range(3):
-                pairs = [
-                    cosine[i, j].item()
-                    for i in range(9)
-                    for j in range(9)
-                    if labels[i] == a and labels[j] == b and (i < j if a == b else True)
-                ]
-                expected = sum(pairs) / len(pairs) if pairs else 0.0
-                assert similarity[a, b].item() == pytest.approx(expected, abs=1e-6)
