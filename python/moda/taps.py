@@ -33,8 +33,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Literal, cast, overload
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+
+from moda_kernels import relu_pool
 
 from .calls import activation_name, called, calling_module, is_inplace, is_plain_relu, module_of, source_of, subject
 from .hooks import HookedModel, hooked
@@ -44,6 +47,11 @@ from .overwrites import protect, users_after
 from .recorder import Recorder, neurons_second
 from .tracing import TracingError, refusal, trace
 
+Route = Literal["grouped", "fused", "auto"]
+# Activations of at least this many bytes are pooled by their tap under route="auto". A guess, to be measured per
+# device: from here on a pass over memory should cost more than a launch.
+FUSED_FROM_BYTES = 16 * 2**20
+
 __all__ = ["HookedModel", "InstrumentedModel", "Recorder", "Tap", "TracingError", "instrument"]
 
 
@@ -52,6 +60,7 @@ class Tap(nn.Module):
 
     A tap with `relu=True` stands in the place of a ReLU call and applies it; any other activation stays in the
     graph and its tap follows it. `neuron_dim` is 1, or -1 where neurons are the last dim (`(N, T, C)`).
+    `route` is explained at `instrument`.
     """
 
     _is_impure = True  # fx: a tap whose output nobody uses is no dead code
@@ -65,6 +74,7 @@ class Tap(nn.Module):
         neuron_dim: int = 1,
         relu: bool = False,
         inplace: bool = False,
+        route: Route = "grouped",
     ) -> None:
         super().__init__()
         self.name = name
@@ -73,6 +83,7 @@ class Tap(nn.Module):
         self.neuron_dim = neuron_dim
         self.relu = relu
         self.inplace = inplace
+        self.route = route
 
     def forward(self, x: Tensor) -> Tensor:
         """`x` or relu(`x`), unchanged in shape."""
@@ -81,9 +92,24 @@ class Tap(nn.Module):
         return y
 
     def observe(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The tap's output, and what is recorded of it: `(N, C)` or `(N, C, *positions)`."""
+        """The tap's output, and what is recorded of it: the activation, or its pooled rows `(N, C)`."""
+        if self._fuses(x):
+            return relu_pool(x, inplace=self.inplace)
         y = F.relu(x, inplace=self.inplace) if self.relu else x
         return y, neurons_second(y, self.neuron_dim)
+
+    def _fuses(self, x: Tensor) -> bool:
+        """Whether ReLU and pooling are one pass here; the same for a forward and for its recomputation."""
+        if self.route == "grouped" or not self.relu or self.neuron_dim != 1 or x.dim() <= 2:
+            return False
+        if self.recorder.forced or not torch.is_grad_enabled():
+            return False
+        return self.route == "fused" or self._is_large(x)
+
+    @staticmethod
+    def _is_large(x: Tensor) -> bool:
+        # A compiler fuses the pass over memory by itself.
+        return not torch.compiler.is_compiling() and x.numel() * x.element_size() >= FUSED_FROM_BYTES
 
     @property
     def may_return_input(self) -> bool:
@@ -91,8 +117,9 @@ class Tap(nn.Module):
         return not self.relu or self.inplace
 
     def extra_repr(self) -> str:
-        """Name and what differs from the default."""
-        return f"{self.name!r}, neuron_dim={self.neuron_dim}, relu={self.relu}, inplace={self.inplace}"
+        """Name and settings."""
+        settings = f"neuron_dim={self.neuron_dim}, relu={self.relu}, inplace={self.inplace}, route={self.route!r}"
+        return f"{self.name!r}, {settings}"
 
 
 class InstrumentedModel(fx.GraphModule):
@@ -134,8 +161,8 @@ class InstrumentedModel(fx.GraphModule):
     def activations(self) -> list[Tensor]:
         """Activations of the last forward pass, one per tap in execution order; hands them over and forgets them.
 
-        Each is `(N, C)` or `(N, C, *positions)`, attached to the autograd graph. Recorded with gradients enabled,
-        or inside `recording()`; RuntimeError when there are none.
+        Each is `(N, C)` or `(N, C, *positions)`, or pooled rows `(N, C)` where a tap fuses, attached to the autograd
+        graph. Recorded with gradients enabled, or inside `recording()`; RuntimeError when there are none.
         """
         return self._recorder.take()
 
@@ -147,10 +174,12 @@ class InstrumentedModel(fx.GraphModule):
 
 
 @overload
-def instrument(model: nn.Module, *, method: Literal["fx"] = "fx") -> InstrumentedModel: ...
+def instrument(model: nn.Module, *, method: Literal["fx"] = "fx", route: Route = "grouped") -> InstrumentedModel: ...
 @overload
-def instrument(model: nn.Module, *, method: Literal["hooks"]) -> HookedModel: ...
-def instrument(model: nn.Module, *, method: Literal["fx", "hooks"] = "fx") -> InstrumentedModel | HookedModel:
+def instrument(model: nn.Module, *, method: Literal["hooks"], route: Literal["grouped"] = "grouped") -> HookedModel: ...
+def instrument(
+    model: nn.Module, *, method: Literal["fx", "hooks"] = "fx", route: Route = "grouped"
+) -> InstrumentedModel | HookedModel:
     """`model` with a tap behind every activation call; parameters, buffers and state_dict keys are shared with it.
 
     `method="fx"` traces the model into an `InstrumentedModel`. ReLU calls are replaced by their tap, other
@@ -163,24 +192,33 @@ def instrument(model: nn.Module, *, method: Literal["fx", "hooks"] = "fx") -> In
     `method="hooks"` gives a `HookedModel`, for models that cannot be traced: it sees activation *modules* only,
     and `mask` and `compose` do not accept it.
 
+    `route` says what the taps of spatial ReLUs record for the loss; the loss is the same.
+    `"grouped"`: the activation; the loss pools all of them together. `"fused"`: its pooled rows `(N, C)`, taken by
+    `moda_kernels.relu_pool` while the ReLU has the values at hand, so that the loss makes no pass over memory of
+    its own. `"auto"`: fused from `FUSED_FROM_BYTES` bytes of activation on, tap by tap and call by call. Other
+    taps, and all inside `recording()`, record the activation whatever the route: pooled rows cannot tell which
+    neurons passed a threshold.
+
     Raises:
         TypeError: `model` is no `nn.Module`, or a wrapper (DataParallel, DistributedDataParallel, torch.compile):
             instrument the model inside, then wrap.
-        ValueError: `model` is instrumented already, or calls no activation function.
+        ValueError: `model` is instrumented already, or calls no activation function; `route` is unknown, or not
+            `"grouped"` with hooks, which replace no ReLU.
         TracingError: the model cannot be traced faithfully: control flow that depends on data, different
             behaviour in train and eval mode, random tensors, gradient checkpointing or hooks inside the model, an
             in-place change of an activation that other parts of the model see.
     """
     _check_model(model)
+    _check_choices(method, route)
     if method == "hooks":
         return hooked(model)
-    if method != "fx":
-        raise ValueError(f"method: expected 'fx' or 'hooks', got {method!r}")
     graph, constants = trace(model)
     root = _shell(model, constants)
     taps = nn.ModuleList()
     root.add_module("_taps", taps)
     _insert_taps(graph, root, taps)
+    for tap in taps:
+        cast(Tap, tap).route = route
     if not len(taps):
         raise ValueError(NO_ACTIVATION)
     protect(graph, root, lambda node: isinstance(module_of(node, root), Tap))
@@ -197,6 +235,15 @@ def _check_model(model: nn.Module) -> None:
         raise TypeError(
             f"model: is wrapped in {type(model).__name__}; instrument the model inside it, then wrap the result"
         )
+
+
+def _check_choices(method: str, route: str) -> None:
+    if method not in ("fx", "hooks"):
+        raise ValueError(f"method: expected 'fx' or 'hooks', got {method!r}")
+    if route not in ("grouped", "fused", "auto"):
+        raise ValueError(f"route: expected 'grouped', 'fused' or 'auto', got {route!r}")
+    if method == "hooks" and route != "grouped":
+        raise ValueError(f"route: expected 'grouped' with method='hooks' (hooks replace no ReLU), got {route!r}")
 
 
 def _warn_of_whole_modules(graph: fx.Graph, modules: nn.Module) -> None:

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from torchvision import models
 from torchvision.ops import StochasticDepth
 
+from moda import taps
 from moda.taps import HookedModel, InstrumentedModel, Tap, TracingError, instrument
 from moda_kernels import modular_losses
 
@@ -808,6 +809,10 @@ def test_wrong_arguments() -> None:
         instrument("resnet18")
     with pytest.raises(ValueError, match="method: expected 'fx' or 'hooks', got 'magic'"):
         instrument(small_cnn(), method="magic")
+    with pytest.raises(ValueError, match="route: expected 'grouped', 'fused' or 'auto', got 'scenic'"):
+        instrument(small_cnn(), route="scenic")
+    with pytest.raises(ValueError, match=r"route: expected 'grouped' with method='hooks' .*, got 'fused'"):
+        instrument(small_cnn(), method="hooks", route="fused")
     with pytest.raises(ValueError, match="model: is instrumented already"):
         instrument(instrument(small_cnn()))
     with pytest.raises(ValueError, match="model: is instrumented already"):
@@ -870,9 +875,8 @@ def closed_form_loss(model: nn.Module, of: InstrumentedModel, x: Tensor, labels:
     return loss + terms.affinity + terms.dispersion + 0.3 * terms.compactness
 
 
-@pytest.mark.parametrize("make", [lambda: small_cnn().eval(), lambda: Tokens().eval()])
-def test_one_compiled_step(make: Callable[[], nn.Module]) -> None:
-    tapped = instrument(make())
+def test_one_compiled_step() -> None:
+    tapped = instrument(small_cnn().eval())
     eager = copy.deepcopy(tapped)
     x, labels = images(6, 8), torch.tensor([0, 1, 2, 0, 1, 2])
     compiled = torch.compile(closed_form_loss, backend="aot_eager", fullgraph=True)
@@ -906,6 +910,118 @@ def test_a_compiled_model_records_in_the_model_it_was_made_of() -> None:
         with tapped.recording():
             compiled(x)
         assert len(tapped.activations()) == 3
+
+
+# ---- what the taps record for the loss -------------------------------------------------------------------------
+
+
+class Mixed(nn.Module):
+    """Spatial ReLUs in place and not, a Hardswish, a ReLU on tokens and one on rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 6, 3)
+        self.again = nn.Conv2d(6, 6, 3, padding=1)
+        self.tokens = nn.Linear(36, 10)
+        self.rows = nn.Linear(60, 7)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.conv(x))
+        x = x + F.relu(self.again(x), inplace=True)
+        x = F.relu(self.tokens(F.hardswish(x).flatten(2)))
+        return F.relu(self.rows(x.flatten(1)))
+
+
+FUSED_SHAPES = [(6, 6), (6, 6), (6, 6, 6, 6), (6, 10, 6), (6, 7)]
+FULL_SHAPES = [(6, 6, 6, 6), (6, 6, 6, 6), (6, 6, 6, 6), (6, 10, 6), (6, 7)]
+
+
+def shapes(activations: list[Tensor]) -> list[tuple[int, ...]]:
+    return [tuple(a.shape) for a in activations]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_both_routes_give_the_same_loss_and_gradients(dtype: torch.dtype) -> None:
+    model = Mixed().to(dtype)
+    grouped, fused = instrument(copy.deepcopy(model)), copy.deepcopy(instrument(model, route="fused"))
+    x, labels = images(6).to(dtype), torch.tensor([0, 1, 2, 0, 1, 2])
+    a, b = closed_form_loss(grouped, grouped, x, labels), closed_form_loss(fused, fused, x, labels)
+    torch.testing.assert_close(a, b)
+    a.backward()
+    b.backward()
+    for p, q in zip(grouped.parameters(), fused.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad)
+    fused(x)
+    assert shapes(fused.activations()) == FUSED_SHAPES
+
+
+def test_a_fused_tap_records_the_mean_over_positions() -> None:
+    fused = instrument(Mixed(), route="fused")
+    x = images(6)
+    expected = spied(fused, x)
+    seen = fused.activations()
+    torch.testing.assert_close(seen[0], F.relu(fused.get_submodule("conv")(x)).mean((2, 3)))
+    assert torch.equal(seen[2], expected[0])  # the only call that is neither fused nor a ReLU
+    with torch.autocast("cpu", torch.bfloat16):
+        fused(x)
+        seen = fused.activations()
+        assert [a.dtype for a in seen] == [torch.float32] * 2 + [torch.bfloat16] * 3
+        grouped = instrument(Mixed())
+        grouped.load_state_dict(fused.state_dict())
+        grouped(x)
+    labels = torch.tensor([0, 1, 2, 0, 1, 2])
+    torch.testing.assert_close(
+        torch.stack(modular_losses(seen, labels)), torch.stack(modular_losses(grouped.activations(), labels))
+    )
+
+
+def test_recording_gives_activations_whatever_the_route() -> None:
+    fused, grouped = (instrument(Mixed(), route=route) for route in ("fused", "grouped"))
+    grouped.load_state_dict(fused.state_dict())
+    x = images(6)
+    for mode in (torch.no_grad, torch.enable_grad):
+        with mode(), fused.recording():
+            fused(x)
+            seen = fused.activations()
+        grouped(x)
+        assert shapes(seen) == FULL_SHAPES
+        assert all(torch.equal(a, b) for a, b in zip(seen, grouped.activations(), strict=True))
+
+
+def test_auto_goes_by_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    automatic = instrument(nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU()), route="auto")
+    monkeypatch.setattr(taps, "FUSED_FROM_BYTES", 6 * 6 * 6 * 6 * 4)
+    for n, expected in ((5, (5, 6, 6, 6)), (6, (6, 6)), (7, (7, 6))):
+        automatic(images(n))
+        assert shapes(automatic.activations()) == [expected]
+    automatic.half()
+    automatic(images(6).half())
+    assert shapes(automatic.activations()) == [(6, 6, 6, 6)]
+
+
+def test_the_fused_route_under_checkpointing() -> None:
+    fused = instrument(Mixed(), route="fused")
+    plain = copy.deepcopy(fused)
+    x, labels = images(6), torch.tensor([0, 1, 2, 0, 1, 2])
+    closed_form_loss(lambda x: checkpoint(fused, x, use_reentrant=False), fused, x, labels).backward()
+    closed_form_loss(plain, plain, x, labels).backward()
+    for p, q in zip(fused.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad)
+    with pytest.raises(RuntimeError, match="no activations recorded"):
+        fused.activations()
+
+
+def test_the_fused_route_compiles() -> None:
+    fused = instrument(Mixed(), route="fused")
+    eager = copy.deepcopy(fused)
+    x, labels = images(6), torch.tensor([0, 1, 2, 0, 1, 2])
+    compiled = torch.compile(closed_form_loss, backend="aot_eager", fullgraph=True)
+    a, b = compiled(fused, fused, x, labels), closed_form_loss(eager, eager, x, labels)
+    torch.testing.assert_close(a, b)
+    a.backward()
+    b.backward()
+    for p, q in zip(fused.parameters(), eager.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad)
 
 
 # ---- the route of hooks ----------------------------------------------------------------------------------------
@@ -1013,4 +1129,4 @@ def test_hooks_notice_an_overwritten_activation() -> None:
 def test_a_tap_says_what_it_is() -> None:
     tap = instrument(small_cnn()).get_submodule("_taps.0")
     assert isinstance(tap, Tap)
-    assert repr(tap) == "Tap('2', neuron_dim=1, relu=True, inplace=True)"
+    assert repr(tap) == "Tap('2', neuron_dim=1, relu=True, inplace=True, route='grouped')"
