@@ -424,3 +424,8 @@ def test_a_bad_class_list_is_named(tmp_path, text, error, message):
         path.write_text(text)
     with pytest.raises(error, match=message):
         read_class_list(path)
+
+
+def test_a_root_in_the_home_folder_is_found(image_folder, monkeypatch):
+    monkeypatch.setenv("HOME", str(image_folder.parent))
+    assert data.load("imagefolder", f"~/{image_folder.name}").num_classes == 3

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from moda.data import cifar, digits, imagefolder, svhn
+from moda.data.replacement import replacement_part
 from moda.data.splits import DataSplits
 
 __all__ = ["NAMES", "DataSplits", "load"]
@@ -31,7 +32,8 @@ def load(name: str, root: str | Path = "data", **options: Any) -> DataSplits:
         name: one of `NAMES`.
         root: folder that holds it; `digits` needs none.
         options: of that data set: `seed`, `channels`, `image_size` for digits; `augment`, `download` for cifar10,
-            cifar100 and svhn; `class_list`, `image_size`, `augment` for imagefolder.
+            cifar100 and svhn; `class_list`, `image_size`, `augment` for imagefolder. Of every data set: `replacement`, an
+            object with the arguments of `moda.data.replacement.replacement_part`, for one side of that study.
 
     Raises:
         ValueError: the name is unknown, an option is out of range, or what lies in `root` is not the data set.
@@ -41,9 +43,10 @@ def load(name: str, root: str | Path = "data", **options: Any) -> DataSplits:
     """
     if name not in NAMES:
         raise ValueError(f"name: expected one of {', '.join(NAMES)}, got {name!r}")
+    replacement = options.pop("replacement", None)
     loader = _LOADERS[name]
     known = [option for option in inspect.signature(loader).parameters if option != "root"]
     unknown = sorted(set(options) - set(known))
     if unknown:
         raise TypeError(f"options: {name} takes {', '.join(known)}, got {', '.join(unknown)}")
-    return loader(Path(root), **options)
+    return loader(Path(root).expanduser(), **options)
