@@ -32,8 +32,8 @@ def load(name: str, root: str | Path = "data", **options: Any) -> DataSplits:
         name: one of `NAMES`.
         root: folder that holds it; `digits` needs none.
         options: of that data set: `seed`, `channels`, `image_size` for digits; `augment`, `download` for cifar10,
-            cifar100 and svhn; `class_list`, `image_size`, `augment` for imagefolder. Of every data set: `replacement`, an
-            object with the arguments of `moda.data.replacement.replacement_part`, for one side of that study.
+            cifar100 and svhn; `class_list`, `image_size`, `augment` for imagefolder. Of every data set: `replacement`,
+            a mapping of the arguments of `moda.data.replacement.replacement_part`, for one side of that study.
 
     Raises:
         ValueError: the name is unknown, an option is out of range, or what lies in `root` is not the data set.
@@ -49,4 +49,14 @@ def load(name: str, root: str | Path = "data", **options: Any) -> DataSplits:
     unknown = sorted(set(options) - set(known))
     if unknown:
         raise TypeError(f"options: {name} takes {', '.join(known)}, got {', '.join(unknown)}")
-    return loader(Path(root).expanduser(), **options)
+    splits = loader(Path(root).expanduser(), **options)
+    return splits if replacement is None else _replacement(splits, replacement)
+
+
+def _replacement(splits: DataSplits, arguments: Any) -> DataSplits:
+    known = set(inspect.signature(replacement_part).parameters) - {"splits"}
+    if not isinstance(arguments, Mapping) or not {"part", "mixed_class"} <= set(arguments) <= known:
+        raise TypeError(
+            f"replacement: expected a mapping with part and mixed_class of {sorted(known)}, got {arguments}"
+        )
+    return replacement_part(splits, **arguments)
