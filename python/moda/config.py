@@ -11,6 +11,21 @@ from typing import Any
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "64-true")
 ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps")
 
+# Settings that a resumed training may change: they decide how it runs, not what it computes.
+RUNTIME_SETTINGS = frozenset(
+    {
+        "data_root",
+        "accelerator",
+        "devices",
+        "strategy",
+        "num_workers",
+        "log_every_steps",
+        "checkpoint_every_steps",
+        "keep_every_epochs",
+        "tensorboard",
+    }
+)
+
 
 @dataclass(frozen=True)
 class TrainingConfig:

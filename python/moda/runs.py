@@ -16,9 +16,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from moda import data as datasets
+from moda import models
 from moda.config import TrainingConfig
+from moda.data import DataSplits
 from moda.files import FormatError, read_json, read_tensors, write_json, write_tensors
 from moda_kernels import __version__
 
@@ -130,9 +133,52 @@ class RunFolder:
             )
         return read_tensors(self.weights)
 
+    def load_model(self, data: DataSplits) -> nn.Module:
+        """The trained model, plain, on the CPU, in evaluation mode. `data` is what it was trained on.
+
+        Raises:
+            FormatError (a ValueError): as `load_weights`, or the weights are of another model.
+        """
+        model = create_model(self.config, data)
+        try:
+            model.load_state_dict(self.load_weights())
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())
+            raise FormatError(f"{self.weights}: not the weights of {self.config.model}: {reason}") from None
+        return model.eval()
+
 
 def remove_partial_files(folder: Path) -> None:
     """Remove what a killed process left of files it was writing (`.<name>.<random>`); nothing else."""
     if folder.is_dir():
         for path in folder.glob(".*.*.*"):
             path.unlink(missing_ok=True)
+
+
+def load_data(config: TrainingConfig) -> DataSplits:
+    """The data set that the settings name.
+
+    Raises:
+        ValueError, TypeError, FileNotFoundError, ImportError: see `moda.data.load`.
+    """
+    options = dict(config.data_options)
+    if config.data == "digits":  # comes without a split of its own
+        options.setdefault("seed", config.seed)
+    root = {} if config.data_root is None else {"root": config.data_root}
+    return datasets.load(config.data, **root, **options)
+
+
+def create_model(config: TrainingConfig, data: DataSplits) -> nn.Module:
+    """The model that the settings name, for images and classes of `data`, freshly initialised.
+
+    Raises:
+        ValueError, TypeError: see `moda.models.create`.
+    """
+    channels, height, _ = data.input_shape
+    return models.create(
+        config.model,
+        num_classes=data.num_classes,
+        in_channels=channels,
+        width=config.width,
+        image_size=height,
+    )

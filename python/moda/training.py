@@ -29,15 +29,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from moda import data as datasets
-from moda import models
 from moda.batches import Batch, BatchLoader, EpochOrder
-from moda.config import TrainingConfig
+from moda.config import RUNTIME_SETTINGS, TrainingConfig
 from moda.data import DataSplits
 from moda.files import FormatError, write_bytes
 from moda.logs import MetricsFile, read_metrics
 from moda.progress import TrainingProgress
-from moda.runs import RunFolder, remove_partial_files
+from moda.runs import RunFolder, create_model, load_data, remove_partial_files
 from moda.taps import HookedModel, InstrumentedModel, instrument
 from moda_kernels import ModularLoss, backends
 
@@ -55,21 +53,6 @@ LOSSES = ("loss", "cross_entropy", "affinity", "dispersion", "compactness")
 
 STEP_COLUMNS = ("epoch", "step", "learning_rate", *LOSSES, "train_accuracy")
 EPOCH_COLUMNS = (*STEP_COLUMNS, "test_cross_entropy", "test_accuracy", "seconds")
-
-# Settings that a resumed training may change: they decide how it runs, not what it computes.
-RUNTIME_SETTINGS = frozenset(
-    {
-        "data_root",
-        "accelerator",
-        "devices",
-        "strategy",
-        "num_workers",
-        "log_every_steps",
-        "checkpoint_every_steps",
-        "keep_every_epochs",
-        "tensorboard",
-    }
-)
 
 
 class TrainingInterrupted(KeyboardInterrupt):
@@ -407,35 +390,6 @@ def train(
     if module.trainer.is_global_zero:
         run.save_weights(module.model.state_dict())
     return TrainingResult(run, module.model, read_metrics(run.metrics)[-1], recorder.seconds)
-
-
-def load_data(config: TrainingConfig) -> DataSplits:
-    """The data set that the settings name.
-
-    Raises:
-        ValueError, TypeError, FileNotFoundError, ImportError: see `moda.data.load`.
-    """
-    options = dict(config.data_options)
-    if config.data == "digits":  # comes without a split of its own
-        options.setdefault("seed", config.seed)
-    root = {} if config.data_root is None else {"root": config.data_root}
-    return datasets.load(config.data, **root, **options)
-
-
-def create_model(config: TrainingConfig, data: DataSplits) -> nn.Module:
-    """The model that the settings name, for images and classes of `data`, freshly initialised.
-
-    Raises:
-        ValueError, TypeError: see `moda.models.create`.
-    """
-    channels, height, _ = data.input_shape
-    return models.create(
-        config.model,
-        num_classes=data.num_classes,
-        in_channels=channels,
-        width=config.width,
-        image_size=height,
-    )
 
 
 def _check_runnable(config: TrainingConfig) -> None:

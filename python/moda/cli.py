@@ -1,0 +1,489 @@
+"""The `moda` command. Heavy packages are imported inside the commands, so that `moda --help` is quick."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from moda.config import ACCELERATORS, PRECISIONS, TrainingConfig
+
+if TYPE_CHECKING:
+    from moda.data import DataSplits
+    from moda.runs import RunFolder
+
+DEFAULTS = TrainingConfig()
+INTERRUPTED = 130  # what a shell reports for a command stopped by Ctrl-C
+
+app = typer.Typer(
+    name="moda",
+    help="Train modular, cut, recombine: modular training of neural networks (MODA, arXiv 2411.01074).",
+    epilog="Start with: moda demo",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def main() -> None:
+    """Entry point: runs a command; an error is one line on stderr and a non-zero exit status.
+
+    Exit status: 0; 1 for an error; 2 for a command line that makes no sense; 130 after Ctrl-C.
+    """
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    debug = len(arguments) < len(sys.argv) - 1
+    try:
+        status = app(args=arguments, prog_name="moda", standalone_mode=False)
+    except KeyboardInterrupt as interrupt:
+        _fail(str(interrupt) or "interrupted", INTERRUPTED, debug=debug)
+    except Exception as error:
+        # The parser's own errors (no such option, missing argument, ...) have a message without its decoration.
+        usage = getattr(error, "format_message", None)
+        message = usage() if usage else str(error) or type(error).__name__
+        _fail(message, 2 if usage else 1, debug=debug)
+    sys.exit(status if isinstance(status, int) else 0)
+
+
+def _fail(message: str, status: int, *, debug: bool) -> NoReturn:
+    if debug:
+        traceback.print_exc()
+    print(f"moda: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(status)
+
+
+@app.callback()
+def _options(
+    debug: Annotated[bool, typer.Option("--debug", help="On an error show the traceback too.")] = False,
+) -> None:
+    """Only declares --debug for the help: `main` takes it from anywhere on the command line."""
+
+
+def _example(*lines: str) -> str:
+    return "[bold]Examples[/bold]\n\n" + "\n\n".join(f"[cyan]$ {line}[/cyan]" for line in lines)
+
+
+# ---- train --------------------------------------------------------------------------------------------------------
+
+_Folder = Annotated[Path, typer.Argument(help="The run folder.", show_default=False)]
+
+
+_PANELS = {
+    "Model and data": ("model", "data", "data_root", "width"),
+    "Objective": ("affinity", "dispersion", "compactness", "backend"),
+    "Optimisation": ("epochs", "batch_size", "learning_rate", "momentum", "seed"),
+    "Machine": ("precision", "accelerator", "devices", "strategy", "num_workers"),
+    "Files": ("log_every_steps", "checkpoint_every_steps", "keep_every_epochs", "tensorboard"),
+}
+
+
+def _setting(names: str, text: str, field: str) -> Any:
+    """An option that stands for a field of TrainingConfig; not given, it is None."""
+    default = getattr(DEFAULTS, field)
+    shown = f"  \\[default: {default}]" if default is not None else ""
+    panel = next(title for title, fields in _PANELS.items() if field in fields)
+    return typer.Option(*names.split(), help=text + shown, show_default=False, rich_help_panel=panel)
+
+
+def _data_option(name: str, text: str) -> Any:
+    return typer.Option(name, help=text, show_default=False, rich_help_panel="Model and data")
+
+
+@app.command(
+    epilog=_example(
+        "moda train runs/digits --epochs 40",
+        "moda train runs/standard --epochs 40 --standard",
+        "moda train runs/resnet --model resnet18 --data cifar10 --data-root ~/data --precision bf16-mixed",
+        "moda train runs/resnet --resume",
+    )
+)
+def train(
+    folder: _Folder,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's last checkpoint.")] = False,
+    standard: Annotated[bool, typer.Option("--standard", help="Train without the modular terms.")] = False,
+    model: Annotated[str | None, _setting("--model", "lenet5, vgg16, small_vgg, resnet18, mobilenet.", "model")] = None,
+    data: Annotated[str | None, _setting("--data", "digits, cifar10, cifar100, svhn, imagefolder.", "data")] = None,
+    data_root: Annotated[
+        str | None, _setting("--data-root", "Folder that holds the data set.  \\[default: ./data]", "data_root")
+    ] = None,
+    image_size: Annotated[int | None, _data_option("--image-size", "Resize images (digits, imagefolder).")] = None,
+    class_list: Annotated[str | None, _data_option("--class-list", "File with the classes (imagefolder).")] = None,
+    download: Annotated[bool, _data_option("--download", "Fetch the data set (cifar, svhn).")] = False,
+    width: Annotated[float | None, _setting("--width", "Multiplier of all hidden widths.", "width")] = None,
+    affinity: Annotated[float | None, _setting("--affinity", "Weight of the affinity term.", "affinity")] = None,
+    dispersion: Annotated[
+        float | None, _setting("--dispersion", "Weight of the dispersion term.", "dispersion")
+    ] = None,
+    compactness: Annotated[
+        float | None, _setting("--compactness", "Weight of the compactness term.", "compactness")
+    ] = None,
+    epochs: Annotated[int | None, _setting("--epochs", "Passes over the training data.", "epochs")] = None,
+    batch_size: Annotated[int | None, _setting("--batch-size", "Samples per step.", "batch_size")] = None,
+    learning_rate: Annotated[
+        float | None, _setting("--learning-rate --lr", "Before cosine annealing.", "learning_rate")
+    ] = None,
+    momentum: Annotated[float | None, _setting("--momentum", "Of SGD (Nesterov).", "momentum")] = None,
+    seed: Annotated[int | None, _setting("--seed", "Of weights, order, augmentation, split.", "seed")] = None,
+    precision: Annotated[str | None, _setting("--precision", f"{', '.join(PRECISIONS)}.", "precision")] = None,
+    backend: Annotated[str | None, _setting("--backend", "Of the modular loss (see moda doctor).", "backend")] = None,
+    accelerator: Annotated[str | None, _setting("--accelerator", f"{', '.join(ACCELERATORS)}.", "accelerator")] = None,
+    devices: Annotated[int | None, _setting("--devices", "GPUs, or processes on the CPU.", "devices")] = None,
+    strategy: Annotated[str | None, _setting("--strategy", "Of Lightning: auto, ddp, fsdp, ...", "strategy")] = None,
+    num_workers: Annotated[int | None, _setting("--workers", "Processes that load data.", "num_workers")] = None,
+    log_every_steps: Annotated[
+        int | None, _setting("--log-every", "Steps between rows of steps.csv; 0: none.", "log_every_steps")
+    ] = None,
+    checkpoint_every_steps: Annotated[
+        int | None,
+        _setting("--checkpoint-every", "Steps between extra checkpoints; 0: one per epoch.", "checkpoint_every_steps"),
+    ] = None,
+    keep_every_epochs: Annotated[
+        int | None, _setting("--keep-every", "Epochs between weights to keep; 0: none.", "keep_every_epochs")
+    ] = None,
+    tensorboard: Annotated[
+        bool | None, _setting("--tensorboard/--no-tensorboard", "Also write TensorBoard files.", "tensorboard")
+    ] = None,
+) -> None:
+    """Train a model modular (or standard) into a run folder.
+
+    The recipe is the paper's: SGD, Nesterov momentum, cosine annealing, cross-entropy plus affinity, dispersion and
+    compactness. Ctrl-C or a crash keeps the last checkpoint; --resume goes on from it, on one device bit for bit.
+    """
+    given = {name: value for name, value in locals().items() if name in DEFAULTS.to_dict() and value is not None}
+    options = {"image_size": image_size, "class_list": class_list, "download": download or None}
+    options = {name: value for name, value in options.items() if value is not None}
+    if standard:
+        weights = [f"--{name}" for name in ("affinity", "dispersion", "compactness") if given.get(name)]
+        if weights:
+            raise typer.BadParameter(f"--standard trains without the modular terms; drop {', '.join(weights)}")
+        given |= {"affinity": 0.0, "dispersion": 0.0, "compactness": 0.0}
+    if options:
+        given["data_options"] = options
+    config = _resumed_config(folder, given) if resume else TrainingConfig(**given)
+
+    from moda.training import train as run_training
+
+    result = run_training(config, folder, resume=resume)
+    if result.seconds == 0 and resume:
+        _console().print(f"{folder}: already finished after {config.epochs} epochs.")
+    _print_training(result.run, result.metrics)
+
+
+def _resumed_config(folder: Path, given: dict[str, Any]) -> TrainingConfig:
+    """The run's settings, with those replaced that a resumed run may change."""
+    from moda.config import RUNTIME_SETTINGS
+    from moda.runs import RunFolder
+
+    fixed = [name for name in given if name not in RUNTIME_SETTINGS]
+    if fixed:
+        option = fixed[0].replace("_", "-")
+        raise typer.BadParameter(f"--resume takes the settings of {folder / 'config.json'}; drop --{option}")
+    return RunFolder.open(folder).config.changed(**given)
+
+
+def _print_training(run: RunFolder, metrics: dict[str, float]) -> None:
+    table = Table(title=f"{run.config.model} on {run.config.data}", title_justify="left")
+    table.add_column("last epoch")
+    table.add_column("", justify="right")
+    for name in ("train_accuracy", "test_accuracy"):
+        table.add_row(name.replace("_", " "), f"{100 * metrics[name]:.2f} %")
+    for name in ("cross_entropy", "affinity", "dispersion", "compactness"):
+        if name in metrics:
+            table.add_row(name.replace("_", " "), f"{metrics[name]:.4f}")
+    _console().print(table)
+    _console().print(f"Weights, settings and metrics: {run.path}/", highlight=False)
+    if run.config.modular:
+        _console().print(f"Next: moda decompose {run.path}", highlight=False)
+
+
+# ---- decompose ----------------------------------------------------------------------------------------------------
+
+
+@app.command(epilog=_example("moda decompose runs/digits", "moda decompose runs/digits --threshold 0.8"))
+def decompose(
+    folder: _Folder,
+    threshold: Annotated[float, typer.Option(help="Firing rate from which a neuron is kept.")] = 0.9,
+    min_fraction: Annotated[float, typer.Option(help="Least share of a layer's neurons that a class keeps.")] = 0.005,
+    backend: Annotated[str, typer.Option(help="Of the firing counts (see moda doctor).")] = "auto",
+    augmented: Annotated[
+        bool, typer.Option("--augmented", help="Count on augmented images, as the published code does.")
+    ] = False,
+) -> None:
+    """Cut a trained model into one module per class.
+
+    Counts, on the training data, for which share of each class's samples every neuron fires, and writes the
+    modules to the run's folder decomposition/.
+    """
+    from moda.decompose import count_firings
+    from moda.decompose import decompose as cut
+    from moda.runs import RunFolder, load_data
+    from moda.taps import InstrumentedModel, instrument
+
+    run = RunFolder.open(folder)
+    run.load_weights()  # before the data: a run that is not finished is the likelier mistake
+    data = load_data(run.config)
+    model = instrument(run.load_model(data))
+    if not isinstance(model, InstrumentedModel):
+        raise TypeError("the model cannot be traced")
+    loader = _loader(data.for_firing_rates(augmented=augmented), run.config.batch_size)
+    rates = count_firings(model, loader, data.num_classes, backend=backend)
+    decomposition = cut(rates, threshold, min_fraction)
+    decomposition.save(run.decomposition)
+    _print_modules(model, decomposition, data)
+    _console().print(f"Modules: {run.decomposition}/", highlight=False)
+    _console().print(f"Next: moda compose {folder} --classes 0,1", highlight=False)
+
+
+def _print_modules(model: Any, decomposition: Any, data: DataSplits) -> None:
+    from moda import measure
+
+    table = Table(title="Modules", title_justify="left")
+    for name in ("class", "neurons", "parameters"):
+        table.add_column(name, justify="left" if name == "class" else "right")
+    neurons = sum(mask.shape[1] for mask in decomposition.masks.values())
+    sizes = []
+    for index, name in enumerate(data.class_names):
+        kept = sum(int(mask.sum()) for mask in decomposition.select([index]).values())
+        sizes.append(measure.size(model, decomposition, [index]))
+        table.add_row(name, f"{kept} of {neurons}", f"{100 * sizes[-1]:.1f} %")
+    _console().print(table)
+    overlaps = measure.overlap_matrix(model, decomposition)
+    classes = len(overlaps)
+    mean = (float(overlaps.sum()) - float(overlaps.trace())) / max(1, classes * (classes - 1))
+    _console().print(
+        f"Mean module: {100 * sum(sizes) / classes:.1f} % of the parameters; "
+        f"mean overlap of two modules: {100 * mean:.1f} %.",
+        highlight=False,
+    )
+
+
+def _loader(dataset: Any, batch_size: int) -> Any:
+    """Batches in ascending order."""
+    from moda.batches import BatchLoader, EpochOrder
+
+    return BatchLoader(dataset, EpochOrder(len(dataset), batch_size, None))
+
+
+# ---- compose, evaluate --------------------------------------------------------------------------------------------
+
+_Classes = Annotated[
+    str | None, typer.Option("--classes", "-c", help="Names or indices, separated by commas.", show_default=False)
+]
+
+
+@app.command(
+    epilog=_example("moda compose runs/digits --classes 1,7", "moda compose runs/digits -c 3,5,8 -o three-five-eight")
+)
+def compose(
+    folder: _Folder,
+    classes: _Classes = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Where to write it.  \\[default: composed-... in the run]"),
+    ] = None,
+) -> None:
+    """Build the smaller model of some classes from their modules."""
+    from moda.compose import compose as build
+    from moda.composed_files import save_composed
+
+    if classes is None:
+        raise typer.BadParameter("--classes: name the classes that the model is to tell apart, e.g. --classes 1,7")
+    trained = _Trained.open(folder)
+    chosen = trained.classes(classes)
+    model = build(trained.model, trained.decomposition(), chosen)
+    names = [trained.data.class_names[index] for index in chosen]
+    target = output or trained.run.path / f"composed-{'-'.join(map(str, chosen))}"
+    metadata = {"source_run": str(trained.run.path), "class_names": names, "training": trained.run.config.to_dict()}
+    save_composed(model, target, metadata)
+    trained.print_accuracies(chosen, model)
+    _console().print(f"The composed model: {target}/", highlight=False)
+    _console().print(f"Next: moda evaluate {target}", highlight=False)
+
+
+@app.command(
+    epilog=_example(
+        "moda evaluate runs/digits",
+        "moda evaluate runs/digits --classes 1,7",
+        "moda evaluate runs/digits/composed-1-7",
+    )
+)
+def evaluate(
+    folder: Annotated[Path, typer.Argument(help="A run folder, or one that `moda compose` wrote.", show_default=False)],
+    classes: _Classes = None,
+) -> None:
+    """Test a trained model, or a composed one, on the test data.
+
+    With --classes only samples and outputs of these classes count, and where the run is decomposed the model composed
+    of them is tested beside the whole one.
+    """
+    from moda import measure
+
+    if (folder / "composed.json").exists():
+        _evaluate_composed(folder, classes)
+        return
+    trained = _Trained.open(folder)
+    if classes is not None:
+        chosen = trained.classes(classes)
+        trained.print_accuracies(chosen, trained.composed(chosen))
+        return
+    share = measure.accuracy(trained.model, trained.test_loader())
+    _console().print(f"{trained.run.config.model}: {100 * share:.2f} % of the test samples", highlight=False)
+
+
+def _evaluate_composed(folder: Path, classes: str | None) -> None:
+    from moda import measure
+    from moda.composed_files import DESCRIPTION_FILE, FORMAT, FORMAT_VERSION, load_composed
+    from moda.files import FormatError, read_json
+    from moda.runs import create_model, load_data
+    from moda.taps import instrument
+
+    description = read_json(folder / DESCRIPTION_FILE, FORMAT, FORMAT_VERSION)
+    settings = description.get("metadata", {}).get("training")
+    if not isinstance(settings, dict):
+        raise FormatError(
+            f"{folder / DESCRIPTION_FILE}: does not say how the model was trained; was it made by moda compose?"
+        )
+    config = TrainingConfig.from_dict(settings)
+    data = load_data(config)
+    model = load_composed(folder, instrument(create_model(config, data)))
+    chosen = list(model.classes) if classes is None else parse_classes(classes, data.class_names)
+    share = measure.accuracy(model, _loader(data.test, config.batch_size), chosen)
+    names = ", ".join(data.class_names[index] for index in chosen)
+    _console().print(
+        f"composed of {names}: {100 * share:.2f} % of their test samples, "
+        f"{sum(parameter.numel() for parameter in model.parameters()):,} parameters",
+        highlight=False,
+    )
+
+
+class _Trained:
+    """A finished run with its data and model."""
+
+    def __init__(self, run: RunFolder, data: DataSplits, model: Any) -> None:
+        self.run = run
+        self.data = data
+        self.model = model
+
+    @classmethod
+    def open(cls, folder: Path) -> _Trained:
+        from moda.runs import RunFolder, load_data
+        from moda.taps import instrument
+
+        run = RunFolder.open(folder)
+        run.load_weights()  # before the data: a run that is not finished is the likelier mistake
+        data = load_data(run.config)
+        return cls(run, data, instrument(run.load_model(data)))
+
+    def classes(self, text: str) -> list[int]:
+        return parse_classes(text, self.data.class_names)
+
+    def test_loader(self) -> Any:
+        return _loader(self.data.test, self.run.config.batch_size)
+
+    def decomposition(self) -> Any:
+        from moda.decompose import Decomposition
+        from moda.files import FormatError
+
+        if not self.run.decomposition.exists():
+            raise FormatError(f"{self.run.path}: is not decomposed yet; do it with: moda decompose {self.run.path}")
+        return Decomposition.load(self.run.decomposition)
+
+    def composed(self, classes: list[int]) -> Any:
+        """The model of these classes, or None where the run is not decomposed."""
+        from moda.compose import compose as build
+
+        if not self.run.decomposition.exists():
+            return None
+        return build(self.model, self.decomposition(), classes)
+
+    def print_accuracies(self, classes: list[int], composed: Any) -> None:
+        """The whole model and the composed one on the test samples of some classes."""
+        import torch
+
+        from moda import measure
+
+        names = ", ".join(self.data.class_names[index] for index in classes)
+        table = Table(title=f"On the test samples of {names}", title_justify="left")
+        for name in ("model", "accuracy", "parameters", "FLOPs"):
+            table.add_column(name, justify="left" if name == "model" else "right")
+        example = torch.zeros(1, *self.data.input_shape)
+        whole = None
+        for title, model in (("whole", self.model), ("composed", composed)):
+            if model is None:
+                continue
+            share = measure.accuracy(model, self.test_loader(), classes)
+            cost = sum(parameter.numel() for parameter in model.parameters()), measure.flops(model, example)
+            whole = whole or cost
+            cells = [f"{value:,} ({100 * value / total:.0f} %)" for value, total in zip(cost, whole, strict=True)]
+            table.add_row(title, f"{100 * share:.2f} %", *cells)
+        _console().print(table)
+
+
+def parse_classes(text: str, names: tuple[str, ...]) -> list[int]:
+    """Class indices from "cat,dog" or "3,5"; a word that is a class's name is that class, else it is an index.
+
+    Raises:
+        ValueError: a word is neither, or a class comes twice.
+    """
+    chosen = []
+    for word in (part.strip() for part in text.split(",")):
+        if word in names:
+            chosen.append(names.index(word))
+        elif word.isdigit() and int(word) < len(names):
+            chosen.append(int(word))
+        else:
+            known = ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
+            raise ValueError(f"classes: expected names or indices of {len(names)} classes ({known}), got {word!r}")
+    twice = sorted({names[index] for index in chosen if chosen.count(index) > 1})
+    if twice:
+        raise ValueError(f"classes: expected every class once, got {', '.join(twice)} more than once")
+    return chosen
+
+
+# ---- doctor, demo -------------------------------------------------------------------------------------------------
+
+
+@app.command(epilog=_example("moda doctor"))
+def doctor() -> None:
+    """Show versions, devices and backends, why one is not available, and how to fix it."""
+    from moda.doctor import examine
+
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    topic = None
+    for finding in examine():
+        if topic is not None and finding.topic != topic:
+            table.add_row()
+        heading = finding.topic if finding.topic != topic else ""
+        topic = finding.topic
+        mark = "[green]yes[/green]" if finding.ok else "[yellow]no[/yellow]"
+        table.add_row(f"[bold]{heading}[/bold]", finding.name, mark, Text(finding.detail))
+    _console().print(table)
+
+
+@app.command(epilog=_example("moda demo", "moda demo my-demo --seeds 3"))
+def demo(
+    folder: Annotated[Path, typer.Argument(help="Where to write runs and figures.")] = Path("demo"),
+    seeds: Annotated[int, typer.Option(help="Repeat with so many seeds and show means.", min=1)] = 1,
+    epochs: Annotated[int, typer.Option(help="Of each training.", min=1)] = 40,
+) -> None:
+    """Train a small network on handwritten digits, cut it into modules, recombine them, and show what came of it.
+
+    About a minute on two cores, without network. Writes demo.html and demo.png.
+    """
+    from moda.demo import DemoSettings, run_demo
+
+    run_demo(folder, DemoSettings(seeds=tuple(range(seeds)), epochs=epochs), _console())
+
+
+def _console() -> Console:
+    return Console()
+
+
+if __name__ == "__main__":
+    main()

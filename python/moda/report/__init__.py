@@ -1,0 +1,13 @@
+"""Pages of figures for people: PNG, and self-contained HTML. Needs the extra `train` (matplotlib, jinja2)."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+_missing = [package for package in ("matplotlib", "jinja2") if find_spec(package) is None]
+if _missing:
+    raise ImportError(f"figures need {' and '.join(_missing)}: pip install 'moda-kernels[train]'")
+
+from moda.report.demo import demo_page  # noqa: E402
+
+__all__ = ["demo_page"]
