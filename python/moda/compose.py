@@ -20,7 +20,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from moda.channels import Kept
 from moda.decompose import Decomposition, check_classes
-from moda.slicing import Alignment, Plan, check_taps, plan
+from moda.slicing import Alignment, Plan, check_model, plan
 from moda.taps import InstrumentedModel, Tap
 
 __all__ = ["Align", "ComposedModel", "MaskTap", "PickClasses", "build", "compose", "mask"]
@@ -116,7 +116,8 @@ def mask(model: InstrumentedModel, decomposition: Decomposition, classes: Iterab
         TypeError, ValueError: as `compose`.
     """
     chosen = check_classes(classes, decomposition.num_classes)
-    check_taps(model, {tap: kept.shape[1] for tap, kept in decomposition.masks.items()})
+    widths = {tap: kept.shape[1] for tap, kept in decomposition.masks.items()}
+    check_model(model, widths, decomposition.num_classes)
     masks, device = decomposition.select(chosen), _device(model)
     graph = copy.deepcopy(model.graph)
     parts: dict[str, Any] = {"_logits": PickClasses(torch.tensor(chosen, device=device))}

@@ -132,12 +132,7 @@ class GraphReader:
         return Whole(layout or Layout(), inputs, widths, tensors=tensors)
 
     def _output(self, node: fx.Node) -> Rule:
-        value = node.args[0]
-        if not isinstance(value, fx.Node):
-            raise ValueError(
-                f"model: expected one tensor of logits (N, {self.num_classes}) as its output, "
-                f"got {type(value).__name__}"
-            )
+        value = node.all_input_nodes[0]
         width = self._layout(value).width
         if width is not None and width != self.num_classes:
             raise ValueError(

@@ -18,7 +18,7 @@ from moda.decompose import Decomposition, check_classes
 from moda.graph_reader import GraphReader, called, first_argument
 from moda.taps import InstrumentedModel, Tap
 
-__all__ = ["Alignment", "Plan", "Slicer", "check_taps", "plan"]
+__all__ = ["Alignment", "Plan", "Slicer", "check_model", "plan"]
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class Slicer:
     """
 
     def __init__(self, model: InstrumentedModel, tap_widths: Mapping[str, int], num_classes: int) -> None:
-        check_taps(model, tap_widths)
+        check_model(model, tap_widths, num_classes)
         self.graph = _ordered_graph(model)
         self.rules = GraphReader(model, self.graph, tap_widths, num_classes).rules
         self.output = next(node for node in self.graph.nodes if node.op == "output")
@@ -155,7 +155,7 @@ class Slicer:
             kept.update(routes[node].kept)
             for u, offered, taken in zip(rule.inputs, given, routes[node].inputs, strict=True):
                 empty = u in zeros and bool(zeros[u][offered].all())
-                alignment = _align(offered[:0] if empty else offered, taken, self._axis(rule, u))
+                alignment = _align(offered, taken, empty, self._axis(rule, u))
                 if alignment is not None:
                     alignments[node, u] = alignment
         return Plan(tuple(classes.tolist()), len(wanted[self.output]), masks, kept, routes, alignments, self.graph)
@@ -203,18 +203,19 @@ def _given(route: Route, width: int) -> Indices:
     return np.arange(width) if route.output is None else route.output
 
 
-def _align(given: Indices, taken: Indices, axis: int) -> Alignment | None:
-    """How to make `taken` from `given`; None if they are the same."""
-    if np.array_equal(given, taken):
+def _align(given: Indices, taken: Indices, empty: bool, axis: int) -> Alignment | None:
+    """How to make `taken` from `given`, of which nothing counts if it is `empty`; None if they are the same."""
+    if not empty and np.array_equal(given, taken):
         return None
+    given = given[:0] if empty else given
     place = np.full(max(given.max(initial=0), taken.max(initial=0)) + 1, -1, dtype=np.int64)
     place[given] = np.arange(len(given))
     target = np.flatnonzero(place[taken] >= 0)
     return Alignment(place[taken[target]], target, len(taken), axis)
 
 
-def check_taps(model: InstrumentedModel, tap_widths: Mapping[str, int]) -> None:
-    """Refuse a model that is not traced, or whose taps are not those of `tap_widths`."""
+def check_model(model: InstrumentedModel, tap_widths: Mapping[str, int], num_classes: int) -> None:
+    """Refuse a model that is not traced, whose taps are not those of `tap_widths`, or that gives more than logits."""
     if not isinstance(model, InstrumentedModel):
         raise TypeError(f"model: expected an instrumented model, moda.instrument(model), got {type(model).__name__}")
     missing = [tap for tap in model.taps if tap not in tap_widths]
@@ -222,6 +223,11 @@ def check_taps(model: InstrumentedModel, tap_widths: Mapping[str, int]) -> None:
     if missing or unknown:
         raise ValueError(
             f"decomposition: its taps are not those of the model: it lacks {missing}, and the model lacks {unknown}"
+        )
+    output = next(node for node in model.graph.nodes if node.op == "output").args[0]
+    if not isinstance(output, fx.Node):
+        raise ValueError(
+            f"model: expected one tensor of logits (N, {num_classes}) as its output, got {type(output).__name__}"
         )
 
 
