@@ -86,7 +86,7 @@ def test_labels_of_a_plain_data_set():
 def test_part_by_name_through_load():
     weak = moda.data.load("digits", replacement={"part": "weak", "mixed_class": 2})
     assert weak.num_classes == 6
-    with pytest.raises(TypeError, match="replacement: expected a mapping with part and mixed_class, of"):
+    with pytest.raises(TypeError, match="replacement: expected a mapping with part and mixed_class of"):
         moda.data.load("digits", replacement={"side": "weak"})
 
 
