@@ -15,9 +15,12 @@ because, with S = sum_k S_k, P_same and P_diff following from the m_k, and N = s
 All of it is one buffer of K (D + 2) + 1 numbers and one all-reduce (sum) per step. Activations never travel.
 
 **Which classes the K rows are.** With `num_classes=K` given, row k is class k: one collective, no synchronisation with
-the host, capturable. Without it the ranks first exchange their labels (8 bytes a sample), and the rows are the classes
-present in the global batch: K <= N rows for any integers as labels, at the price of a second, tiny collective and a
-read on the host. docs/distributed.md says where one becomes cheaper than the other.
+the host, capturable. Without it the ranks first exchange their labels (8 bytes a sample), and the rows are the G <= N
+classes present in the global batch, for any integers as labels, at the price of a tiny collective and reads on the
+host. Where G is much larger than what a single rank has of classes, not even these rows are all-reduced: each class
+has an owner, to which ranks send their sums of it and which sends the total back to those who sent some (`_by_owner`).
+A rank then sends and receives 2 rows per class of its own batch, whatever the number of ranks. docs/distributed.md says
+where one way becomes cheaper than another.
 
 **Gradient and world size.** Let F be the global loss, x_r what rank r holds, theta the weights, the same on all ranks.
 Every rank computes the same F, from the same global sums, so the sums are all that its backward needs: there is no
@@ -48,7 +51,7 @@ import functools
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 from weakref import WeakKeyDictionary
 
 import torch
@@ -105,13 +108,16 @@ def grouped_losses(
     """
     pooled = _pool(layers, labels, backend)
     layout = _Layout(tuple(layer.shape[1] for layer in layers), tuple(layer.dtype for layer in layers), num_classes)
+    owners = None
     if num_classes is None:
-        index, rows = _present_classes(labels, layout, group)
+        index, rows, owners = _present_classes(labels, layout, group)
     else:
         index, rows = labels.long(), num_classes
         if not torch.compiler.is_compiling():
             _agree_once(layout, labels.device, group)
-    losses: tuple[Tensor, Tensor, Tensor] = _GlobalLosses.apply(index, rows, group, *pooled)  # type: ignore[no-untyped-call]
+    losses: tuple[Tensor, Tensor, Tensor] = _GlobalLosses.apply(  # type: ignore[no-untyped-call]
+        index, rows, owners, group, *pooled
+    )
     return losses
 
 
@@ -124,41 +130,40 @@ def _pool(layers: Sequence[Tensor], labels: Tensor, backend: str) -> list[Tensor
 
 
 class _GlobalLosses(torch.autograd.Function):
-    """The three terms from local rows, with the one collective in the middle; formulas in the module's docstring.
+    """The three terms from local rows, with the collective in the middle; formulas in the module's docstring.
 
     Written out rather than left to autograd so that no operation but the sums over a layer's neurons is launched once
     per layer.
     """
 
     @staticmethod
-    def forward(ctx: Any, index: Tensor, classes: int, group: ProcessGroup, *pooled: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, index: Tensor, classes: int, owners: _Owners | None, group: ProcessGroup, *pooled: Tensor
+    ) -> tuple[Tensor, ...]:
         widths = [rows.shape[1] for rows in pooled]
         values = torch.cat(pooled, 1)
         columns, column_weight = _columns(tuple(widths), values)
         squares = _sum_layers(values.square(), widths)
         inverse = torch.where(squares > 0, squares.clamp_min(EPS * EPS).rsqrt(), 0)
-        rows = values * inverse[:, columns]
+        local = _Local(
+            index,
+            rows=values * inverse[:, columns],
+            own=(squares * inverse.square()).sum(1),
+            magnitude=(values.abs().sum(0) * column_weight).sum(),
+        )
+        total = _all_reduced(local, classes, group) if owners is None else _by_owner(local, classes, owners, group)
 
-        buffer = values.new_zeros(classes * (len(columns) + 2) + 1)
-        sums, own, sizes, magnitude = _views(buffer, classes, len(columns))
-        _add_rows(sums, index, rows)
-        own.index_add_(0, index, (squares * inverse.square()).sum(1))
-        sizes.index_add_(0, index, values.new_ones(len(index)))
-        magnitude.add_((values.abs().sum(0) * column_weight).sum())
-        dist.all_reduce(buffer, group=group)
-
-        samples, same_pairs, diff_pairs = _pair_counts(sizes)
-        # In float64: where one class is nearly the whole batch, float32 would lose the others in the difference.
-        others = (sums.sum(0, dtype=torch.float64) - sums).to(sums.dtype)
         layers = len(widths)
-        same = (sums.square().sum(1) - own).sum() / (2 * layers)
-        different = (sums * others).sum() / (2 * layers)
-        affinity = torch.where(same_pairs > 0, 1 - same / same_pairs.clamp_min(1), 0)
-        dispersion = torch.where(diff_pairs > 0, different / diff_pairs.clamp_min(1), 0)
+        same = total.same / (2 * layers * total.same_pairs.clamp_min(1))
+        different = total.different / (2 * layers * total.diff_pairs.clamp_min(1))
+        affinity = torch.where(total.same_pairs > 0, 1 - same, 0)
+        dispersion = torch.where(total.diff_pairs > 0, different, 0)
+        compactness = total.magnitude / total.samples.clamp_min(1)
 
-        ctx.save_for_backward(values, squares, inverse, index, sums, others, samples, same_pairs, diff_pairs)
+        counts = (total.samples, total.same_pairs, total.diff_pairs)
+        ctx.save_for_backward(values, squares, inverse, index, total.sums, total.others, *counts)
         ctx.widths, ctx.dtypes, ctx.ranks = widths, [rows.dtype for rows in pooled], dist.get_world_size(group)
-        return affinity, dispersion, magnitude / samples.clamp_min(1)
+        return affinity, dispersion, compactness
 
     @staticmethod
     def backward(ctx: Any, affinity: Tensor, dispersion: Tensor, compactness: Tensor) -> tuple[Tensor | None, ...]:
@@ -182,13 +187,102 @@ class _GlobalLosses(torch.autograd.Function):
         along = torch.where(squares >= EPS * EPS, _sum_layers(gradient * rows, ctx.widths), 0)
         gradient = (gradient - along[:, columns] * rows) * expanded + values.sign() * (column_weight * of_magnitude)
         parts = torch.split(gradient, ctx.widths, 1)
-        return (None, None, None, *(part.to(dtype) for part, dtype in zip(parts, ctx.dtypes, strict=True)))
+        return (None, None, None, None, *(part.to(dtype) for part, dtype in zip(parts, ctx.dtypes, strict=True)))
 
 
-def _views(buffer: Tensor, classes: int, width: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(sums (K, D), own (K,), sizes (K,), magnitude ()) inside the buffer that travels."""
-    sums, own, sizes, magnitude = torch.split(buffer, [classes * width, classes, classes, 1])
-    return sums.view(classes, width), own, sizes, magnitude[0]
+@dataclass(frozen=True)
+class _Local:
+    """What this rank brings.
+
+    Attributes:
+        index: (N_r,) int64, the row of the class sums that each sample adds to.
+        rows: (N_r, D) normalised.
+        own: (N_r,) their squared norms.
+        magnitude: () this rank's part of A.
+    """
+
+    index: Tensor
+    rows: Tensor
+    own: Tensor
+    magnitude: Tensor
+
+    def class_sums(self, classes: int) -> Tensor:
+        """(classes, D + 1): sums of rows, and in the last column of their squared norms."""
+        neurons = self.rows.shape[1]
+        sums = self.rows.new_zeros(classes, neurons + 1)
+        _add_rows(sums[:, :neurons], self.index, self.rows)
+        sums[:, neurons].index_add_(0, self.index, self.own)
+        return sums
+
+
+class _Total(NamedTuple):
+    """What the ranks have together.
+
+    Attributes:
+        sums: (classes, D) S_k, of the classes that `_Local.index` points to.
+        others: (classes, D) S - S_k.
+        same: () sum over all classes of |S_k|^2 - Q_k.
+        different: () sum over all classes of S_k . (S - S_k).
+        magnitude: () A.
+        samples, same_pairs, diff_pairs: () int64.
+    """
+
+    sums: Tensor
+    others: Tensor
+    same: Tensor
+    different: Tensor
+    magnitude: Tensor
+    samples: Tensor
+    same_pairs: Tensor
+    diff_pairs: Tensor
+
+
+def _all_reduced(local: _Local, classes: int, group: ProcessGroup) -> _Total:
+    """Every rank gets the sums of all rows, by one all-reduce."""
+    neurons = local.rows.shape[1]
+    buffer = local.rows.new_zeros(classes * (neurons + 2) + 1)
+    sums, own, sizes, magnitude = torch.split(buffer, [classes * neurons, classes, classes, 1])
+    sums = sums.view(classes, neurons)
+    _add_rows(sums, local.index, local.rows)
+    own.index_add_(0, local.index, local.own)
+    sizes.index_add_(0, local.index, local.rows.new_ones(len(local.index)))
+    magnitude.add_(local.magnitude)
+    dist.all_reduce(buffer, group=group)
+    # In float64: where one class is nearly the whole batch, float32 would lose the others in the difference.
+    others = (sums.sum(0, dtype=torch.float64) - sums).to(sums.dtype)
+    same, different = _pair_sums(sums, own, others)
+    return _Total(sums, others, same, different, magnitude[0], *_pair_counts(sizes.round().long()))
+
+
+def _by_owner(local: _Local, classes: int, owners: _Owners, group: ProcessGroup) -> _Total:
+    """Every rank gets the sums of the classes that it has samples of, from the ranks that own these classes.
+
+    Four collectives: sums to owners; S and A; the owners' parts of the losses; sums from owners.
+    """
+    neurons = local.rows.shape[1]
+    mine = local.class_sums(classes)
+    received = mine.new_empty(len(owners.received), neurons + 1)
+    dist.all_to_all_single(received, mine, owners.receive, owners.send, group=group)
+    owned = mine.new_zeros(owners.owned, neurons + 1)
+    _add_rows(owned, owners.received, received)
+
+    # S from the very sums that it is going to be compared with, in float64: see _all_reduced.
+    whole = torch.cat([owned[:, :neurons].sum(0, dtype=torch.float64), local.magnitude.double()[None]])
+    dist.all_reduce(whole, group=group)
+    owned_others = (whole[:neurons] - owned[:, :neurons]).to(mine.dtype)
+    pairs = torch.stack(_pair_sums(owned[:, :neurons], owned[:, neurons], owned_others))
+    dist.all_reduce(pairs, group=group)
+
+    sums = torch.empty_like(mine)
+    dist.all_to_all_single(sums, owned[owners.received], owners.send, owners.receive, group=group)
+    sums = sums[:, :neurons]
+    others = (whole[:neurons] - sums).to(sums.dtype)
+    same, different = pairs.unbind()
+    return _Total(sums, others, same, different, whole[neurons].to(sums.dtype), *_pair_counts(owners.sizes))
+
+
+def _pair_sums(sums: Tensor, own: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
+    return (sums.square().sum(1) - own).sum(), (sums * others).sum()
 
 
 def _add_rows(sums: Tensor, index: Tensor, rows: Tensor) -> None:
@@ -208,10 +302,9 @@ def _sum_layers(values: Tensor, widths: Sequence[int]) -> Tensor:
 
 
 def _pair_counts(sizes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Samples, same-class and different-class pairs of the global batch; 0-d int64."""
-    counts = sizes.round().long()
-    samples = counts.sum()
-    same_pairs = (counts * (counts - 1)).sum() // 2
+    """Samples, same-class and different-class pairs of classes of these sizes; 0-d int64."""
+    samples = sizes.sum()
+    same_pairs = (sizes * (sizes - 1)).sum() // 2
     return samples, same_pairs, samples * (samples - 1) // 2 - same_pairs
 
 
@@ -274,16 +367,72 @@ def _agree_once(layout: _Layout, device: torch.device, group: ProcessGroup) -> N
         agreed.layouts.add(layout)
 
 
+@dataclass(frozen=True)
+class _Owners:
+    """Which rank adds up which class: of the G classes present, ascending, rank r owns r, r + W, r + 2 W, ...
+
+    A rank sends its sums in the order of owners, and of classes within one.
+
+    Attributes:
+        send: rows for each owner.
+        receive: rows from each rank.
+        received: (sum of receive,) int64, the row among those owned that each row received adds to.
+        owned: number of classes owned here.
+        sizes: (G,) int64, samples of each class present.
+    """
+
+    send: list[int]
+    receive: list[int]
+    received: Tensor
+    owned: int
+    sizes: Tensor
+
+
+FEWER_BYTES = 4 << 20
+"""By how much the exchange by owner must shorten what a rank sends before its three further collectives are worth it:
+about 100 us at 40 GB/s."""
+
+
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def _present_classes(labels: Tensor, layout: _Layout, group: ProcessGroup) -> tuple[Tensor, int]:
-    """Index of each local sample's class among the classes present in the group, ascending, and their number."""
+def _present_classes(labels: Tensor, layout: _Layout, group: ProcessGroup) -> tuple[Tensor, int, _Owners | None]:
+    """The row of each local sample's class among the rows to exchange, their number, and the owners, if that pays."""
     agreed = _agreed.setdefault(group, _Agreed())
-    gathered, sizes = _exchange_labels(labels, layout, agreed.room, group)
-    if max(sizes) > agreed.room:
-        agreed.room = max(sizes)
-        gathered, sizes = _exchange_labels(labels, layout, agreed.room, group)
-    present = torch.unique(torch.cat([row[:size] for row, size in zip(gathered, sizes, strict=True)]))
-    return torch.searchsorted(present, labels.long()), len(present)
+    gathered, samples = _exchange_labels(labels, layout, agreed.room, group)
+    if max(samples) > agreed.room:
+        agreed.room = max(samples)
+        gathered, samples = _exchange_labels(labels, layout, agreed.room, group)
+    by_rank = [row[:size] for row, size in zip(gathered, samples, strict=True)]
+    classes, class_of = torch.unique(torch.cat(by_rank), return_inverse=True)
+    classes_by_rank = torch.split(class_of, samples)
+    had = [torch.unique(of_rank) for of_rank in classes_by_rank]
+    rank, present = dist.get_rank(group), len(classes)
+    if not _owners_pay(present, max(map(len, had)), sum(layout.widths), len(had)):
+        return classes_by_rank[rank], present, None
+    return _own(classes_by_rank[rank], had, rank, torch.bincount(class_of, minlength=present))
+
+
+def _owners_pay(present: int, most_of_a_rank: int, neurons: int, ranks: int) -> bool:
+    """Whether the exchange by owner sends so much less than an all-reduce of all present classes (docs)."""
+    all_reduced = 2 * present * (neurons + 2) * (ranks - 1) / ranks
+    by_owner = (2 * most_of_a_rank + 4) * (neurons + 1) * (ranks - 1) / ranks
+    return 4 * (all_reduced - by_owner) > FEWER_BYTES
+
+
+def _own(class_of: Tensor, had: Sequence[Tensor], rank: int, sizes: Tensor) -> tuple[Tensor, int, _Owners]:
+    """Rows by owner, for this rank's samples of these classes, where rank r has samples of the classes `had[r]`."""
+    ranks, mine = len(had), had[rank]
+    in_order = mine[torch.argsort(mine % ranks, stable=True)]
+    row_of = torch.empty_like(sizes)
+    row_of[in_order] = torch.arange(len(in_order), device=sizes.device)
+    to_me = [of_rank[of_rank % ranks == rank] for of_rank in had]
+    owners = _Owners(
+        send=torch.bincount(mine % ranks, minlength=ranks).tolist(),
+        receive=[len(part) for part in to_me],
+        received=torch.cat(to_me) // ranks,
+        owned=len(range(rank, len(sizes), ranks)),
+        sizes=sizes,
+    )
+    return row_of[class_of], len(mine), owners
 
 
 def _exchange_labels(labels: Tensor, layout: _Layout, room: int, group: ProcessGroup) -> tuple[Tensor, list[int]]:

@@ -16,6 +16,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from moda_kernels import FiringCounter, ModularLoss, backends, modular_losses, pool
+from moda_kernels import distributed as moda_distributed
 
 WORLD = 4
 WEIGHTS = (1.0, 0.7, 0.3)
@@ -62,7 +63,14 @@ def losses_and_gradients(acts, labels, **options):
 
 
 def rank_losses(rank, options, batch):
-    return losses_and_gradients(*batch, group="world", **options)
+    """`way`: "owners" or "all_reduce" forces the exchange of present classes that would not pay with so few."""
+    options = dict(options)
+    way, usual = options.pop("way", None), moda_distributed.FEWER_BYTES
+    moda_distributed.FEWER_BYTES = {"owners": -(2**62), "all_reduce": 2**62, None: usual}[way]
+    try:
+        return losses_and_gradients(*batch, group="world", **options)
+    finally:
+        moda_distributed.FEWER_BYTES = usual
 
 
 def check_against_whole_batch(ranks, acts, labels, sizes, options, *, rtol=1e-10, atol=1e-12):
@@ -88,56 +96,61 @@ SPLITS = {
 }
 
 
-@pytest.mark.parametrize("num_classes", [None, 10], ids=["present", "dense"])
+DENSE, PRESENT, OWNERS = {"num_classes": 60}, {"way": "all_reduce"}, {"way": "owners"}
+ways = pytest.mark.parametrize("way", [DENSE, PRESENT, OWNERS], ids=["dense", "present", "owners"])
+
+
+@ways
 @pytest.mark.parametrize("sizes", SPLITS.values(), ids=SPLITS.keys())
-def test_equals_the_whole_batch(ranks, sizes, num_classes):
-    acts, labels = make_batch(sum(sizes), 10)
-    check_against_whole_batch(ranks, acts, labels, sizes, {"num_classes": num_classes})
+def test_equals_the_whole_batch(ranks, sizes, way):
+    for classes in (10, 60):
+        acts, labels = make_batch(sum(sizes), classes)
+        check_against_whole_batch(ranks, acts, labels, sizes, way)
 
 
-def test_classes_missing_on_ranks(ranks):
+@ways
+def test_classes_missing_on_ranks(ranks, way):
     """Sorted labels: every rank has classes that no other one has."""
     acts, labels = make_batch(32, 9)
-    labels = labels.sort().values
-    for num_classes in (None, 9, 50):
-        check_against_whole_batch(ranks, acts, labels, [8, 8, 8, 8], {"num_classes": num_classes})
+    check_against_whole_batch(ranks, acts, labels.sort().values, [8, 8, 8, 8], way)
 
 
-def test_any_integers_as_labels(ranks):
+@pytest.mark.parametrize("way", [PRESENT, OWNERS], ids=["present", "owners"])
+def test_any_integers_as_labels(ranks, way):
     acts, labels = make_batch(40, 5)
     labels = torch.tensor([-(2**62), -1, 0, 7, 2**62])[labels]
-    check_against_whole_batch(ranks, acts, labels, [10, 20, 0, 10], {})
+    check_against_whole_batch(ranks, acts, labels, [10, 20, 0, 10], way)
 
 
-def test_int32_labels(ranks):
+@ways
+def test_int32_labels(ranks, way):
     acts, labels = make_batch(16, 5)
-    for num_classes in (None, 5):
-        check_against_whole_batch(ranks, acts, labels.int(), [4] * 4, {"num_classes": num_classes})
+    check_against_whole_batch(ranks, acts, labels.int(), [4] * 4, way)
 
 
+@ways
 @pytest.mark.parametrize("labels", [torch.zeros(12), torch.arange(12)], ids=["no_different_pair", "no_same_pair"])
-def test_a_kind_without_pairs_gives_zero(ranks, labels):
+def test_a_kind_without_pairs_gives_zero(ranks, labels, way):
     acts, _ = make_batch(12, 2)
-    labels = labels.long()
-    for num_classes in (None, 12):
-        check_against_whole_batch(ranks, acts, labels, [3] * 4, {"num_classes": num_classes})
+    check_against_whole_batch(ranks, acts, labels.long(), [3] * 4, way)
 
 
-def test_no_samples_at_all(ranks):
+@ways
+def test_no_samples_at_all(ranks, way):
     acts, labels = make_batch(2, 3)
     empty = [([act[:0] for act in acts], labels[:0])] * WORLD
-    for num_classes in (None, 3):
-        for losses, gradients in ranks(rank_losses, {"num_classes": num_classes}, by_rank=empty):
-            assert losses.tolist() == [0, 0, 0]
-            assert [tuple(gradient.shape) for gradient in gradients] == [(0, *shape) for shape in SHAPES]
+    for losses, gradients in ranks(rank_losses, way, by_rank=empty):
+        assert losses.tolist() == [0, 0, 0]
+        assert [tuple(gradient.shape) for gradient in gradients] == [(0, *shape) for shape in SHAPES]
 
 
-def test_who_holds_which_sample_does_not_matter(ranks):
+@ways
+def test_who_holds_which_sample_does_not_matter(ranks, way):
     acts, labels = make_batch(32, 6)
     order = torch.randperm(32, generator=torch.Generator().manual_seed(1))
     shuffled = [act[order] for act in acts], labels[order]
-    first = ranks(rank_losses, {}, by_rank=cut(acts, labels, [8] * 4))
-    second = ranks(rank_losses, {}, by_rank=cut(*shuffled, [20, 1, 0, 11]))
+    first = ranks(rank_losses, way, by_rank=cut(acts, labels, [8] * 4))
+    second = ranks(rank_losses, way, by_rank=cut(*shuffled, [20, 1, 0, 11]))
     torch.testing.assert_close(first[0][0], second[0][0], rtol=1e-12, atol=0)
     for layer in range(len(SHAPES)):
         there, back = (torch.cat([result[1][layer] for result in results]) for results in (first, second))
@@ -150,8 +163,7 @@ def test_narrow_dtypes(ranks, dtype):
     acts, labels = make_batch(64, 10, dtype)
     rtol = {torch.float32: 5e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}[dtype]
     expected, _ = losses_and_gradients([act.double() for act in acts], labels, backend="torch")
-    for num_classes in (None, 10):
-        options = {"num_classes": num_classes}
+    for options in (DENSE, PRESENT, OWNERS):
         losses = ranks(rank_losses, options, by_rank=cut(acts, labels, [16] * 4))[0][0]
         assert losses.dtype == torch.float32
         torch.testing.assert_close(losses.double(), expected, rtol=5e-6, atol=1e-6)
@@ -171,7 +183,8 @@ def test_layers_of_different_dtypes(ranks):
     assert [gradient.dtype for gradient in gradients] == [act.dtype for act in acts]
 
 
-def test_a_rare_class_is_not_lost_in_float32(ranks):
+@ways
+def test_a_rare_class_is_not_lost_in_float32(ranks, way):
     """399 samples of a class and one of another, nearly orthogonal: dispersion follows from that one alone."""
     acts = [torch.rand(400, 8) + 1]
     acts[0][:, 7] = 1e-4
@@ -179,7 +192,7 @@ def test_a_rare_class_is_not_lost_in_float32(ranks):
     labels = torch.zeros(400, dtype=torch.int64)
     labels[17] = 1
     expected, _ = losses_and_gradients([act.double() for act in acts], labels)
-    losses, _ = ranks(rank_losses, {}, by_rank=cut(acts, labels, [100] * 4))[0]
+    losses, _ = ranks(rank_losses, way, by_rank=cut(acts, labels, [100] * 4))[0]
     assert expected[1] < 1e-4
     torch.testing.assert_close(losses.double()[1], expected[1], rtol=1e-5, atol=0)
 
@@ -254,7 +267,7 @@ def rank_traffic(rank, num_classes, batch):
 
         return collective
 
-    names = [name for name in ("all_reduce", "all_gather") if hasattr(dist, name)]
+    names = ["all_reduce", "all_gather", "all_to_all_single"]
     originals = {name: getattr(dist, name) for name in names}
     phases = []
     try:
@@ -288,6 +301,19 @@ def test_one_collective_a_step(ranks):
     for first, second, backward in ranks(rank_traffic, None, by_rank=shares):
         assert first == [("all_gather", 2, torch.int64), ("all_gather", 10, torch.int64), sums]
         assert (second, backward) == ([("all_gather", 10, torch.int64), sums], [])
+
+
+def test_many_classes_go_by_their_owners(ranks):
+    """64 classes, 16 on each rank: 2 x 16 rows travel, not 64, once the layers are wide enough to matter."""
+    widths = [12000, 4000]
+    generator = torch.Generator().manual_seed(2)
+    acts = [torch.rand(64, width, generator=generator) for width in widths]
+    shares = cut(acts, torch.arange(64), [16] * 4)
+    for first, second, backward in ranks(rank_traffic, None, by_rank=shares):
+        rows = [("all_to_all_single", 16 * 16001, torch.float32)]
+        sums = [("all_reduce", 16001, torch.float64), ("all_reduce", 2, torch.float32)]
+        assert (second, backward) == ([("all_gather", 18, torch.int64), *rows, *sums, *rows], [])
+        assert first == [("all_gather", 2, torch.int64), *second]
 
 
 # Errors
