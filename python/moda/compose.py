@@ -23,14 +23,21 @@ from moda.decompose import Decomposition, check_classes
 from moda.slicing import Alignment, Plan, check_model, plan
 from moda.taps import InstrumentedModel, Tap
 
-__all__ = ["Align", "ComposedModel", "MaskTap", "PickClasses", "build", "compose", "mask"]
+__all__ = [
+    "Align",
+    "ComposedModel",
+    "MaskTap",
+    "MaskedModel",
+    "PickClasses",
+    "SubtaskModel",
+    "build",
+    "compose",
+    "mask",
+]
 
 
-class ComposedModel(fx.GraphModule):
-    """A model of some classes, made by `compose` or `mask`: an ordinary traced module without taps.
-
-    Column j of its output is class `classes[j]`.
-    """
+class SubtaskModel(fx.GraphModule):
+    """A traced model of some classes, without taps: column j of its output is class `classes[j]`."""
 
     @property
     def classes(self) -> tuple[int, ...]:
@@ -38,9 +45,22 @@ class ComposedModel(fx.GraphModule):
         return tuple(self.meta["classes"])
 
     @property
+    def num_classes(self) -> int:
+        """Number of classes of the whole model."""
+        return int(self.meta["num_classes"])
+
+    @property
     def masks(self) -> dict[str, Tensor]:
-        """Per tap of the model it was made from, (C,) bool: the neurons kept."""
+        """Per tap of the whole model (C,) bool: the neurons kept."""
         return dict(self.meta["masks"])
+
+
+class MaskedModel(SubtaskModel):
+    """Made by `mask`: the whole model, dropped neurons at 0."""
+
+
+class ComposedModel(SubtaskModel):
+    """Made by `compose`: dropped neurons are absent."""
 
 
 class Align(nn.Module):
@@ -102,7 +122,7 @@ class PickClasses(nn.Module):
         return logits.index_select(1, self.classes)
 
 
-def mask(model: InstrumentedModel, decomposition: Decomposition, classes: Iterable[int]) -> ComposedModel:
+def mask(model: InstrumentedModel, decomposition: Decomposition, classes: Iterable[int]) -> MaskedModel:
     """The whole model with every neuron that none of the classes keeps at 0, and the outputs of the classes.
 
     Shares parameters, buffers and submodules with `model`.
@@ -130,7 +150,9 @@ def mask(model: InstrumentedModel, decomposition: Decomposition, classes: Iterab
             parts[str(node.target)] = operator.attrgetter(str(node.target))(model)
         elif node.op == "output":
             _follow_with("_logits", node.all_input_nodes[0])
-    return _assemble(model, graph, parts, chosen, masks)
+    made = MaskedModel(parts, graph, "MaskedModel")
+    _settle(made, model, {"classes": tuple(chosen), "num_classes": decomposition.num_classes, "masks": masks})
+    return made
 
 
 def compose(model: InstrumentedModel, decomposition: Decomposition, classes: Iterable[int]) -> ComposedModel:
@@ -172,8 +194,8 @@ def build(model: InstrumentedModel, plan: Plan) -> ComposedModel:
             values[node] = graph.call_module(name, (bring(node.args[0]),))
         else:
             values[node] = bring(node.args[0])
-    composed = _assemble(model, graph, parts, plan.classes, plan.masks)
-    composed.meta["num_classes"] = plan.num_classes
+    composed = ComposedModel(parts, graph, "ComposedModel")
+    _settle(composed, model, {"classes": plan.classes, "num_classes": plan.num_classes, "masks": plan.masks})
     return composed
 
 
@@ -237,18 +259,13 @@ def _resize(module: nn.Module, inputs: int, outputs: int) -> None:
         module.num_parameters = outputs
 
 
-def _assemble(
-    model: nn.Module, graph: fx.Graph, parts: dict[str, Any], classes: Iterable[int], masks: Mapping[str, Tensor]
-) -> ComposedModel:
-    """Module of a graph, in train or eval mode as the parts of `model` under the same names."""
-    graph.lint()
-    composed = ComposedModel(parts, graph, "ComposedModel")
+def _settle(made: SubtaskModel, model: nn.Module, facts: Mapping[str, Any]) -> None:
+    """Train or eval mode as the parts of `model` under the same names, and what the new model knows of itself."""
+    made.graph.lint()
     modes = {name: module.training for name, module in model.named_modules()}
-    for name, module in composed.named_modules():
+    for name, module in made.named_modules():
         module.training = modes.get(name, model.training)
-    composed.meta["classes"] = tuple(classes)
-    composed.meta["masks"] = {tap: keep.cpu() for tap, keep in masks.items()}
-    return composed
+    made.meta.update(facts)
 
 
 def _tap(model: nn.Module, node: fx.Node) -> Tap | None:

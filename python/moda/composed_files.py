@@ -46,7 +46,7 @@ def save_composed(composed: ComposedModel, folder: str | Path, metadata: Mapping
         "format_version": FORMAT_VERSION,
         "library_version": __version__,
         "classes": list(composed.classes),
-        "num_classes": composed.meta["num_classes"],
+        "num_classes": composed.num_classes,
         "taps": [{"name": tap, "neurons": len(keep)} for tap, keep in composed.masks.items()],
         "weights_sha256": write_tensors(folder / WEIGHTS_FILE, weights),
         "masks_sha256": write_tensors(folder / MASKS_FILE, composed.masks),

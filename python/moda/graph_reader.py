@@ -282,13 +282,13 @@ class GraphReader:
     # -- functions and methods
 
     def _function(self, node: fx.Node, name: str) -> Rule | None:
+        if name in _SUMS or name in _PRODUCTS:
+            return self._elementwise(node, name in _PRODUCTS)
         value = first_argument(node)
         if value is None:
             return None
         if name in ("cat", "concat", "concatenate"):
             return self._concat(node)
-        if name in _SUMS or name in _PRODUCTS:
-            return self._elementwise(node, name in _PRODUCTS)
         if any(self._layout(u).width is not None for u in node.all_input_nodes if u is not value):
             return None
         return self._unary(node, name, value)

@@ -75,7 +75,8 @@ class Slicer:
 
     Raises:
         TypeError: `model` is not an instrumented (traced) model.
-        ValueError: taps or logits of the model are not those given; the message says which.
+        ValueError: taps or logits of the model are not those given, or it writes into parts of tensors; the message
+            says which.
     """
 
     def __init__(self, model: InstrumentedModel, tap_widths: Mapping[str, int], num_classes: int) -> None:
@@ -235,6 +236,11 @@ def _ordered_graph(model: InstrumentedModel) -> fx.Graph:
     """A copy of the graph without dead code, in which a value overwritten in place goes by its newest name."""
     graph = copy.deepcopy(model.graph)
     for node in graph.nodes:
+        if called(node) == "setitem" or "out" in node.kwargs:
+            raise ValueError(
+                f"model: {node.meta.get('source') or node}: writes into a part of a tensor or into `out=`, which "
+                "cannot be followed; write it without (torch.where, torch.cat)"
+            )
         old = first_argument(node)
         if old is not None and _overwrites(node, model):
             for user in [user for user in old.users if node < user]:
@@ -254,4 +260,4 @@ def _overwrites(node: fx.Node, model: InstrumentedModel) -> bool:
     return called(node) in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
 
 
-_IN_PLACE = frozenset(["iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "setitem"])
+_IN_PLACE = frozenset(["iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow"])

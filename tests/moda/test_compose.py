@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import operator
 import weakref
 
 import pytest
@@ -54,12 +55,18 @@ def test_law_for_our_models(name):
         ("mobilenet_v3_small", {"width_mult": 0.25}, 32),  # squeeze-excite
         ("squeezenet1_1", {}, 32),  # classifier is a convolution under a tap, then pooling
         ("shufflenet_v2_x0_5", {}, 32),  # chunks and shuffles of channels
-        ("resnext50_32x4d", {}, 32),  # grouped convolutions
     ],
 )
 def test_law_for_torchvision_models(name, options, side):
     tv = pytest.importorskip("torchvision.models")
     assert_law(getattr(tv, name)(num_classes=5, **options), image(2, 3, side, side), shares=(0.5,))
+
+
+def test_law_for_resnext():
+    """Grouped convolutions in residual blocks, one block per stage."""
+    resnet = pytest.importorskip("torchvision.models.resnet")
+    model = resnet.ResNet(resnet.Bottleneck, [1, 1, 1, 1], num_classes=5, groups=8, width_per_group=4)
+    assert_law(model, image(2, 3, 32, 32))
 
 
 def test_law_for_vgg11_bn():
@@ -138,6 +145,7 @@ class Gates(nn.Module):
         x = self.stem(x)
         gate = torch.sigmoid(self.excite(F.relu(self.squeeze(x.mean((-2, -1), keepdim=True)))))
         x = x * gate * torch.sigmoid(self.spatial(x)) * 2 + 1
+        x = 0.5 * (1 - x)
         x = F.relu(self.norm(x * x))
         return self.head(F.adaptive_avg_pool2d(x, (1, 1)).view(x.size(0), -1))
 
@@ -605,6 +613,15 @@ def test_decomposition_of_other_sizes():
         compose(model, Decomposition({"1": torch.ones(3, 5, dtype=torch.bool)}), [0])
     with pytest.raises(ValueError, match="decomposition: has 2 classes, but the model puts out 3 logits"):
         compose(model, Decomposition({"1": torch.ones(2, 4, dtype=torch.bool)}), [0])
+
+
+def test_model_that_writes_into_parts_of_a_tensor():
+    model, decomposition = tiny()
+    (last,) = [node for node in model.graph.nodes if node.op == "call_module" and node.target == "2"]
+    with model.graph.inserting_before(last):
+        model.graph.call_function(operator.setitem, (last.args[0], 0, 0.0))
+    with pytest.raises(ValueError, match="model: .*writes into a part of a tensor"):
+        compose(model, decomposition, [0])
 
 
 def test_model_with_several_outputs():
