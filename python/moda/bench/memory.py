@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -30,6 +31,7 @@ def _cuda_peak(call: Callable[[], object], device: torch.device) -> int:
 
 
 def _cpu_peak(call: Callable[[], object]) -> int:
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler greets on standard error
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         call()
     results: Any = record.profiler.kineto_results
