@@ -6,6 +6,7 @@ Rules as in MODA (arXiv 2411.01074) and its published code, with the code's unde
 from __future__ import annotations
 
 import json
+import math
 import operator
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ import torch
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor
+from torch.utils.data import DistributedSampler
 
 from moda.files import FormatError, read_json, read_tensors, write_json, write_tensors
 from moda.modes import device_of, evaluating
@@ -23,6 +25,7 @@ from moda_kernels import FiringCounter, __version__
 
 if TYPE_CHECKING:
     from moda.taps import InstrumentedModel
+    from moda_kernels.distributed import Group
 
 FORMAT = "moda-decomposition"
 FORMAT_VERSION = 1
@@ -72,12 +75,14 @@ def count_firings(
     *,
     threshold: float = 0.0,
     backend: str = "auto",
+    group: Group | None = None,
     progress: bool = True,
 ) -> FiringRates:
     """Firing rates of an instrumented model over the batches of a loader.
 
     Runs in evaluation mode without gradients, on the device of the model; every submodule's train/eval mode is put
-    back afterwards.
+    back afterwards. The samples that a `DistributedSampler` repeats to give every process the same number are run but
+    not counted, so that with `group` the rates are those of one process over the whole data set.
 
     Args:
         model: `moda.instrument(model)`.
@@ -85,6 +90,8 @@ def count_firings(
         num_classes: K.
         threshold: magnitude that a position must exceed to fire; the published code uses 0.
         backend: see `moda_kernels.backends`.
+        group: a process group, or "world" for the default one, whose ranks each bring a part of the data: every rank
+            gets the rates of all of it. A rank may have no batch.
         progress: show a progress bar on standard error, if that is a terminal.
 
     Raises:
@@ -96,6 +103,8 @@ def count_firings(
     counter = FiringCounter(num_classes, threshold=threshold, backend=backend)
     with evaluating(model), model.recording(), torch.no_grad():
         _count_batches(model, loader, counter, progress)
+    if group is not None:
+        counter.all_reduce(group)
     if not counter.counts:
         raise ValueError("loader: expected at least one batch, got none")
     taps = tuple(model.taps)
@@ -112,10 +121,31 @@ def _count_batches(model: InstrumentedModel, loader: Iterable[Any], counter: Fir
     device = device_of(model)
     console = Console(stderr=True)
     hidden = not (progress and console.is_terminal)  # a log file wants no bar
+    uncounted = _own_samples(loader)
     for batch in track(loader, "Counting firings", console=console, transient=True, disable=hidden):
         inputs, labels = _inputs_and_labels(batch)
         model(inputs.to(device))
-        counter.update(model.activations(), labels.to(device))
+        activations = model.activations()
+        own = int(min(len(labels), uncounted))
+        uncounted -= own
+        if own < len(labels):
+            activations, labels = [activation[:own] for activation in activations], labels[:own]
+        if own:
+            counter.update(activations, labels.to(device))
+
+
+def _own_samples(loader: Iterable[Any]) -> float:
+    """How many samples of the loader, from its first, are not repeated ones; infinity if it repeats none.
+
+    A `DistributedSampler` without `drop_last` fills up the order of all processes at its end, and each takes every
+    W-th sample of it, beginning with its own rank's.
+    """
+    batch_sampler = getattr(loader, "batch_sampler", None)
+    sampler = getattr(batch_sampler, "sampler", getattr(loader, "sampler", None))
+    if not isinstance(sampler, DistributedSampler):
+        return math.inf
+    size = len(sampler.dataset)  # type: ignore[arg-type]
+    return len(range(sampler.rank, size, sampler.num_replicas))
 
 
 def _inputs_and_labels(batch: Any) -> tuple[Tensor, Tensor]:
