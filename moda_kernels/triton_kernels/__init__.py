@@ -66,9 +66,7 @@ def relu_pool(x: Tensor, inplace: bool) -> tuple[Tensor, Tensor]:
     return ops.relu_pool(x, inplace)
 
 
-def class_sums(
-    pooled: Sequence[Tensor], labels: Tensor, num_classes: int, *, normalize: bool = True
-) -> list[Tensor]:
+def class_sums(pooled: Sequence[Tensor], labels: Tensor, num_classes: int, *, normalize: bool = True) -> list[Tensor]:
     """Per layer the (K, C) float32 sums over each class's samples of the rows, L2-normalised unless told otherwise."""
     from moda_kernels.triton_kernels import segment_sums as kernels
 

@@ -18,14 +18,14 @@ from torch import Tensor
 
 from moda_kernels.segments import Segments
 from moda_kernels.triton_kernels import layouts
-from moda_kernels.triton_kernels.segment_sums import launch_class_sums
 from moda_kernels.triton_kernels.layouts import Layout, address_after, arrange, gradient_like
 from moda_kernels.triton_kernels.losses_backward import launch_losses_backward
 from moda_kernels.triton_kernels.pair_terms import launch_pair_terms
-from moda_kernels.triton_kernels.pool_forward import Pooling, launch_pool
 from moda_kernels.triton_kernels.pool_backward import launch_pool_backward
+from moda_kernels.triton_kernels.pool_forward import Pooling, launch_pool
 from moda_kernels.triton_kernels.row_norms import launch_row_norms
 from moda_kernels.triton_kernels.rows import BLOCK_SAMPLES, TILE_NEURONS, Rows
+from moda_kernels.triton_kernels.segment_sums import launch_class_sums
 from moda_kernels.triton_kernels.tables import on_device_of
 
 _ALIGNED = 4  # float32 values in 16 bytes
@@ -134,10 +134,7 @@ def pool_forward(activations: Sequence[Tensor]) -> list[Tensor]:
     arranged = [arrange(activation) for activation in activations]
     pooled = [torch.empty(x.shape[:2], dtype=torch.float32, device=x.device) for x in activations]
     launch_pool(
-        [
-            Pooling(x, layout, rows.data_ptr(), x.dim() == 2)
-            for (x, layout), rows in zip(arranged, pooled, strict=True)
-        ]
+        [Pooling(x, layout, rows.data_ptr(), x.dim() == 2) for (x, layout), rows in zip(arranged, pooled, strict=True)]
     )
     return pooled
 

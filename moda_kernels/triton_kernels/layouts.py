@@ -6,8 +6,9 @@ Three modes cover every activation whose neurons or positions are contiguous; an
     ROWS      NCHW: a row per (sample, neuron), its positions contiguous
     COLUMNS   channels_last, and (N, T, C) seen as (N, C, T): positions apart, neurons contiguous
 
-A tile holds 4096 elements, 32 for each of 128 threads: in float32 eight 16-byte loads in flight per thread, which is
-what keeps memory busy when few programs fit on a multiprocessor. ROWS chooses among five shapes of that tile by the
+A tile holds 2048 elements, 16 for each of 128 threads: in float32 four 16-byte loads in flight per thread, in half
+precision two, and few enough registers that many programs share a multiprocessor. 4096 elements took twice the
+registers (128 a thread) for the same bytes in flight. ROWS chooses among five shapes of that tile by the
 number of positions, so that a tile of small maps (2 x 2, 4 x 4) is as full as one of large maps; maps beyond 1024
 positions are walked in a loop. COLUMNS takes 32 neurons at a time (128 bytes of float32, a whole cache line) and
 splits long maps over programs, or a layer of 64 neurons would occupy a handful of multiprocessors.
@@ -24,7 +25,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-TILE = 4096
+TILE = 2048
 WARPS = 4
 
 FLAT = 0
@@ -34,14 +35,14 @@ COLUMNS = ROWS + len(ROW_WIDTHS)
 
 COLUMN_NEURONS = 32
 COLUMN_POSITIONS = TILE // COLUMN_NEURONS
-SPAN = 16 * COLUMN_POSITIONS  # positions per program in COLUMNS: 16 tiles hide the cost of the final reduction
+SPAN = 32 * COLUMN_POSITIONS  # positions per program in COLUMNS: 32 tiles hide the cost of the final reduction
 
 VECTOR_BYTES = 16
 
 
 @dataclass(frozen=True)
 class Layout:
-    """One activation as the pooling kernels see it; `rows` is N * C, `run` the elements that are contiguous for sure."""
+    """One activation as the pooling kernels see it; `rows` is N * C, `run` the length of a contiguous stretch."""
 
     mode: int
     rows: int

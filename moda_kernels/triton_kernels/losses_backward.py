@@ -21,13 +21,13 @@ from torch import Tensor
 
 from moda_kernels.segments import Segments
 from moda_kernels.triton_kernels.pair_terms import segment_sum
-from moda_kernels.triton_kernels.rows import BLOCK, NEURONS, WARPS, Rows, load_rows, segment_bounds
+from moda_kernels.triton_kernels.rows import BLOCK, NEURONS, Rows, load_rows, segment_bounds
 from moda_kernels.triton_kernels.tables import find_layer
 
 
 @triton.jit
 def _per_pair(upstream, pairs, layers):
-    """upstream / (L P), 0 without a pair."""
+    """The upstream gradient over L P; 0 without a pair."""
     count = tl.load(pairs)
     return tl.where(count > 0, tl.load(upstream) / (1.0 * layers * tl.maximum(count, 1)), 0.0)
 
@@ -57,6 +57,7 @@ def losses_backward_kernel(
     same_pairs, diff_pairs, upstream_affinity, upstream_dispersion, upstream_compactness,
     layers: tl.int64, samples: tl.int64, width: tl.int64,
 ):  # fmt: skip
+    """One block of 32 samples x one tile of 128 neurons."""
     block = tl.program_id(0).to(tl.int64)
     tile = tl.program_id(1).to(tl.int64)
     layer = find_layer(table, layers, tile)
@@ -104,7 +105,9 @@ def losses_backward_kernel(
         _store(target, sample, inside, neurons, neuron, gradient, 1)
 
 
-# Block, tile and warps and their reasons: rows.py.
+# Block and tile and their reasons: rows.py. Twice the warps: rows, gradient and the terms of the projection are in
+# registers at once, 246 of them per thread with four warps, which leaves a multiprocessor two programs.
+WARPS = 8
 
 
 def launch_losses_backward(

@@ -20,8 +20,8 @@ from moda_kernels.segments import Segments
 from moda_kernels.triton_kernels import grouped
 from moda_kernels.triton_kernels.grouped import Saved
 from moda_kernels.triton_kernels.layouts import arrange, gradient_like
-from moda_kernels.triton_kernels.relu_pool_forward import launch_relu_pool
 from moda_kernels.triton_kernels.relu_pool_backward import launch_relu_pool_backward
+from moda_kernels.triton_kernels.relu_pool_forward import launch_relu_pool
 
 # What the kernels read of the segments, in the order in which an op takes them.
 _SEGMENT_FIELDS = ("order", "offsets", "segment", "same_pairs", "diff_pairs")
@@ -32,7 +32,7 @@ def grouped_losses(activations: Sequence[Tensor], segments: Segments) -> tuple[T
     if torch.compiler.is_compiling():
         outputs = torch.ops.moda_kernels.modular_losses(list(activations), _segment_tensors(segments))
         return outputs[0], outputs[1], outputs[2]
-    losses: tuple[Tensor, Tensor, Tensor] = _GroupedLosses.apply(segments, *activations)
+    losses: tuple[Tensor, Tensor, Tensor] = _GroupedLosses.apply(segments, *activations)  # type: ignore[no-untyped-call]
     return losses
 
 
@@ -41,7 +41,10 @@ def pool(activations: Sequence[Tensor]) -> list[Tensor]:
     layers = [activation for activation in activations if grouped.needs_pooling(activation)]
     if not layers:
         return list(activations)
-    pooled = iter(torch.ops.moda_kernels.pool(layers) if torch.compiler.is_compiling() else _Pool.apply(*layers))
+    if torch.compiler.is_compiling():
+        pooled = iter(torch.ops.moda_kernels.pool(layers))
+    else:
+        pooled = iter(_Pool.apply(*layers))  # type: ignore[no-untyped-call]
     return [next(pooled) if grouped.needs_pooling(activation) else activation for activation in activations]
 
 
@@ -50,7 +53,7 @@ def relu_pool(x: Tensor, inplace: bool) -> tuple[Tensor, Tensor]:
     if torch.compiler.is_compiling():
         y, pooled = torch.ops.moda_kernels.relu_pool(x)
         return (x.copy_(y) if inplace else y), pooled
-    result: tuple[Tensor, Tensor] = _ReluPool.apply(x, inplace)
+    result: tuple[Tensor, Tensor] = _ReluPool.apply(x, inplace)  # type: ignore[no-untyped-call]
     return result
 
 
@@ -75,16 +78,14 @@ class _NoSecondDerivative(Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        raise RuntimeError(
-            'the Triton kernels are differentiable once; use backend="torch" for second derivatives'
-        )
+        raise RuntimeError('the Triton kernels are differentiable once; use backend="torch" for second derivatives')
 
 
 def _once(gradients: Sequence[Tensor | None], *depends_on: Tensor | None) -> tuple[Tensor | None, ...]:
     """The gradients; if a graph of them is being made (create_graph=True), one that ends in the error above."""
     if not torch.is_grad_enabled():
         return tuple(gradients)
-    marked: tuple[Tensor | None, ...] = _NoSecondDerivative.apply(len(gradients), *gradients, *depends_on)
+    marked: tuple[Tensor | None, ...] = _NoSecondDerivative.apply(len(gradients), *gradients, *depends_on)  # type: ignore[no-untyped-call]
     return marked
 
 
@@ -121,9 +122,7 @@ class _Pool(Function):
     @staticmethod
     def backward(ctx: Any, *dpooled: Tensor | None) -> tuple[Tensor | None, ...]:
         activations = ctx.saved_tensors
-        wanted = [
-            i for i, gradient in enumerate(dpooled) if gradient is not None and ctx.needs_input_grad[i]
-        ]
+        wanted = [i for i, gradient in enumerate(dpooled) if gradient is not None and ctx.needs_input_grad[i]]
         gradients: list[Tensor | None] = [None] * len(activations)
         with torch.no_grad():
             rows = [gradient for i in wanted if (gradient := dpooled[i]) is not None]
@@ -202,9 +201,7 @@ def modular_losses_backward_op(
     wanted: Sequence[bool],
 ) -> list[Tensor]:
     """Gradients of the wanted layers, in order."""
-    gradients = grouped.losses_backward(
-        activations, _segments(segments), Saved(*saved), _scalars(upstream), wanted
-    )
+    gradients = grouped.losses_backward(activations, _segments(segments), Saved(*saved), _scalars(upstream), wanted)
     return [gradient for gradient in gradients if gradient is not None]
 
 
@@ -301,7 +298,7 @@ def _(x: Tensor) -> tuple[Tensor, Tensor]:
     "moda_kernels::relu_pool_backward", mutates_args=(), schema="(Tensor y, Tensor? dy, Tensor? dpooled) -> Tensor"
 )
 def relu_pool_backward_op(y: Tensor, dy: Tensor | None, dpooled: Tensor | None) -> Tensor:
-    """dx."""
+    """Gradient of x."""
     return _relu_pool_backward(y, dy, dpooled)
 
 

@@ -47,6 +47,7 @@ def pair_terms_kernel(
     table, inverse, order, offsets, segment, total, crossing, same, different, partials,
     layers: tl.int64, samples: tl.int64, width: tl.int64,
 ):  # fmt: skip
+    """One block of 32 samples x one tile of 128 neurons."""
     block = tl.program_id(0).to(tl.int64)
     tile = tl.program_id(1).to(tl.int64)
     layer = find_layer(table, layers, tile)
@@ -97,6 +98,7 @@ def losses_kernel(
     partials, same_pairs, diff_pairs, affinity, dispersion, compactness,
     count: tl.int64, layers: tl.int64, samples: tl.int64, WIDTH: tl.constexpr,
 ):  # fmt: skip
+    """One program: adds `count` partial sums of each kind, writes the three losses."""
     same = tl.zeros([WIDTH], tl.float64)
     different = tl.zeros([WIDTH], tl.float64)
     magnitude = tl.zeros([WIDTH], tl.float64)

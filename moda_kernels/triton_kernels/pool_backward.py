@@ -78,6 +78,7 @@ def _columns(x, dpooled, dx, tile, neurons, positions, splits, VEC: tl.constexpr
 
 @triton.jit(do_not_specialize=["layers"])
 def pool_backward_kernel(table, layers: tl.int64, DTYPE: tl.constexpr):
+    """One tile of one layer; the same programs as forward."""
     program = tl.program_id(0).to(tl.int64)
     layer = find_layer(table, layers, program)
     field = table + layer
@@ -91,7 +92,7 @@ def pool_backward_kernel(table, layers: tl.int64, DTYPE: tl.constexpr):
     signed = tl.load(field + 7 * layers)
     mode = tl.load(field + 8 * layers)
     dpooled = tl.load(field + 9 * layers).to(tl.pointer_type(tl.float32))
-    VEC: tl.constexpr = 128 // DTYPE.primitive_bitwidth
+    VEC: tl.constexpr = 128 // DTYPE.primitive_bitwidth  # at most the width of the tile
     if mode == 0:
         _flat(x, dpooled, dx, tile, rows, signed, 1)
     elif mode == 1:
@@ -99,7 +100,7 @@ def pool_backward_kernel(table, layers: tl.int64, DTYPE: tl.constexpr):
     elif mode == 2:
         _rows(x, dpooled, dx, tile, rows, positions, TILE // 4, 4, 1)
     elif mode == 3:
-        _rows(x, dpooled, dx, tile, rows, positions, TILE // 4, 4, VEC)
+        _rows(x, dpooled, dx, tile, rows, positions, TILE // 4, 4, 4)
     elif mode == 4:
         _rows(x, dpooled, dx, tile, rows, positions, TILE // 16, 16, 1)
     elif mode == 5:

@@ -73,6 +73,7 @@ def _columns(x, out, tile, rows, neurons, positions, splits, VEC: tl.constexpr):
 
 @triton.jit(do_not_specialize=["layers"])
 def pool_kernel(table, layers: tl.int64, DTYPE: tl.constexpr):
+    """One tile of one layer: 2048 elements, or as many rows or columns walked to their end."""
     program = tl.program_id(0).to(tl.int64)
     layer = find_layer(table, layers, program)
     field = table + layer
@@ -85,7 +86,7 @@ def pool_kernel(table, layers: tl.int64, DTYPE: tl.constexpr):
     splits = tl.load(field + 6 * layers)
     signed = tl.load(field + 7 * layers)
     mode = tl.load(field + 8 * layers)
-    VEC: tl.constexpr = 128 // DTYPE.primitive_bitwidth
+    VEC: tl.constexpr = 128 // DTYPE.primitive_bitwidth  # at most the width of the tile
     # The layout's mode, twice, plus one where 16-byte accesses are aligned (layouts.py).
     if mode == 0:
         _flat(x, out, tile, rows, signed, 1)
@@ -94,7 +95,7 @@ def pool_kernel(table, layers: tl.int64, DTYPE: tl.constexpr):
     elif mode == 2:
         _rows(x, out, tile, rows, positions, TILE // 4, 4, 1)
     elif mode == 3:
-        _rows(x, out, tile, rows, positions, TILE // 4, 4, VEC)
+        _rows(x, out, tile, rows, positions, TILE // 4, 4, 4)
     elif mode == 4:
         _rows(x, out, tile, rows, positions, TILE // 16, 16, 1)
     elif mode == 5:
@@ -119,7 +120,7 @@ def pool_kernel(table, layers: tl.int64, DTYPE: tl.constexpr):
 
 @triton.jit(do_not_specialize=["layers"])
 def add_splits_kernel(table, layers: tl.int64, BLOCK: tl.constexpr):
-    """out = sum over splits of the partial means, split after split."""
+    """The sum over splits of the partial means, split after split."""
     program = tl.program_id(0).to(tl.int64)
     layer = find_layer(table, layers, program)
     field = table + layer

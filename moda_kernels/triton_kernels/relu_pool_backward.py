@@ -2,7 +2,8 @@
 
     dx = (y > 0) * (dy + dpooled / S)          where y is NaN the gradient passes, as in torch.relu
 
-Shapes, layouts and dtypes as in relu_pool_forward.py: dy and dx like y, dpooled (N, C) float32; either gradient may be absent.
+Shapes, layouts and dtypes as in relu_pool_forward.py: dy and dx like y, dpooled (N, C) float32; either
+gradient may be absent.
 Determinism: elementwise, each element written once.
 """
 
@@ -44,6 +45,7 @@ def relu_pool_rows_backward_kernel(
     y, dy, dpooled, dx, rows: tl.int64, positions: tl.int64,
     ROWS: tl.constexpr, WIDTH: tl.constexpr, VEC: tl.constexpr, HAS_DY: tl.constexpr, HAS_DPOOLED: tl.constexpr,
 ):  # fmt: skip
+    """2048 elements: ROWS rows of one (sample, neuron) each, walked to their end."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     gradient = _pooled_gradient(dpooled, row, row < rows, positions, HAS_DPOOLED, ROWS)
     for start in range(0, positions, WIDTH):
@@ -61,6 +63,7 @@ def relu_pool_flat_backward_kernel(
     y, dy, dpooled, dx, rows: tl.int64,
     TILE: tl.constexpr, VEC: tl.constexpr, HAS_DY: tl.constexpr, HAS_DPOOLED: tl.constexpr,
 ):  # fmt: skip
+    """TILE elements, one position each."""
     index = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     inside = tl.max_constancy(index < rows, VEC)
     gradient = tl.zeros([TILE], tl.float32)
@@ -76,6 +79,7 @@ def relu_pool_columns_backward_kernel(
     SPAN: tl.constexpr, POSITIONS: tl.constexpr, NEURONS: tl.constexpr, VEC: tl.constexpr,
     HAS_DY: tl.constexpr, HAS_DPOOLED: tl.constexpr,
 ):  # fmt: skip
+    """32 neurons of one sample over SPAN positions."""
     tile = tl.program_id(0).to(tl.int64)
     blocks = tl.cdiv(neurons, NEURONS)
     neuron = (tile % blocks) * NEURONS + tl.arange(0, NEURONS)
@@ -116,7 +120,7 @@ def launch_relu_pool_backward(y: Tensor, dy: Tensor | None, dpooled: Tensor | No
         else:
             width = layouts.ROW_WIDTHS[layout.mode - layouts.ROWS]
             relu_pool_rows_backward_kernel[grid](
-                *tensors, layout.rows, layout.positions, layouts.TILE // width, width, vec, *have,
+                *tensors, layout.rows, layout.positions, layouts.TILE // width, width, min(vec, width), *have,
                 num_warps=layouts.WARPS,
             )  # fmt: skip
     return dx

@@ -31,6 +31,7 @@ def _relu(value):
 def relu_pool_rows_kernel(
     x, y, pooled, rows: tl.int64, positions: tl.int64, ROWS: tl.constexpr, WIDTH: tl.constexpr, VEC: tl.constexpr
 ):
+    """2048 elements: ROWS rows of one (sample, neuron) each, walked to their end."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     total = tl.zeros([ROWS, WIDTH], tl.float32)
     for start in range(0, positions, WIDTH):
@@ -47,6 +48,7 @@ def relu_pool_rows_kernel(
 
 @triton.jit(do_not_specialize=["rows"])
 def relu_pool_flat_kernel(x, y, pooled, rows: tl.int64, TILE: tl.constexpr, VEC: tl.constexpr):
+    """TILE elements, one position each."""
     index = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     inside = tl.max_constancy(index < rows, VEC)
     pointers = tl.max_contiguous(tl.multiple_of(x + index, 16 if VEC > 1 else 1), VEC)
@@ -62,6 +64,7 @@ def relu_pool_columns_kernel(
     x, y, parts, rows: tl.int64, neurons: tl.int64, positions: tl.int64, splits: tl.int64,
     SPAN: tl.constexpr, POSITIONS: tl.constexpr, NEURONS: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
+    """32 neurons of one sample over SPAN positions."""
     tile = tl.program_id(0).to(tl.int64)
     blocks = tl.cdiv(neurons, NEURONS)
     neuron = (tile % blocks) * NEURONS + tl.arange(0, NEURONS)
@@ -83,7 +86,7 @@ def relu_pool_columns_kernel(
 
 @triton.jit(do_not_specialize=["rows", "splits"])
 def add_parts_kernel(parts, pooled, rows: tl.int64, splits: tl.int64, BLOCK: tl.constexpr):
-    """pooled = sum over splits of the partial means, split after split."""
+    """The sum over splits of the partial means, split after split."""
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float32)
     for split in range(0, splits):
@@ -115,7 +118,7 @@ def launch_relu_pool(x: Tensor, y: Tensor, layout: Layout) -> Tensor:
         else:
             width = layouts.ROW_WIDTHS[layout.mode - layouts.ROWS]
             relu_pool_rows_kernel[grid](
-                x, y, pooled, layout.rows, layout.positions, layouts.TILE // width, width, vec,
+                x, y, pooled, layout.rows, layout.positions, layouts.TILE // width, width, min(vec, width),
                 num_warps=layouts.WARPS,
             )  # fmt: skip
     return pooled

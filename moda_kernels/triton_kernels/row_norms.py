@@ -17,9 +17,8 @@ from moda_kernels.triton_kernels.rows import Rows, load_rows
 
 
 @triton.jit(do_not_specialize=["layers", "samples"])
-def row_norms_kernel(
-    table, inverse, layers: tl.int64, samples: tl.int64, ROWS: tl.constexpr, WIDTH: tl.constexpr
-):
+def row_norms_kernel(table, inverse, layers: tl.int64, samples: tl.int64, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """ROWS rows of one layer."""
     layer = tl.program_id(1).to(tl.int64)
     rows = tl.load(table + layers + layer).to(tl.pointer_type(tl.float32))
     neurons = tl.load(table + 2 * layers + layer)

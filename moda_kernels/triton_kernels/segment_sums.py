@@ -31,7 +31,6 @@ from moda_kernels.triton_kernels.row_norms import launch_row_norms
 from moda_kernels.triton_kernels.rows import (
     BLOCK,
     NEURONS,
-    TILE_NEURONS,
     WARPS,
     Rows,
     load_rows,
@@ -54,6 +53,7 @@ def block_sums_kernel(
     layers: tl.int64, samples: tl.int64, width: tl.int64, classes: tl.int64,
     PER_CLASS: tl.constexpr, NORMALIZE: tl.constexpr,
 ):  # fmt: skip
+    """One block of 32 samples x one tile of 128 neurons."""
     block = tl.program_id(0).to(tl.int64)
     tile = tl.program_id(1).to(tl.int64)
     layer = find_layer(table, layers, tile)
@@ -119,9 +119,7 @@ def combine_kernel(
                 out = tl.load(table + 4 * layers + layer).to(tl.pointer_type(tl.float32))
                 neurons = tl.load(table + 2 * layers + layer)
                 neuron = (tile - tl.load(table + layer)) * NEURONS + tl.arange(0, NEURONS)
-                _store_class(
-                    out, neurons, neuron, labels, order, offsets, last, classes, values.to(tl.float32)
-                )
+                _store_class(out, neurons, neuron, labels, order, offsets, last, classes, values.to(tl.float32))
 
 
 # Block, tile and warps and their reasons: rows.py.
@@ -160,9 +158,7 @@ def launch_class_sums(
     return total, crossing
 
 
-def class_sums(
-    pooled: Sequence[Tensor], labels: Tensor, num_classes: int, *, normalize: bool = True
-) -> list[Tensor]:
+def class_sums(pooled: Sequence[Tensor], labels: Tensor, num_classes: int, *, normalize: bool = True) -> list[Tensor]:
     """Per layer the (K, C) float32 sum over each class's samples of the rows, L2-normalised unless told otherwise."""
     layers = [layer.detach().float().contiguous() for layer in pooled]
     samples, device = labels.shape[0], labels.device
@@ -177,6 +173,3 @@ def class_sums(
         labelling = Labelling(labels.long().contiguous(), num_classes, normalize)
         launch_class_sums(rows, table, inverse, Segments.from_labels(labels), labelling)
     return sums
-
-
-__all__ = ["TILE_NEURONS", "Labelling", "block_sums_kernel", "class_sums", "combine_kernel", "launch_class_sums"]

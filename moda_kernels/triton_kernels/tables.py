@@ -44,10 +44,22 @@ _ENTRIES = 16  # table entries one launch of _write_kernel takes
 def _write_kernel(
     table,
     count: tl.int64,
-    e0: tl.int64, e1: tl.int64, e2: tl.int64, e3: tl.int64,
-    e4: tl.int64, e5: tl.int64, e6: tl.int64, e7: tl.int64,
-    e8: tl.int64, e9: tl.int64, e10: tl.int64, e11: tl.int64,
-    e12: tl.int64, e13: tl.int64, e14: tl.int64, e15: tl.int64,
+    e0: tl.int64,
+    e1: tl.int64,
+    e2: tl.int64,
+    e3: tl.int64,
+    e4: tl.int64,
+    e5: tl.int64,
+    e6: tl.int64,
+    e7: tl.int64,
+    e8: tl.int64,
+    e9: tl.int64,
+    e10: tl.int64,
+    e11: tl.int64,
+    e12: tl.int64,
+    e13: tl.int64,
+    e14: tl.int64,
+    e15: tl.int64,
 ):
     """table[:count] = the first `count` of the 16 entries."""
     entries = (e0, e1, e2, e3, e4, e5, e6, e7, e8, e9, e10, e11, e12, e13, e14, e15)

@@ -1,0 +1,267 @@
+"""Compile every Triton kernel ahead of time, for GPUs that are not here, and read what the compiler made of it.
+
+    python benchmarks/aot.py                 compile for all targets, write benchmarks/results/aot.json
+    python benchmarks/aot.py --check         compile for CI_TARGETS, compare with that file, exit 1 on a difference
+
+Per kernel, variant and target: registers per thread, shared memory, stack frame, spilled bytes, and how many global
+loads and stores of each width the machine code holds. Must be zero everywhere: stack frame and spills. Must be 128 bits
+in the hot paths: `Case.wide`. Registers depend on the compiler: compared only under the Triton that wrote the file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+os.environ["TRITON_INTERPRET"] = "0"  # before Triton is imported: the interpreter has nothing to compile
+
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+RESULTS = Path(__file__).parent / "results" / "aot.json"
+TARGETS = (80, 90, 100, 120)
+CI_TARGETS = TARGETS
+DTYPES = {"fp16": tl.float16, "bf16": tl.bfloat16, "fp32": tl.float32}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kernel with one set of compile-time arguments; `wide`: its hot loads and stores must be 128 bits."""
+
+    name: str
+    kernel: Any
+    signature: dict[str, str]
+    constants: dict[str, Any] = field(default_factory=dict)
+    warps: int = 4
+    wide_loads: bool = True
+    wide_stores: bool = True
+
+
+def cases() -> list[Case]:
+    """Every kernel, every dtype, every compile-time variant that the launches use."""
+    return [*_pooling_cases(), *_loss_cases(), *_relu_pool_cases()]
+
+
+def _signature(kernel: Any, pointers: dict[str, str], constants: dict[str, Any]) -> dict[str, str]:
+    """Types of the arguments in order: constants, 64-bit integers, and pointers (8-byte integers unless given)."""
+    types = {}
+    for parameter in kernel.params:
+        if parameter.is_constexpr:
+            types[parameter.name] = "constexpr"
+        elif parameter.annotation_type:
+            types[parameter.name] = parameter.annotation_type
+        else:
+            types[parameter.name] = pointers.get(parameter.name, "*i64")
+    unknown = set(pointers) - set(types) | set(constants) - set(types)
+    if unknown:
+        raise ValueError(f"{kernel.__name__} has no argument {sorted(unknown)}")
+    return types
+
+
+def _case(name: str, kernel: Any, pointers: dict[str, str], constants: dict[str, Any], **rest: Any) -> Case:
+    return Case(name, kernel, _signature(kernel, pointers, constants), constants, **rest)
+
+
+def _pooling_cases() -> Iterator[Case]:
+    from moda_kernels.triton_kernels import pool_backward, pool_forward, tables
+
+    for dtype, element in DTYPES.items():
+        # Forward stores a mean per row: its wide stores are those of FLAT alone.
+        yield _case(f"pool_kernel/{dtype}", pool_forward.pool_kernel, {}, {"DTYPE": element})
+        yield _case(f"pool_backward_kernel/{dtype}", pool_backward.pool_backward_kernel, {}, {"DTYPE": element})
+    yield _case(
+        "add_splits_kernel", pool_forward.add_splits_kernel, {}, {"BLOCK": pool_forward.SPLIT_BLOCK},
+        wide_loads=False, wide_stores=False,
+    )  # fmt: skip
+    yield _case("write_kernel", tables._write_kernel, {}, {}, wide_loads=False, wide_stores=False)
+
+
+def _loss_cases() -> Iterator[Case]:
+    from moda_kernels.triton_kernels import losses_backward, pair_terms, row_norms, segment_sums
+
+    floats = dict.fromkeys(
+        ("inverse", "same", "different", "partials", "affinity", "dispersion", "compactness"), "*fp32"
+    )
+    floats |= dict.fromkeys(("upstream_affinity", "upstream_dispersion", "upstream_compactness"), "*fp32")
+    floats |= dict.fromkeys(("totals", "heads", "tails", "total", "crossing"), "*fp64")
+
+    def case(name: str, kernel: Any, constants: dict[str, Any], **rest: Any) -> Case:
+        names = {parameter.name for parameter in kernel.params}
+        return _case(name, kernel, {key: value for key, value in floats.items() if key in names}, constants, **rest)
+
+    shape = {"ROWS": row_norms.ROWS, "WIDTH": row_norms.WIDTH}
+    yield case("row_norms_kernel", row_norms.row_norms_kernel, shape, wide_stores=False)
+    for variant, per_class, normalize in (("losses", False, True), ("class_sums", True, True), ("means", True, False)):
+        constants = {"PER_CLASS": per_class, "NORMALIZE": normalize}
+        yield case(f"block_sums_kernel/{variant}", segment_sums.block_sums_kernel, constants, wide_stores=False)
+    for variant, per_class in (("losses", False), ("class_sums", True)):
+        # Block sums are 1/32 of the rows; they are read and written a float64 per thread, 256 bytes per warp.
+        narrow = {"wide_loads": False, "wide_stores": False}
+        yield case(f"combine_kernel/{variant}", segment_sums.combine_kernel, {"PER_CLASS": per_class}, **narrow)
+    yield case("pair_terms_kernel", pair_terms.pair_terms_kernel, {}, wide_stores=False)
+    yield case(
+        "losses_kernel", pair_terms.losses_kernel, {"WIDTH": pair_terms.PARTIALS}, wide_loads=False, wide_stores=False
+    )
+    yield case("losses_backward_kernel", losses_backward.losses_backward_kernel, {}, warps=losses_backward.WARPS)
+
+
+def _relu_pool_cases() -> Iterator[Case]:
+    from moda_kernels.triton_kernels import layouts
+    from moda_kernels.triton_kernels import relu_pool_backward as backward
+    from moda_kernels.triton_kernels import relu_pool_forward as forward
+
+    columns = {"SPAN": layouts.SPAN, "POSITIONS": layouts.COLUMN_POSITIONS, "NEURONS": layouts.COLUMN_NEURONS}
+    shapes: dict[str, tuple[Any, Any, dict[str, Any]]] = {
+        "flat": (forward.relu_pool_flat_kernel, backward.relu_pool_flat_backward_kernel, {"TILE": layouts.TILE}),
+        "columns": (forward.relu_pool_columns_kernel, backward.relu_pool_columns_backward_kernel, columns),
+    }
+    for width in layouts.ROW_WIDTHS:
+        tile = {"ROWS": layouts.TILE // width, "WIDTH": width}
+        shapes[f"rows{width}"] = (forward.relu_pool_rows_kernel, backward.relu_pool_rows_backward_kernel, tile)
+    for dtype, element in DTYPES.items():
+        for shape, (ahead, back, tile) in shapes.items():
+            for vec in (128 // element.primitive_bitwidth, 1):
+                # A row of four values of two bytes is eight bytes long: no 16-byte access there.
+                wide = vec > 1 and (vec == 4 or shape != "rows4")
+                suffix = "wide" if vec > 1 else "narrow"
+                vec = min(vec, tile.get("WIDTH", vec))
+                name = f"{dtype}/{shape}/{suffix}"
+                yield _relu_pool(f"relu_pool/{name}", ahead, f"*{dtype}", tile | {"VEC": vec}, wide)
+                both = tile | {"VEC": vec, "HAS_DY": True, "HAS_DPOOLED": True}
+                yield _relu_pool(f"relu_pool_backward/{name}", back, f"*{dtype}", both, wide)
+    yield _case(
+        "add_parts_kernel", forward.add_parts_kernel, {"parts": "*fp32", "pooled": "*fp32"},
+        {"BLOCK": forward.PARTS_BLOCK}, wide_loads=False, wide_stores=False,
+    )  # fmt: skip
+
+
+def _relu_pool(name: str, kernel: Any, dtype: str, constants: dict[str, Any], wide: bool) -> Case:
+    names = {parameter.name for parameter in kernel.params}
+    pointers = {key: dtype for key in ("x", "y", "dy", "dx") if key in names}
+    pointers |= {key: "*fp32" for key in ("pooled", "parts", "dpooled") if key in names}
+    return _case(name, kernel, pointers, constants, wide_loads=wide, wide_stores=wide)
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one kernel takes on one target."""
+
+    registers: int
+    shared: int
+    stack: int
+    spills: int
+    loads: dict[str, int]
+    stores: dict[str, int]
+
+
+def compile_case(case: Case, capability: int) -> Resources:
+    """Compile for one compute capability (90 for sm_90) and read the machine code."""
+    names = list(case.signature)
+    # PyTorch's allocator aligns to 512 bytes, so every pointer argument is 16-byte aligned. relu_pool's narrow
+    # variants are for those that are not.
+    aligned = [name for name, kind in case.signature.items() if kind.startswith("*")]
+    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned if "narrow" not in case.name}
+    source = ASTSource(case.kernel, case.signature, constexprs=case.constants, attrs=attributes)
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": case.warps})
+    usage, sass = _disassemble(compiled.asm["cubin"])
+    numbers = {key: int(value) for key, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", usage)}
+    spills = len(re.findall(r"\b(?:LDL|STL)\b", sass))
+    return Resources(
+        numbers["REG"], compiled.metadata.shared, numbers["STACK"], spills + numbers["LOCAL"],
+        _widths("LDG", sass), _widths("STG", sass),
+    )  # fmt: skip
+
+
+def _disassemble(cubin: bytes) -> tuple[str, str]:
+    """Resource usage and machine code of a cubin, by the cuobjdump that Triton ships."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        run = [subprocess.run([tool, flag, file.name], check=True, capture_output=True, text=True).stdout
+               for flag in ("--dump-resource-usage", "--dump-sass")]  # fmt: skip
+    return run[0], run[1]
+
+
+def _widths(instruction: str, sass: str) -> dict[str, int]:
+    """Number of instructions by bits per thread: {"128": 8, "32": 1}."""
+    found = re.findall(rf"\b{instruction}\.(\S*)", sass)
+    return dict(
+        sorted(
+            Counter(
+                next((w for w in ("128", "64", "U16", "U8") if w in kind.split(".")), "32") for kind in found
+            ).items()
+        )
+    )
+
+
+def _task(name: str, capability: int) -> tuple[str, dict[str, Any]]:
+    case = next(case for case in cases() if case.name == name)
+    return f"{name}/sm_{capability}", asdict(compile_case(case, capability))
+
+
+def survey(targets: tuple[int, ...], workers: int) -> dict[str, dict[str, Any]]:
+    """Resources of every case on every target."""
+    names = [case.name for case in cases()]
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        jobs = [pool.submit(_task, name, target) for name in names for target in targets]
+        return dict(sorted(job.result() for job in jobs))
+
+
+def faults(found: dict[str, dict[str, Any]]) -> list[str]:
+    """What no kernel may show: a stack frame, spills, a hot path without 128-bit accesses."""
+    wanted = {case.name: case for case in cases()}
+    messages = []
+    for key, numbers in found.items():
+        case = wanted[key.rsplit("/", 1)[0]]
+        if numbers["stack"] or numbers["spills"]:
+            messages.append(f"{key}: stack frame {numbers['stack']} bytes, spills {numbers['spills']}")
+        if case.wide_loads and "128" not in numbers["loads"]:
+            messages.append(f"{key}: no 128-bit load among {numbers['loads']}")
+        if case.wide_stores and "128" not in numbers["stores"]:
+            messages.append(f"{key}: no 128-bit store among {numbers['stores']}")
+    return messages
+
+
+def differences(found: dict[str, dict[str, Any]], recorded: dict[str, Any]) -> list[str]:
+    """Where `found` departs from the file: everything under the Triton that wrote it, else nothing but the cases."""
+    kernels = recorded["kernels"]
+    messages = [f"{key}: not in {RESULTS.name}" for key in found if key not in kernels]
+    if recorded["triton"] == triton.__version__:
+        messages += [f"{key}: recorded {kernels[key]}, found {numbers}" for key, numbers in found.items()
+                     if key in kernels and kernels[key] != numbers]  # fmt: skip
+    return messages
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="compare with the recorded table instead of writing it")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
+    arguments = parser.parse_args()
+    found = survey(CI_TARGETS if arguments.check else TARGETS, arguments.workers)
+    messages = faults(found)
+    if arguments.check:
+        messages += differences(found, json.loads(RESULTS.read_text()))
+    else:
+        RESULTS.parent.mkdir(exist_ok=True)
+        RESULTS.write_text(json.dumps({"triton": triton.__version__, "kernels": found}, indent=1) + "\n")
+    print("\n".join(messages) or f"{len(found)} compilations: no stack frame, no spills, wide where they must be")
+    return 1 if messages else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
