@@ -1,0 +1,5 @@
+"""`python -m moda`: the `moda` command."""
+
+from moda.cli import main
+
+main()
