@@ -3,10 +3,14 @@
 A model may change an activation in place after its tap has seen it (`x += y`, `nn.Dropout(inplace=True)`). Such
 a value is cloned first and the clone takes its place from there on. Where the model goes on to use the
 overwritten memory by another name (a view made before), no clone can stand in for it: that is refused.
+
+Later uses of an overwritten value become uses of what overwrote it: the same tensor, but now the graph says so, and
+who rewrites it (dead code elimination, composition) cannot overlook the change.
 """
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 
 from torch import fx, nn
@@ -23,6 +27,9 @@ def protect(graph: fx.Graph, modules: nn.Module, is_record: Callable[[fx.Node], 
         target = overwritten(node) if is_inplace(node, modules) else None
         if target is not None and memory[target] in recorded:
             target = _overwrite_a_clone(node, target, memory)
+        if target is not None and node.target is not operator.setitem:  # which gives nothing back
+            for user in users_after(target, node):
+                user.replace_input_with(target, node)
         shared = target or (subject(node) if may_view(node, modules) else None)
         memory[node] = memory[shared] if shared is not None else node
         if is_record(node):

@@ -64,6 +64,17 @@ def test_a_record_is_not_overwritten_by_the_model(function: Callable[[Tensor], T
     assert torch.equal(seen[0], F.gelu(conv))
 
 
+@pytest.mark.parametrize("function", [scaled, written_out])
+def test_no_overwriting_is_dead_code(function: Callable[[Tensor], Tensor]) -> None:
+    model = Lambda(function).eval()
+    tapped = instrument(model)
+    tapped.graph.eliminate_dead_code()
+    tapped.recompile()
+    x = images()
+    with torch.no_grad():
+        assert torch.equal(tapped(x), model(x))
+
+
 def test_an_inplace_relu_whose_result_is_not_used_by_name() -> None:
     def rectified(x: Tensor) -> Tensor:
         F.relu(x, inplace=True)
