@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from moda.config import ACCELERATORS, PRECISIONS, TrainingConfig
+from moda.config import ACCELERATORS, PRECISIONS, ROUTES, TrainingConfig
 
 if TYPE_CHECKING:
     from moda.data import DataSplits
@@ -76,7 +76,7 @@ _Folder = Annotated[Path, typer.Argument(help="The run folder.", show_default=Fa
 
 _PANELS = {
     "Model and data": ("model", "data", "data_root", "width"),
-    "Objective": ("affinity", "dispersion", "compactness", "backend"),
+    "Objective": ("affinity", "dispersion", "compactness", "backend", "route"),
     "Optimisation": ("epochs", "batch_size", "learning_rate", "momentum", "seed"),
     "Machine": ("precision", "accelerator", "devices", "strategy", "num_workers"),
     "Files": ("log_every_steps", "checkpoint_every_steps", "keep_every_epochs", "tensorboard"),
@@ -132,6 +132,7 @@ def train(
     seed: Annotated[int | None, _setting("--seed", "Of weights, order, augmentation, split.", "seed")] = None,
     precision: Annotated[str | None, _setting("--precision", f"{', '.join(PRECISIONS)}.", "precision")] = None,
     backend: Annotated[str | None, _setting("--backend", "Of the modular loss (see moda doctor).", "backend")] = None,
+    route: Annotated[str | None, _setting("--route", f"Of the taps: {', '.join(ROUTES)}.", "route")] = None,
     accelerator: Annotated[str | None, _setting("--accelerator", f"{', '.join(ACCELERATORS)}.", "accelerator")] = None,
     devices: Annotated[int | None, _setting("--devices", "GPUs, or processes on the CPU.", "devices")] = None,
     strategy: Annotated[str | None, _setting("--strategy", "Of Lightning: auto, ddp, fsdp, ...", "strategy")] = None,
@@ -167,9 +168,12 @@ def train(
         given["data_options"] = options
     config = _resumed_config(folder, given) if resume else TrainingConfig(**given)
 
+    from moda.training import process_rank
     from moda.training import train as run_training
 
     result = run_training(config, folder, resume=resume)
+    if process_rank() > 0:
+        return
     if result.seconds == 0 and resume:
         _console().print(f"{folder}: already finished after {config.epochs} epochs.")
     _print_training(result.run, result.metrics)

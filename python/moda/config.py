@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "64-true")
+ROUTES = ("auto", "grouped", "fused")
 ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps")
 
 # Settings that a resumed training may change: they decide how it runs, not what it computes.
@@ -51,6 +52,7 @@ class TrainingConfig:
         seed: of initial weights, data order, augmentation and the split of data sets that come without one.
         precision: "32-true", "bf16-mixed", "16-mixed" (GPU only) or "64-true".
         backend: of the modular loss, see `moda_kernels.backends`.
+        route: "grouped", "fused" or "auto": what the taps record for the loss, see `moda.instrument`.
         accelerator: "auto", "cpu", "gpu", "cuda" or "mps".
         devices: how many devices (on the CPU: processes) to train on.
         strategy: how Lightning spreads the training over them: "auto", "ddp", "fsdp", ...
@@ -79,6 +81,7 @@ class TrainingConfig:
     seed: int = 42
     precision: str = "32-true"
     backend: str = "auto"
+    route: str = "auto"
     accelerator: str = "auto"
     devices: int = 1
     strategy: str = "auto"
@@ -138,9 +141,10 @@ def _options(name: str, value: Any) -> dict[str, Any]:
     if not isinstance(value, Mapping):
         raise TypeError(f"{name}: expected a mapping, got {type(value).__name__}")
     for key, option in value.items():
-        if not isinstance(key, str) or not isinstance(option, str | int | float | bool | None):
+        nested = option.values() if isinstance(option, Mapping) and all(isinstance(k, str) for k in option) else [option]
+        if not isinstance(key, str) or not all(isinstance(item, str | int | float | bool | None) for item in nested):
             raise TypeError(f"{name}[{key!r}]: expected a string, number, true, false or null, got {option!r}")
-    return dict(value)
+    return {key: dict(option) if isinstance(option, Mapping) else option for key, option in value.items()}
 
 
 def _one_of(choices: tuple[str, ...]) -> _Check:
@@ -199,6 +203,7 @@ _CHECKS: dict[str, _Check] = {
     "seed": _integer(0),
     "precision": _one_of(PRECISIONS),
     "backend": _text,
+    "route": _one_of(ROUTES),
     "accelerator": _one_of(ACCELERATORS),
     "devices": _integer(1),
     "strategy": _text,

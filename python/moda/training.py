@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -36,7 +36,7 @@ from moda.files import FormatError, write_bytes
 from moda.logs import MetricsFile, read_metrics
 from moda.progress import TrainingProgress
 from moda.runs import RunFolder, create_model, load_data, remove_partial_files
-from moda.taps import HookedModel, InstrumentedModel, instrument
+from moda.taps import HookedModel, InstrumentedModel, Route, instrument
 from moda_kernels import ModularLoss, backends
 
 if find_spec("lightning") is None:
@@ -85,16 +85,17 @@ class ModularModule(lightning.LightningModule):
 
     Args:
         model: a plain model, which is instrumented if `config` is modular; an instrumented one is taken as it is.
-        config: weights of the terms, epochs, learning rate, momentum and backend.
+        config: weights of the terms, epochs, learning rate, momentum, backend and route.
+        num_classes: labels are in [0, num_classes); of use with several processes (see `moda_kernels.ModularLoss`).
     """
 
     model: nn.Module
 
-    def __init__(self, model: nn.Module, config: TrainingConfig) -> None:
+    def __init__(self, model: nn.Module, config: TrainingConfig, num_classes: int | None = None) -> None:
         super().__init__()
         self.config = config
-        self.modular_loss = _modular_loss(config) if config.modular else None
-        self.model = _instrumented(model) if config.modular else model
+        self.modular_loss = _modular_loss(config, num_classes) if config.modular else None
+        self.model = _instrumented(model, config) if config.modular else model
         self.losses = LOSSES if config.modular else LOSSES[:2]
         self.epoch_metrics: dict[str, float] = {}
         self.last_step: Tensor | None = None
@@ -102,6 +103,11 @@ class ModularModule(lightning.LightningModule):
         self._train_sums: Tensor | None = None
         self._test_sums: Tensor | None = None
         self._random_state: dict[str, Tensor] = {}
+
+    def setup(self, stage: str) -> None:
+        """With several processes the modular terms are those of the batch that they hold together."""
+        if self.modular_loss is not None and self.trainer.world_size > 1:
+            self.modular_loss.group = "world"
 
     def forward(self, images: Tensor) -> Tensor:
         """The model's logits."""
@@ -205,12 +211,15 @@ class ModularModule(lightning.LightningModule):
         return [value / total[-1] for value in total[:-1]]
 
 
-def _modular_loss(config: TrainingConfig) -> ModularLoss:
-    return ModularLoss(config.affinity, config.dispersion, config.compactness, backend=config.backend)
+def _modular_loss(config: TrainingConfig, num_classes: int | None) -> ModularLoss:
+    weights = config.affinity, config.dispersion, config.compactness
+    return ModularLoss(*weights, backend=config.backend, num_classes=num_classes)
 
 
-def _instrumented(model: nn.Module) -> nn.Module:
-    return model if isinstance(model, InstrumentedModel | HookedModel) else instrument(model)
+def _instrumented(model: nn.Module, config: TrainingConfig) -> nn.Module:
+    if isinstance(model, InstrumentedModel | HookedModel):
+        return model
+    return instrument(model, route=cast(Route, config.route))
 
 
 def _row(values: list[Tensor]) -> Tensor:
@@ -375,12 +384,13 @@ def train(
         _check_resumable(RunFolder.open(folder).config, config)
     data = load_data(config) if data is None else data
     torch.manual_seed(config.seed)
-    module = ModularModule(create_model(config, data) if model is None else model, config)
+    model = create_model(config, data) if model is None else model
+    module = ModularModule(model, config, data.num_classes)
     if resume:
         run = RunFolder(Path(folder), config)
         remove_partial_files(run.checkpoints)
     else:
-        run = RunFolder.create(folder, config) if _rank() == 0 else RunFolder(Path(folder), config)
+        run = RunFolder.create(folder, config) if process_rank() == 0 else RunFolder(Path(folder), config)
     if run.finished:
         module.model.load_state_dict(run.load_weights())
         return TrainingResult(run, module.model, read_metrics(run.metrics)[-1], 0.0)
@@ -416,7 +426,7 @@ def _check_resumable(made_with: TrainingConfig, config: TrainingConfig) -> None:
             raise ValueError(f"{name}: the run to resume was started with {saved!r}, got {value!r}")
 
 
-def _rank() -> int:
+def process_rank() -> int:
     """Number of this process, as torchrun, Slurm or Lightning set it for the processes that they start."""
     names = ("RANK", "LOCAL_RANK", "SLURM_PROCID")
     return next((int(os.environ[name]) for name in names if os.environ.get(name, "").isdigit()), 0)

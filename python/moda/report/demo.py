@@ -166,7 +166,7 @@ def _mean_sizes(trained: Sequence[Trained]) -> list[float]:
 
 def _overlap(result: DemoResult) -> _Panel:
     values = result.seeds[0].modular.overlaps
-    mean = 100 * panels.off_diagonal_mean(values)
+    mean = 100 * result.mean("modular", "overlap")
 
     def draw(canvas: Canvas, theme: Theme) -> None:
         axes = canvas.add_axes((0.09, 0.07, 0.87, 0.9), anchor="W")
