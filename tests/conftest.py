@@ -15,6 +15,10 @@ GOLDEN = Path(__file__).parent / "golden"
 
 torch.set_num_threads(1)
 
+if not torch.cuda.is_available():
+    # Triton's kernels run in its interpreter, which is chosen when Triton is first imported in a process.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 
 def _make_torchvision_importable() -> torch.library.Library:
     """torchvision lies beside the environment, where only the tests look (Makefile). With a CPU build of PyTorch its wheel
