@@ -15,7 +15,7 @@ from moda.modes import device_of, evaluating
 from moda.taps import InstrumentedModel
 from moda_kernels import ClassSimilarity
 
-__all__ = ["Analysis", "LayerAnalysis", "analyze", "class_similarities"]
+__all__ = ["Analysis", "LayerAnalysis", "analyze", "class_similarities", "off_diagonal_mean"]
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Analysis:
     @property
     def mean_overlap(self) -> float:
         """Mean over pairs of classes: the paper's "module overlap"; 0 for a single class."""
-        return float(_over_pairs(self.overlaps))
+        return off_diagonal_mean(self.overlaps)
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON holds it."""
@@ -113,15 +113,15 @@ def _layer(tap: str, mask: Tensor, counts: Mapping[str, Tensor]) -> LayerAnalysi
         dead=int((counts[tap].sum(0) == 0).sum()),
         shared_by_all=int(mask.all(0).sum()),
         module_share=float(sizes.mean() / neurons),
-        overlap=float(_over_pairs(both) / neurons),
-        jaccard=float(_over_pairs(both / either.clamp_min(1))),
+        overlap=off_diagonal_mean(both) / neurons,
+        jaccard=off_diagonal_mean(both / either.clamp_min(1)),
     )
 
 
-def _over_pairs(matrix: Tensor) -> Tensor:
-    """Mean of a symmetric matrix over the pairs of different classes."""
+def off_diagonal_mean(matrix: Tensor) -> float:
+    """Mean of a symmetric (K, K) matrix over the pairs of different classes; 0 for a single class."""
     classes = len(matrix)
-    return matrix.triu(1).sum() / max(1, classes * (classes - 1) // 2)
+    return float(matrix.triu(1).sum() / max(1, classes * (classes - 1) // 2))
 
 
 def class_similarities(model: InstrumentedModel, loader: Iterable[Any], num_classes: int) -> dict[str, Tensor]:

@@ -11,10 +11,9 @@ that changes no result:
 
 from __future__ import annotations
 
-import csv
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +22,28 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor, nn
 
-from moda.compose import compose
+from moda.compose import build
 from moda.decompose import Decomposition, check_classes
 from moda.files import FormatError, write_bytes
-from moda.measure import flops, size
+from moda.measure import flops, plan_size
 from moda.modes import device_of, evaluating
+from moda.planned_flops import PlannedFlops
+from moda.results_file import read_rows
+from moda.slicing import Slicer
 from moda.taps import InstrumentedModel
 
-__all__ = ["ReuseResult", "TestSet", "by_size", "evaluate_subtasks", "read_results", "reuse_accuracy", "write_results"]
+__all__ = [
+    "COLUMNS",
+    "ReuseResult",
+    "TestSet",
+    "by_size",
+    "evaluate_subtasks",
+    "from_row",
+    "read_results",
+    "reuse_accuracy",
+    "to_row",
+    "write_parquet",
+]
 
 
 @dataclass(frozen=True)
@@ -77,9 +90,13 @@ class TestSet:
         images = torch.stack([image for image, _ in samples])
         return cls(images, torch.tensor([int(label) for _, label in samples]), batch_size)
 
+    def to(self, device: torch.device) -> TestSet:
+        """With the images on a device; labels stay on the CPU."""
+        return replace(self, images=self.images.to(device))
+
     def logits(self, model: nn.Module, rows: Tensor | None = None) -> Tensor:
         """(rows, K) logits of `model` in evaluation mode, on the CPU; all rows by default."""
-        images = self.images if rows is None else self.images[rows]
+        images = self.images if rows is None else self.images[rows.to(self.images.device)]
         device = device_of(model)
         with evaluating(model), torch.no_grad():
             return torch.cat([model(batch.to(device)).cpu() for batch in images.split(self.batch_size)])
@@ -111,29 +128,44 @@ def evaluate_subtasks(
         ValueError: a class is unknown or comes twice, or the test set has no sample of a sub-task.
     """
     chosen = [tuple(sorted(check_classes(task, decomposition.num_classes))) for task in tasks]
-    modular_logits = test.logits(model)
-    standard_logits = None if standard is None else test.logits(standard)
-    example = test.images[:1].to(device_of(model))
-    whole_flops = flops(model, example)
+    test = test.to(device_of(model))
+    whole = _WholeModels.of(test, model, standard)
+    slicer = Slicer.of(model, decomposition)
+    costs = PlannedFlops(model, test.images[:1])
     with Progress(console=Console(stderr=True), transient=True, disable=not progress) as bar:
         done = bar.add_task("Sub-tasks", total=len(chosen))
         for group in _same_masks(decomposition, chosen):
             classes = sorted(set().union(*group))
-            united = compose(model, decomposition, classes)
+            masks = decomposition.select(classes)
             rows = _rows(test.labels, classes)
-            logits = test.logits(united, rows)
+            whole_plan = slicer.plan(masks, classes)
+            united = build(model, whole_plan)
+            logits, labels = test.logits(united, rows), test.labels[rows]
             for task in group:
-                mine = _rows(test.labels[rows], task)
-                composed = united if len(group) == 1 else compose(model, decomposition, task)
+                mine = _rows(labels, task)
+                plan = whole_plan if len(task) == len(classes) else slicer.plan(masks, task)
+                operations = costs.of(plan) if costs.exact else flops(build(model, plan), test.images[:1])
                 yield ReuseResult(
                     classes=task,
-                    composed=_restricted_accuracy(logits[mine], test.labels[rows][mine], task, classes),
-                    modular=_whole_accuracy(modular_logits, test.labels, task),
-                    standard=None if standard_logits is None else _whole_accuracy(standard_logits, test.labels, task),
-                    size=size(model, decomposition, task),
-                    flops=flops(composed, example) / whole_flops,
+                    composed=_restricted_accuracy(logits[mine], labels[mine], task, classes),
+                    modular=_whole_accuracy(whole.modular, test.labels, task),
+                    standard=None if whole.standard is None else _whole_accuracy(whole.standard, test.labels, task),
+                    size=plan_size(model, plan),
+                    flops=operations / costs.whole,
                 )
                 bar.advance(done)
+
+
+@dataclass(frozen=True, eq=False)
+class _WholeModels:
+    """Logits of the whole models on the test set."""
+
+    modular: Tensor
+    standard: Tensor | None
+
+    @classmethod
+    def of(cls, test: TestSet, modular: nn.Module, standard: nn.Module | None) -> _WholeModels:
+        return cls(test.logits(modular), None if standard is None else test.logits(standard))
 
 
 def _same_masks(decomposition: Decomposition, tasks: Sequence[tuple[int, ...]]) -> list[list[tuple[int, ...]]]:
@@ -181,67 +213,67 @@ def _mean(results: Sequence[ReuseResult]) -> ReuseResult:
     return ReuseResult((), *(mean(field.name) for field in fields(ReuseResult)[1:]))
 
 
-def reuse_accuracy(results: Iterable[ReuseResult]) -> float:
-    """The paper's "reuse accuracy": the unweighted mean over sub-task sizes of the mean accuracy of each size."""
-    means = by_size(results)
-    return sum(mean.composed for mean in means.values()) / len(means)
+def reuse_accuracy(results: Iterable[ReuseResult], figure: str = "composed") -> float:
+    """The paper's "reuse accuracy": the unweighted mean over sub-task sizes of the mean accuracy of each size.
 
-
-_COLUMNS = tuple(field.name for field in fields(ReuseResult))
-
-
-def write_results(path: Path, results: Iterable[ReuseResult]) -> None:
-    """Write results as CSV, or as Parquet if the name ends in .parquet, atomically.
-
-    Raises:
-        ImportError: Parquet was asked for and pyarrow is missing; the message says how to install it.
+    Args:
+        results: at least one.
+        figure: which field of the results to average so, e.g. "modular" or "size".
     """
-    rows = [_row(result) for result in results]
-    if path.suffix == ".parquet":
-        _write_parquet(path, rows)
-        return
-    lines = [",".join(_COLUMNS), *(",".join(str(row[name]) for name in _COLUMNS) for row in rows)]
-    write_bytes(path, ("\n".join(lines) + "\n").encode())
+    means = [float(getattr(mean, figure)) for mean in by_size(results).values()]
+    return sum(means) / len(means)
 
 
-def _row(result: ReuseResult) -> dict[str, Any]:
-    row = {name: getattr(result, name) for name in _COLUMNS}
+COLUMNS = tuple(field.name for field in fields(ReuseResult))
+"""Columns of the table: the fields of `ReuseResult`; classes are separated by spaces."""
+
+
+def to_row(result: ReuseResult) -> dict[str, Any]:
+    """A result as cells of the table; None where there is no standard model."""
+    row = {name: getattr(result, name) for name in COLUMNS}
     row["classes"] = " ".join(map(str, result.classes))
-    row["standard"] = "" if result.standard is None else result.standard
     return row
 
 
-def _write_parquet(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        raise ImportError(f"{path.name}: Parquet needs pyarrow; install it: pip install pyarrow") from None
-    sink = pyarrow.BufferOutputStream()
-    columns = {name: [None if row[name] == "" else row[name] for row in rows] for name in _COLUMNS}
-    pyarrow.parquet.write_table(pyarrow.table(columns), sink)
-    write_bytes(path, sink.getvalue().to_pybytes())
+def from_row(row: Mapping[str, str]) -> ReuseResult:
+    """The result in a row of the table.
+
+    Raises:
+        ValueError: a cell is no number.
+    """
+    numbers = {name: float(row[name]) for name in ("composed", "modular", "size", "flops")}
+    standard = float(row["standard"]) if row["standard"] else None
+    return ReuseResult(classes=tuple(map(int, row["classes"].split())), standard=standard, **numbers)
 
 
 def read_results(path: Path) -> list[ReuseResult]:
-    """Results of a CSV file of `write_results`.
+    """Results in a table of `moda reuse`, CSV.
 
     Raises:
         FormatError: the file is missing or not such a file.
     """
     if not path.is_file():
         raise FormatError(f"{path}: no such file; make it with: moda reuse")
-    with path.open(newline="") as file:
-        reader = csv.DictReader(file)
-        if tuple(reader.fieldnames or ()) != _COLUMNS:
-            raise FormatError(f"{path}: expected the columns {', '.join(_COLUMNS)}, got {reader.fieldnames}")
-        try:
-            return [_result(row) for row in reader]
-        except (TypeError, ValueError) as error:
-            raise FormatError(f"{path}: {error}") from None
+    try:
+        return [from_row(row) for row in read_rows(path, COLUMNS)]
+    except FormatError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise FormatError(f"{path}: {error}") from None
 
 
-def _result(row: Mapping[str, str]) -> ReuseResult:
-    numbers = {name: float(row[name]) for name in ("composed", "modular", "size", "flops")}
-    standard = float(row["standard"]) if row["standard"] else None
-    return ReuseResult(classes=tuple(map(int, row["classes"].split())), standard=standard, **numbers)
+def write_parquet(path: Path, results: Iterable[ReuseResult]) -> None:
+    """Write results as Parquet, atomically; columns as in the CSV table, `classes` as text.
+
+    Raises:
+        ImportError: pyarrow is missing; the message says how to install it.
+    """
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise ImportError(f"{path.name}: Parquet needs pyarrow; install it: pip install pyarrow") from None
+    rows = [to_row(result) for result in results]
+    sink = pyarrow.BufferOutputStream()
+    pyarrow.parquet.write_table(pyarrow.table({name: [row[name] for row in rows] for name in COLUMNS}), sink)
+    write_bytes(path, sink.getvalue().to_pybytes())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
+from collections.abc import Collection
 
 ALL_SUBSETS_UP_TO = 12  # classes; 2^12 sub-tasks are still a matter of minutes
 
@@ -23,6 +24,61 @@ def subtasks(num_classes: int, seed: int = 42) -> list[tuple[int, ...]]:
         return sample(num_classes, seed)
     classes = range(num_classes)
     return [subset for size in range(2, num_classes + 1) for subset in itertools.combinations(classes, size)]
+
+
+KINDS = ("auto", "all", "sampled")
+MOST_SUBTASKS = 1 << 20
+
+
+def choose(
+    num_classes: int,
+    kind: str = "auto",
+    *,
+    sizes: Collection[int] | None = None,
+    per_size: int | None = None,
+    seed: int = 42,
+) -> list[tuple[int, ...]]:
+    """Sub-tasks as a user asks for them.
+
+    Args:
+        num_classes: at least 2.
+        kind: "auto" as `subtasks`, "all" subsets, or "sampled" as `sample`.
+        sizes: only sub-tasks of these numbers of classes.
+        per_size: at most so many of each size, drawn at random.
+        seed: of what is drawn.
+
+    Raises:
+        ValueError: an argument is not as above, or "all" would be more than a million.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"tasks: expected one of {', '.join(KINDS)}, got {kind!r}")
+    wrong = sorted(size for size in sizes or () if not 2 <= size <= num_classes)
+    if wrong:
+        raise ValueError(f"size: expected numbers of classes in [2, {num_classes}], got {wrong[0]}")
+    if per_size is not None and per_size < 1:
+        raise ValueError(f"per_size: expected at least 1, got {per_size}")
+    tasks = _all(num_classes, sizes) if kind == "all" else subtasks(num_classes, seed)
+    if kind == "sampled" and num_classes <= ALL_SUBSETS_UP_TO:
+        tasks = sample(num_classes, seed)
+    tasks = [task for task in tasks if not sizes or len(task) in sizes]
+    return tasks if per_size is None else _thinned(tasks, per_size, seed)
+
+
+def _all(num_classes: int, sizes: Collection[int] | None) -> list[tuple[int, ...]]:
+    chosen = sorted(sizes or range(2, num_classes + 1))
+    total = sum(math.comb(num_classes, size) for size in chosen)
+    if total > MOST_SUBTASKS:
+        raise ValueError(f"tasks: all {total:.2g} sub-tasks of {num_classes} classes are too many; take 'sampled'")
+    return [subset for size in chosen for subset in itertools.combinations(range(num_classes), size)]
+
+
+def _thinned(tasks: list[tuple[int, ...]], per_size: int, seed: int) -> list[tuple[int, ...]]:
+    generator = random.Random(seed)
+    thinned = []
+    for _, group in itertools.groupby(tasks, key=len):
+        same = list(group)
+        thinned += sorted(generator.sample(same, min(per_size, len(same))))
+    return thinned
 
 
 def sample(num_classes: int, seed: int = 42, *, confidence: float = 1.96, error: float = 0.08) -> list[tuple[int, ...]]:

@@ -7,7 +7,18 @@ import pytest
 import torch
 
 import moda
-from moda.reuse import ReuseResult, TestSet, by_size, evaluate_subtasks, read_results, reuse_accuracy, write_results
+from moda.results_file import ResultsFile
+from moda.reuse import (
+    COLUMNS,
+    ReuseResult,
+    TestSet,
+    by_size,
+    evaluate_subtasks,
+    read_results,
+    reuse_accuracy,
+    to_row,
+    write_parquet,
+)
 
 CLASSES = 4
 
@@ -65,17 +76,19 @@ def test_means_by_size_and_reuse_accuracy():
     assert reuse_accuracy(results) == 0.5  # over sizes, not over sub-tasks
 
 
-def test_files_hold_what_was_measured(study, tmp_path):
+def test_tables_hold_what_was_measured(study, tmp_path):
     model, decomposition, standard, test = study
     results = list(evaluate_subtasks(model, decomposition, TASKS[:3], test, standard=standard, progress=False))
     results.append(ReuseResult((0, 2), 0.1, 0.2, None, 1 / 3, 2 / 3))
-    write_results(tmp_path / "reuse.csv", results)
+    table = ResultsFile.open(tmp_path / "reuse.csv", "moda-reuse", COLUMNS, {})
+    for result in results:
+        table.append(to_row(result))
     assert read_results(tmp_path / "reuse.csv") == results
     parquet = pytest.importorskip("pyarrow.parquet")
-    write_results(tmp_path / "reuse.parquet", results)
-    table = parquet.read_table(tmp_path / "reuse.parquet").to_pydict()
-    assert table["composed"] == [result.composed for result in results]
-    assert table["standard"][-1] is None
+    write_parquet(tmp_path / "reuse.parquet", results)
+    columns = parquet.read_table(tmp_path / "reuse.parquet").to_pydict()
+    assert columns["composed"] == [result.composed for result in results]
+    assert columns["standard"][-1] is None
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,130 @@
+"""A table of results that grows row by row and can be continued after a kill, with a note of what it is of.
+
+`<name>.csv` holds the rows, `<name>.json` what they follow from (hashes of weights and masks). Rows of other weights
+or other modules are never mixed in: a table is continued only where its note says the same.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from moda.files import FormatError, read_json, write_bytes, write_json
+from moda_kernels import __version__
+
+__all__ = ["ResultsFile", "read_note", "read_rows"]
+
+VERSION = 1
+
+
+class ResultsFile:
+    """Made by `open`. Every row is on disk when `append` returns.
+
+    Attributes:
+        path: of the CSV file.
+        rows: what it holds, as text.
+    """
+
+    def __init__(self, path: Path, kind: str, columns: Sequence[str], source: Mapping[str, Any]) -> None:
+        self.path = path
+        self.kind = kind
+        self.columns = tuple(columns)
+        self.source = dict(source)
+        self.rows: list[dict[str, str]] = []
+
+    @classmethod
+    def open(cls, path: Path, kind: str, columns: Sequence[str], source: Mapping[str, Any]) -> ResultsFile:
+        """Begin a table, or go on with one.
+
+        Args:
+            path: of the CSV file; its folder is made if need be.
+            kind: "format" of the note, e.g. "moda-reuse".
+            columns: of the table.
+            source: what all rows follow from, anything that JSON can hold.
+
+        Raises:
+            FormatError: there is a table already, and it is not this one.
+        """
+        table = cls(path, kind, columns, source)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            table._check_note()
+            table.rows = read_rows(path, columns)
+        table.rewrite(table.rows)
+        table.note(finished=False)
+        return table
+
+    def append(self, row: Mapping[str, Any]) -> None:
+        """Add a row; a None is an empty cell."""
+        cells = {name: _cell(row[name]) for name in self.columns}
+        with self.path.open("a", encoding="utf-8", newline="") as file:
+            csv.DictWriter(file, self.columns, lineterminator="\n").writerow(cells)
+        self.rows.append(cells)
+
+    def rewrite(self, rows: Sequence[Mapping[str, str]]) -> None:
+        """Replace the whole table by these rows, atomically."""
+        buffer = io.StringIO()
+        writer = csv.DictWriter(buffer, self.columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        write_bytes(self.path, buffer.getvalue().encode())
+        self.rows = [dict(row) for row in rows]
+
+    def note(self, *, finished: bool, summary: Mapping[str, Any] | None = None) -> None:
+        """Write what the rows are of, whether all that was asked for are there, and what they amount to."""
+        value = {
+            "format": self.kind,
+            "format_version": VERSION,
+            "library_version": __version__,
+            "source": self.source,
+            "finished": finished,
+            "summary": dict(summary or {}),
+        }
+        write_json(self.path.with_suffix(".json"), value)
+
+    def _check_note(self) -> None:
+        noted = read_note(self.path, self.kind)["source"]
+        for name in sorted({*noted, *self.source}):
+            if noted.get(name) != self.source.get(name):
+                raise FormatError(
+                    f"{self.path}: its results are of another study: {name} is {noted.get(name)!r} there and "
+                    f"{self.source.get(name)!r} now; write to another file, or remove it"
+                )
+
+
+def read_note(path: Path, kind: str) -> dict[str, Any]:
+    """The note beside a table.
+
+    Raises:
+        FormatError: it is missing or malformed.
+    """
+    note = read_json(path.with_suffix(".json"), kind, VERSION)
+    if not isinstance(note.get("source"), dict):
+        raise FormatError(f'{path.with_suffix(".json")}: expected an object "source", got {note.get("source")!r}')
+    return note
+
+
+def read_rows(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
+    """The whole rows of a table; a last one that was cut off in the middle is left out.
+
+    Raises:
+        FormatError: it is missing, or has other columns.
+    """
+    if not path.is_file():
+        raise FormatError(f"{path}: no such file")
+    text = path.read_text(encoding="utf-8")
+    whole = text[: text.rfind("\n") + 1]
+    reader = csv.DictReader(io.StringIO(whole))
+    if tuple(reader.fieldnames or ()) != tuple(columns):
+        raise FormatError(f"{path}: expected the columns {', '.join(columns)}, got {reader.fieldnames}")
+    rows = list(reader)
+    if any(None in row or None in row.values() for row in rows):
+        raise FormatError(f"{path}: expected {len(columns)} cells in every row")
+    return rows
+
+
+def _cell(value: Any) -> str:
+    return "" if value is None else str(value)
