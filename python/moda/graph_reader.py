@@ -14,7 +14,7 @@ from torch import fx, nn
 from moda.channels import Concat, Contraction, Elementwise, Flatten, Layout, Look, PerChannel, Rule, Whole
 from moda.taps import Tap
 
-__all__ = ["GraphReader", "called", "first_argument"]
+__all__ = ["GraphReader", "called"]
 
 _CONVOLUTIONS: dict[type[nn.Module], int] = {nn.Conv1d: 3, nn.Conv2d: 4, nn.Conv3d: 5}
 _NORMS: dict[type[nn.Module], int | None] = {

@@ -15,7 +15,7 @@ from torch import Tensor, fx
 
 from moda.channels import Bools, Flatten, Indices, Kept, PerChannel, Route, Rule
 from moda.decompose import Decomposition, check_classes
-from moda.graph_reader import GraphReader, called, first_argument
+from moda.graph_reader import GraphReader, called
 from moda.taps import InstrumentedModel, Tap
 
 __all__ = ["Alignment", "Plan", "Slicer", "check_model", "plan"]
@@ -81,7 +81,7 @@ class Slicer:
 
     def __init__(self, model: InstrumentedModel, tap_widths: Mapping[str, int], num_classes: int) -> None:
         check_model(model, tap_widths, num_classes)
-        self.graph = _ordered_graph(model)
+        self.graph = _live_graph(model)
         self.rules = GraphReader(model, self.graph, tap_widths, num_classes).rules
         self.output = next(node for node in self.graph.nodes if node.op == "output")
 
@@ -232,8 +232,8 @@ def check_model(model: InstrumentedModel, tap_widths: Mapping[str, int], num_cla
         )
 
 
-def _ordered_graph(model: InstrumentedModel) -> fx.Graph:
-    """A copy of the graph without dead code, in which a value overwritten in place goes by its newest name."""
+def _live_graph(model: InstrumentedModel) -> fx.Graph:
+    """A copy of the graph without dead code. (Values overwritten in place go by their newest name already.)"""
     graph = copy.deepcopy(model.graph)
     for node in graph.nodes:
         if called(node) == "setitem" or "out" in node.kwargs:
@@ -241,23 +241,7 @@ def _ordered_graph(model: InstrumentedModel) -> fx.Graph:
                 f"model: {node.meta.get('source') or node}: writes into a part of a tensor or into `out=`, which "
                 "cannot be followed; write it without (torch.where, torch.cat)"
             )
-        old = first_argument(node)
-        if old is not None and _overwrites(node, model):
-            for user in [user for user in old.users if node < user]:
-                user.replace_input_with(old, node)
     for node in reversed(graph.nodes):
         if not node.users and node.op not in ("placeholder", "output"):
             graph.erase_node(node)
     return graph
-
-
-def _overwrites(node: fx.Node, model: InstrumentedModel) -> bool:
-    """Whether an operation changes its first argument in place."""
-    if node.op == "call_module":
-        module = model.get_submodule(str(node.target))
-        return bool(getattr(module, "inplace", False)) and not isinstance(module, Tap)
-    name = str(node.target if node.op == "call_method" else getattr(node.target, "__name__", ""))
-    return called(node) in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
-
-
-_IN_PLACE = frozenset(["iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow"])

@@ -261,9 +261,24 @@ class Signal(nn.Module):
         return self.last(x + self.second(x))
 
 
+class Overwritten(nn.Module):
+    """A sum in place, read by its old name too, by taps that keep different neurons."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.other = nn.Conv2d(3, 8, 3), nn.Conv2d(3, 8, 3)
+        self.head = nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = alias = self.stem(x)
+        y += self.other(x)
+        return self.head(torch.cat([F.relu(y), F.relu(alias)], 1).mean((2, 3)))
+
+
 @pytest.mark.parametrize(
     ("model", "shape"),
     [
+        (Overwritten, (2, 3, 6, 6)),
         (Inception, (2, 3, 8, 8)),
         (PreActivation, (2, 3, 6, 6)),
         (Gates, (2, 3, 6, 6)),
@@ -340,7 +355,7 @@ def test_everything_kept_is_the_whole_model():
     assert {k: v.shape for k, v in composed.state_dict().items()} == {k: v.shape for k, v in model.state_dict().items()}
 
 
-def test_half_precision_and_float32():
+def test_law_in_float32():
     """Rounding only: 1e-5 in float32."""
     model = instrument(residual().float())
     x = torch.randn(2, 3, 16, 16)
@@ -556,6 +571,24 @@ def test_it_is_a_plain_module_without_taps():
     assert isinstance(composed.get_submodule("layer1.0.relu1"), nn.ReLU)
     layer = composed.get_submodule("layer2.0.conv1")
     assert (layer.out_channels, layer.in_channels) == layer.weight.shape[:2]
+
+
+def test_it_is_where_the_model_is():
+    """On the meta device, for want of another: every buffer of masks and alignments follows the weights."""
+    model = instrument(models.create("mobilenet", num_classes=4, width=0.1).to("meta"))
+    x = torch.randn(2, 3, 32, 32, device="meta")
+    decomposition = random_modules(widths(model, x), 4, 0.5)
+    for make in (compose, mask):
+        made = make(model, decomposition, [2, 0])
+        assert {tensor.device.type for tensor in (*made.parameters(), *made.buffers())} == {"meta"}
+        assert made(x).shape == (2, 2)
+
+
+def test_it_compiles_without_breaks():
+    _, composed = composed_residual()
+    x = image(2, 3, 8, 8)
+    compiled = torch.compile(composed, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), composed(x), rtol=1e-10, atol=1e-10)
 
 
 def test_it_can_be_exported():
