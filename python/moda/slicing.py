@@ -16,7 +16,7 @@ from torch import Tensor, fx
 from moda.channels import Bools, Flatten, Indices, Kept, PerChannel, Route, Rule
 from moda.decompose import Decomposition, check_classes
 from moda.graph_reader import GraphReader, called
-from moda.taps import InstrumentedModel, Tap
+from moda.taps import InstrumentedModel
 
 __all__ = ["Alignment", "Plan", "Slicer", "check_model", "plan"]
 
