@@ -41,10 +41,8 @@ def pool(activations: Sequence[Tensor]) -> list[Tensor]:
     layers = [activation for activation in activations if grouped.needs_pooling(activation)]
     if not layers:
         return list(activations)
-    if torch.compiler.is_compiling():
-        pooled = iter(torch.ops.moda_kernels.pool(layers))
-    else:
-        pooled = iter(_Pool.apply(*layers))  # type: ignore[no-untyped-call]
+    compiling = torch.compiler.is_compiling()
+    pooled = iter(torch.ops.moda_kernels.pool(layers) if compiling else _Pool.apply(*layers))  # type: ignore[no-untyped-call]
     return [next(pooled) if grouped.needs_pooling(activation) else activation for activation in activations]
 
 
