@@ -388,9 +388,8 @@ class _Owners:
     sizes: Tensor
 
 
-FEWER_BYTES = 4 << 20
-"""By how much the exchange by owner must shorten what a rank sends before its three further collectives are worth it:
-about 100 us at 40 GB/s."""
+MESSAGE_BYTES = 256 << 10
+"""What could be sent while a message is under way: 8 us at 32 GB/s. Between 75 kB (25 Gbit/s) and 600 kB (NVLink)."""
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -406,16 +405,26 @@ def _present_classes(labels: Tensor, layout: _Layout, group: ProcessGroup) -> tu
     classes_by_rank = torch.split(class_of, samples)
     had = [torch.unique(of_rank) for of_rank in classes_by_rank]
     rank, present = dist.get_rank(group), len(classes)
-    if not _owners_pay(present, max(map(len, had)), sum(layout.widths), len(had)):
+    if not owners_pay(present, max(map(len, had)), sum(layout.widths), len(had)):
         return classes_by_rank[rank], present, None
     return _own(classes_by_rank[rank], had, rank, torch.bincount(class_of, minlength=present))
 
 
-def _owners_pay(present: int, most_of_a_rank: int, neurons: int, ranks: int) -> bool:
-    """Whether the exchange by owner sends so much less than an all-reduce of all present classes (docs)."""
+def owners_pay(present: int, most_of_a_rank: int, neurons: int, ranks: int) -> bool:
+    """Whether the exchange by owner is worth its messages.
+
+    Against an all-reduce of all present classes, a rank sends fewer bytes, but up to W messages more to and from owners
+    each, and those of two small all-reduces.
+
+    Args:
+        present: classes in the global batch.
+        most_of_a_rank: classes in the batch of the rank that has most.
+        neurons: D.
+        ranks: W.
+    """
     all_reduced = 2 * present * (neurons + 2) * (ranks - 1) / ranks
     by_owner = (2 * most_of_a_rank + 4) * (neurons + 1) * (ranks - 1) / ranks
-    return 4 * (all_reduced - by_owner) > FEWER_BYTES
+    return 4 * (all_reduced - by_owner) > 3 * ranks * MESSAGE_BYTES
 
 
 def _own(class_of: Tensor, had: Sequence[Tensor], rank: int, sizes: Tensor) -> tuple[Tensor, int, _Owners]:
