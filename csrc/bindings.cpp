@@ -1,34 +1,178 @@
+// The module moda_kernels._native. It takes addresses and sizes as integers and checks nothing about them: moda_kernels/native.py
+// is its only caller. A list of layers comes as one flat list of integers, in the order of the fields of the structs in types.h.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <stdexcept>
+#include <string>
+#include <vector>
 
 #include "build_info.h"
+#include "cpu.h"
 #include "parallel.h"
 
 namespace py = pybind11;
 
 namespace {
 
+using moda::CpuKernels;
+using moda::Dtype;
+using moda::FiringBatch;
+using moda::FiringLayer;
+using moda::Layer;
+using moda::Layout;
+using moda::SegmentsView;
+using moda::Terms;
+using Integers = std::vector<std::int64_t>;
+
+constexpr std::size_t kLayerFields = 8;
+constexpr std::size_t kFiringLayerFields = 7;
+
+const char* chosen_isa = nullptr;
+const CpuKernels* kernels = nullptr;
+
+void use_isa(const std::string& isa) {
+  for (const char* known : {"portable", "avx2", "avx512"}) {
+    if (isa != known) continue;
+    const CpuKernels* found = moda::cpu_kernels(known);
+    if (found == nullptr) throw std::invalid_argument("this processor does not run " + isa);
+    chosen_isa = known;
+    kernels = found;
+    return;
+  }
+  throw std::invalid_argument("expected portable, avx2 or avx512, got " + isa);
+}
+
+template <class T>
+T* address(std::int64_t integer) {
+  return reinterpret_cast<T*>(static_cast<std::uintptr_t>(integer));
+}
+
+void check_fields(const Integers& fields, std::size_t per_layer) {
+  if (fields.size() % per_layer != 0) throw std::invalid_argument("layers: fields are missing");
+}
+
+std::vector<Layer> layers_of(const Integers& fields) {
+  check_fields(fields, kLayerFields);
+  std::vector<Layer> layers;
+  layers.reserve(fields.size() / kLayerFields);
+  for (auto f = fields.begin(); f != fields.end(); f += kLayerFields) {
+    layers.push_back({address<const void>(f[0]), static_cast<Dtype>(f[1]), static_cast<Layout>(f[2]), f[3], f[4], f[5],
+                      address<void>(f[6]), address<void>(f[7])});
+  }
+  return layers;
+}
+
+std::vector<FiringLayer> firing_layers_of(const Integers& fields) {
+  check_fields(fields, kFiringLayerFields);
+  std::vector<FiringLayer> layers;
+  layers.reserve(fields.size() / kFiringLayerFields);
+  for (auto f = fields.begin(); f != fields.end(); f += kFiringLayerFields) {
+    layers.push_back({address<const void>(f[0]), static_cast<Dtype>(f[1]), static_cast<Layout>(f[2]), f[3], f[4],
+                      static_cast<std::uint64_t>(f[5]), address<std::int64_t>(f[6])});
+  }
+  return layers;
+}
+
+// Fields: labels, whether they are int64, samples, classes, class_sizes, invalid.
+FiringBatch firing_batch_of(const Integers& f) {
+  if (f.size() != 6) throw std::invalid_argument("batch: fields are missing");
+  return {address<const void>(f[0]), f[1] != 0, f[2], f[3], address<std::int64_t>(f[4]), address<std::int64_t>(f[5])};
+}
+
+// Fields: order, offsets, segment, same_pairs, diff_pairs.
+SegmentsView segments_of(const Integers& f) {
+  if (f.size() != 5) throw std::invalid_argument("segments: fields are missing");
+  return {address<const std::int64_t>(f[0]), address<const std::int64_t>(f[1]), address<const std::int64_t>(f[2]), f[3], f[4]};
+}
+
 py::dict build_info() {
   py::dict info;
   info["version"] = MODA_VERSION;
   info["source_digest"] = MODA_SOURCE_DIGEST;
   info["compiler"] = MODA_CXX_COMPILER;
-#if MODA_CUDA
-  info["cuda"] = true;
+  info["cuda"] = static_cast<bool>(MODA_CUDA);
   info["nvcc"] = MODA_NVCC_VERSION;
   info["cuda_architectures"] = MODA_CUDA_ARCHITECTURES;
-#else
-  info["cuda"] = false;
-  info["nvcc"] = py::none();
-  info["cuda_architectures"] = "";
-#endif
+  info["cpu_isa"] = chosen_isa;
   info["threading"] = moda::threading();
   return info;
+}
+
+void pool_forward(const Integers& fields, int threads) {
+  const auto layers = layers_of(fields);
+  py::gil_scoped_release release;
+  kernels->pool_forward(layers.data(), static_cast<std::int64_t>(layers.size()), threads);
+}
+
+void pool_backward(const Integers& fields, int threads) {
+  const auto layers = layers_of(fields);
+  py::gil_scoped_release release;
+  kernels->pool_backward(layers.data(), static_cast<std::int64_t>(layers.size()), threads);
+}
+
+void relu_pool_forward(const Integers& fields, int threads) {
+  const auto layers = layers_of(fields);
+  py::gil_scoped_release release;
+  kernels->relu_pool_forward(layers.at(0), threads);
+}
+
+void relu_pool_backward(const Integers& fields, std::int64_t upstream, int threads) {
+  const auto layers = layers_of(fields);
+  py::gil_scoped_release release;
+  kernels->relu_pool_backward(layers.at(0), address<const void>(upstream), threads);
+}
+
+py::tuple losses_forward(const Integers& fields, const Integers& segment_fields, std::int64_t workspace, int threads) {
+  const auto layers = layers_of(fields);
+  const SegmentsView segments = segments_of(segment_fields);
+  Terms terms{};
+  {
+    py::gil_scoped_release release;
+    terms = kernels->losses_forward(layers.data(), static_cast<std::int64_t>(layers.size()), segments,
+                                    address<void>(workspace), threads);
+  }
+  return py::make_tuple(terms.affinity, terms.dispersion, terms.compactness);
+}
+
+void losses_backward(const Integers& fields, const Integers& segment_fields, const std::vector<double>& upstream,
+                     std::int64_t workspace, int threads) {
+  const auto layers = layers_of(fields);
+  const SegmentsView segments = segments_of(segment_fields);
+  const Terms gradients{upstream.at(0), upstream.at(1), upstream.at(2)};
+  py::gil_scoped_release release;
+  kernels->losses_backward(layers.data(), static_cast<std::int64_t>(layers.size()), segments, gradients,
+                           address<void>(workspace), threads);
+}
+
+void class_sums(const Integers& fields, std::int64_t labels, std::int64_t classes, int threads) {
+  const auto layers = layers_of(fields);
+  py::gil_scoped_release release;
+  kernels->class_sums(layers.data(), static_cast<std::int64_t>(layers.size()), address<const std::int64_t>(labels), classes,
+                      threads);
+}
+
+void count_firings(const Integers& fields, const Integers& batch_fields, int threads) {
+  const auto layers = firing_layers_of(fields);
+  const FiringBatch batch = firing_batch_of(batch_fields);
+  py::gil_scoped_release release;
+  kernels->count_firings(layers.data(), static_cast<std::int64_t>(layers.size()), batch, threads);
 }
 
 }  // namespace
 
 PYBIND11_MODULE(_native, module) {
   module.doc() = "Compiled kernels of moda_kernels; called through moda_kernels.native only.";
+  use_isa(moda::best_isa());
   module.def("build_info", build_info);
-  module.def("use_openmp_of", &moda::use_openmp_of, py::arg("library"));
+  module.def("use_isa", use_isa);
+  module.def("use_openmp_of", &moda::use_openmp_of);
+  module.def("pool_forward", pool_forward);
+  module.def("pool_backward", pool_backward);
+  module.def("relu_pool_forward", relu_pool_forward);
+  module.def("relu_pool_backward", relu_pool_backward);
+  module.def("losses_forward", losses_forward);
+  module.def("losses_backward", losses_backward);
+  module.def("class_sums", class_sums);
+  module.def("count_firings", count_firings);
 }

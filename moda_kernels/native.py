@@ -1,16 +1,190 @@
-"""Not built yet: replaced as the kernels land."""
+"""The compiled extension: backend "native". C++ kernels for the CPU, and firing counts in CUDA.
+
+Two roads lead to the same kernels (`_native_calls.py`):
+
+- eager: `torch.autograd.Function`s, called directly, a call through the dispatcher costs more than a small kernel;
+- under `torch.compile`: the operators of `_native_ops.py`, which the compiler sees whole.
+
+Layouts: contiguous `(N, C, *spatial)`, neurons last in memory (channels_last, tokens), `(N, C)`; others are made
+contiguous. Sums are in float32 for half precision and float32, in float64 for float64. Results are bitwise equal from
+run to run and for any number of threads. Threads: as many as `torch.get_num_threads()`, out of PyTorch's own pool.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
+from torch import Tensor
 
-OPS: frozenset[str] = frozenset()
-DTYPES: Mapping[str, frozenset[torch.dtype]] = {}
-DEVICES: Mapping[str, frozenset[str]] | None = {}
+from moda_kernels import _native_calls as calls
+from moda_kernels import _native_ops as ops
+from moda_kernels.segments import Segments
+
+OPS = frozenset({"grouped_losses", "pool", "relu_pool", "class_sums", "count_firings"})
+DTYPES: Mapping[str, frozenset[torch.dtype]] = {
+    **dict.fromkeys(OPS, frozenset(calls.DTYPE_CODES)),
+    "class_sums": frozenset({torch.float32, torch.float64}),
+}
+DEVICES: Mapping[str, frozenset[str]] | None = dict.fromkeys(OPS, frozenset({"cpu"}))
 
 
 def unavailable(device: torch.device | None = None) -> str | None:
-    """Always, for now."""
-    return "not built"
+    """None if the extension can run (on `device`), else why not and what to do about it, in one line."""
+    try:
+        calls.extension()
+    except calls.NotBuiltError as error:
+        return str(error)
+    return None
+
+
+def build_info() -> dict[str, Any]:
+    """What the extension was built from and how it runs.
+
+    Returns:
+        version, source_digest, compiler (str), cuda (bool), nvcc and cuda_architectures (str, empty without CUDA),
+        cpu_isa ("portable", "avx2", "avx512"), threading ("torch's OpenMP pool", "std::thread").
+
+    Raises:
+        RuntimeError: there is no extension that can run; the message is that of `unavailable`.
+    """
+    info: dict[str, Any] = calls.extension().build_info()
+    return info
+
+
+def pool(activations: Sequence[Tensor]) -> list[Tensor]:
+    """The pooled activation of every layer; differentiable once. An (N, C) layer is its own, in float32 or float64."""
+    spatial = [calls.dense(x) for x in activations if x.dim() > 2]
+    means = iter(_pool_dense(spatial) if spatial else ())
+    return [next(means) if x.dim() > 2 else x.to(calls.accumulation(x.dtype)) for x in activations]
+
+
+def _pool_dense(layers: Sequence[Tensor]) -> Sequence[Tensor]:
+    if torch.compiler.is_compiling():
+        means: Sequence[Tensor] = ops.pool(list(layers))
+        return means
+    pooled: tuple[Tensor, ...] = _Pool.apply(*layers)  # type: ignore[no-untyped-call]
+    return pooled
+
+
+def relu_pool(x: Tensor, inplace: bool) -> tuple[Tensor, Tensor]:
+    """`relu(x)` and its pooled activation; differentiable once. An (N, C) activation is its own pool."""
+    if x.dim() == 2 or (inplace and (torch.compiler.is_compiling() or calls.layout(x) is None)):
+        y = torch.relu_(x) if inplace else torch.relu(x)
+        return y, pool([y])[0]
+    if torch.compiler.is_compiling():
+        y, pooled = ops.relu_pool(calls.dense(x))
+        return y, pooled
+    y, pooled = _ReluPool.apply(x if inplace else calls.dense(x), inplace)  # type: ignore[no-untyped-call]
+    return y, pooled
+
+
+def grouped_losses(activations: Sequence[Tensor], segments: Segments) -> tuple[Tensor, Tensor, Tensor]:
+    """(affinity, dispersion, compactness); 0-d, in the widest layer's accumulation dtype; differentiable once."""
+    layers = [calls.dense(x) for x in activations]
+    tensors = _segment_tensors(segments)
+    if torch.compiler.is_compiling():
+        affinity, dispersion, compactness, _ = ops.grouped_losses(layers, tensors)
+        return affinity, dispersion, compactness
+    affinity, dispersion, compactness = _GroupedLosses.apply(tensors, *layers)  # type: ignore[no-untyped-call]
+    return affinity, dispersion, compactness
+
+
+def _segment_tensors(segments: Segments) -> list[Tensor]:
+    return [segments.order, segments.offsets, segments.segment, segments.same_pairs, segments.diff_pairs]
+
+
+def class_sums(pooled: Sequence[Tensor], labels: Tensor, num_classes: int) -> list[Tensor]:
+    """Per layer the (K, C) sum over each class's samples of the L2-normalised rows. Not differentiable."""
+    run = ops.class_sums if torch.compiler.is_compiling() else calls.class_sums
+    sums: list[Tensor] = run([rows.detach() for rows in pooled], labels, num_classes)
+    return sums
+
+
+def count_firings(
+    activations: Sequence[Tensor],
+    labels: Tensor,
+    threshold: float,
+    counts: Sequence[Tensor],
+    class_sizes: Tensor,
+    invalid: Tensor,
+) -> None:
+    """Add the batch's firings to `counts` ((K, C) int64 each), `class_sizes` and `invalid`, in place.
+
+    A neuron fires for a sample when any of its positions exceeds `threshold` (rounded to the layer's dtype, as PyTorch
+    compares) in magnitude; NaN counts as firing. Samples whose label is outside [0, K) are counted in `invalid` alone.
+    """
+    count = ops.count_firings if torch.compiler.is_compiling() else calls.count_firings
+    count([x.detach() for x in activations], labels, threshold, list(counts), class_sizes, invalid)
+
+
+def _once_only(gradients: Sequence[Tensor | None], inputs: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+    """The gradients, such that differentiating them again is an error that says what to do."""
+    if not torch.is_grad_enabled():
+        return tuple(gradients)
+    present = [gradient for gradient in gradients if gradient is not None]
+    guarded = iter(_OnceOnly.apply(len(present), *present, *(x for x in inputs if x is not None)))  # type: ignore[no-untyped-call]
+    return tuple(None if gradient is None else next(guarded) for gradient in gradients)
+
+
+class _OnceOnly(torch.autograd.Function):
+    """Passes gradients on; stands in the graph as a function of what they were computed from."""
+
+    @staticmethod
+    def forward(ctx: Any, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(tensor.view_as(tensor) for tensor in tensors[:count])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        raise RuntimeError(ops.ONCE_ONLY)
+
+
+class _Pool(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *layers: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*layers)
+        return tuple(calls.pool_forward(layers))
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+        layers = ctx.saved_tensors
+        return _once_only(calls.pool_backward(upstream, layers), [*layers, *upstream])
+
+
+class _ReluPool(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, inplace: bool) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        y = x if inplace else torch.empty_like(x)
+        pooled = calls.relu_pool_forward(x, y)
+        if inplace:
+            ctx.mark_dirty(x)
+        ctx.save_for_backward(y)
+        return y, pooled
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None, dpooled: Tensor | None) -> tuple[Tensor | None, None]:
+        (y,) = ctx.saved_tensors
+        if dy is None and dpooled is None:
+            return None, None
+        return _once_only([calls.relu_pool_backward(y, dy, dpooled)], [y, dy, dpooled])[0], None
+
+
+class _GroupedLosses(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, segments: list[Tensor], *layers: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        workspace = layers[0].new_empty(calls.losses_workspace_bytes(layers), dtype=torch.uint8)
+        terms = calls.losses_forward(layers, segments, workspace)
+        ctx.save_for_backward(workspace, *segments, *layers)
+        dtype = calls.losses_dtype(layers)
+        return tuple(layers[0].new_tensor(term, dtype=dtype) for term in terms)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+        workspace, *tensors = ctx.saved_tensors
+        segments, layers = tensors[: ops.SEGMENT_TENSORS], tensors[ops.SEGMENT_TENSORS :]
+        gradients = calls.losses_backward(upstream, layers, ctx.needs_input_grad[1:], segments, workspace)
+        return None, *_once_only(gradients, [*layers, *upstream])

@@ -1,0 +1,16 @@
+// Compiled once for each instruction set, with MODA_ISA as its name.
+#include "cpu.h"
+#include "cpu_firing.h"
+#include "cpu_losses.h"
+#include "cpu_pool.h"
+#include "cpu_relu_pool.h"
+
+namespace moda {
+namespace MODA_ISA {
+
+extern const CpuKernels kKernels;
+const CpuKernels kKernels{pool_forward,   pool_backward,   relu_pool_forward, relu_pool_backward,
+                          losses_forward, losses_backward, class_sums,        count_firings};
+
+}  // namespace MODA_ISA
+}  // namespace moda

@@ -1,0 +1,78 @@
+// What the bindings hand to the kernels: plain pointers and sizes. Everything here is the same for every instruction set.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace moda {
+
+using std::int16_t;
+using std::int32_t;
+using std::int64_t;
+using std::uint16_t;
+using std::uint32_t;
+using std::uint64_t;
+
+enum class Dtype : int64_t { kFloat32 = 0, kFloat64 = 1, kFloat16 = 2, kBfloat16 = 3 };
+
+// Bytes of one element.
+constexpr int64_t width(Dtype dtype) {
+  return dtype == Dtype::kFloat64 ? 8 : dtype == Dtype::kFloat32 ? 4 : 2;
+}
+
+// How an activation of N samples, C neurons and S positions lies in memory; densely in both.
+enum class Layout : int64_t {
+  kPositionsLast = 0,  // (N, C, S): contiguous
+  kNeuronsLast = 1,    // (N, S, C): channels_last, tokens
+};
+
+// One layer's activation and the tensors that go with it; what `rows` and `out` are depends on the operation.
+struct Layer {
+  const void* data;
+  Dtype dtype;
+  Layout layout;
+  int64_t samples;
+  int64_t neurons;
+  int64_t positions;
+  void* rows;  // (N, C), in the accumulation dtype: float64 for float64, else float32
+  void* out;   // like data
+};
+
+// Samples sorted by class; see moda_kernels/segments.py.
+struct SegmentsView {
+  const int64_t* order;
+  const int64_t* offsets;
+  const int64_t* segment;
+  int64_t same_pairs;
+  int64_t diff_pairs;
+};
+
+// Gradients that flow into the three terms, or the terms themselves.
+struct Terms {
+  double affinity;
+  double dispersion;
+  double compactness;
+};
+
+// One layer of a firing count.
+struct FiringLayer {
+  const void* data;
+  Dtype dtype;
+  Layout layout;
+  int64_t neurons;
+  int64_t positions;
+  uint64_t threshold;  // bits of the threshold in the layer's dtype
+  int64_t* counts;     // (K, C)
+};
+
+// The batch that firing counts are taken over.
+struct FiringBatch {
+  const void* labels;  // (N,) int32 or int64
+  bool wide_labels;    // int64
+  int64_t samples;
+  int64_t classes;
+  int64_t* class_sizes;  // (K,)
+  int64_t* invalid;      // samples with a label outside of [0, K)
+};
+
+}  // namespace moda

@@ -1,0 +1,269 @@
+"""Calls into the compiled extension: tensors become addresses and sizes. No autograd, no dispatch, nothing checked.
+
+Everything here takes *dense* activations, those with a `layout`; `dense` makes one of any. Outputs are allocated here.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moda_kernels._version import __version__
+
+DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}  # Dtype of csrc/types.h
+_POSITIONS_LAST, _NEURONS_LAST = 0, 1  # Layout of csrc/types.h
+_BITS = {
+    torch.float32: torch.int32,
+    torch.float64: torch.int64,
+    torch.float16: torch.int16,
+    torch.bfloat16: torch.int16,
+}
+
+_INSTALL = "`pip install --no-build-isolation --no-deps -e .` in a checkout builds it (docs/build.md)"
+
+
+class NotBuiltError(RuntimeError):
+    """There is no extension to call; the message says why and what to do about it."""
+
+
+def extension() -> Any:
+    """The extension module.
+
+    Raises:
+        NotBuiltError: it is not there, is stale, or cannot run on this processor.
+    """
+    loaded = _load()
+    if isinstance(loaded, NotBuiltError):
+        raise loaded
+    return loaded
+
+
+@functools.cache
+def _load() -> Any:
+    """The extension module or a NotBuiltError: looked for once, because backends are chosen in every step."""
+    try:
+        return _checked_extension()
+    except NotBuiltError as error:
+        return error
+
+
+def _checked_extension() -> Any:
+    try:
+        module = importlib.import_module("moda_kernels._native")
+    except ImportError as error:
+        raise NotBuiltError(f"the native extension is not built ({error}); {_INSTALL}") from error
+    info = module.build_info()
+    if info["version"] != __version__:
+        raise NotBuiltError(
+            f"the native extension is of version {info['version']}, the package of {__version__}; {_INSTALL}"
+        )
+    sources = Path(__file__).resolve().parent.parent / "csrc"
+    if sources.is_dir() and source_digest(sources) != info["source_digest"]:
+        raise NotBuiltError(f"the native extension was built from other sources than {sources}; {_INSTALL}")
+    if os.environ.get("MODA_CPU_ISA"):
+        try:
+            module.use_isa(os.environ["MODA_CPU_ISA"])
+        except ValueError as error:
+            raise NotBuiltError(f"MODA_CPU_ISA: {error}") from error
+    module.use_openmp_of(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+    return module
+
+
+def source_digest(sources: Path) -> str:
+    """What CMakeLists.txt stamps into the extension: SHA-256 of the files' SHA-256s, in the order of their names."""
+    digests = [hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(sources.iterdir()) if path.is_file()]
+    return hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
+def accumulation(dtype: torch.dtype) -> torch.dtype:
+    """float64 for float64, float32 for everything narrower."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def layout(x: Tensor) -> int | None:
+    """How a dense (N, C, *spatial) tensor lies in memory; None if it does in no way that the kernels read."""
+    if x.is_contiguous():
+        return _POSITIONS_LAST
+    if x.dim() == 4:
+        return _NEURONS_LAST if x.is_contiguous(memory_format=torch.channels_last) else None
+    return _NEURONS_LAST if x.movedim(1, -1).is_contiguous() else None
+
+
+def dense(x: Tensor) -> Tensor:
+    """`x`, or a contiguous copy if it lies in no way that the kernels read."""
+    return x.contiguous() if layout(x) is None else x
+
+
+def _fields(x: Tensor, rows: int = 0, out: int = 0) -> tuple[int, ...]:
+    """A `Layer` of csrc/types.h; `rows` and `out` are addresses."""
+    samples, neurons = x.shape[:2]
+    positions = x.numel() // (samples * neurons)
+    found = layout(x)
+    assert found is not None, "callers pass dense tensors"
+    return x.data_ptr(), DTYPE_CODES[x.dtype], found, samples, neurons, positions, rows, out
+
+
+def _flat(layers: Sequence[tuple[int, ...]]) -> list[int]:
+    return [field for layer in layers for field in layer]
+
+
+def _like_layout(x: Tensor, pattern: Tensor) -> Tensor:
+    """`x` with the strides of the dense tensor `pattern`."""
+    return x if x.stride() == pattern.stride() else torch.empty_like(pattern).copy_(x)
+
+
+def pool_forward(layers: Sequence[Tensor]) -> list[Tensor]:
+    """Pooled activations of dense layers."""
+    pooled = [x.new_empty(x.shape[:2], dtype=accumulation(x.dtype)) for x in layers]
+    fields = [_fields(x, rows.data_ptr()) for x, rows in zip(layers, pooled, strict=True)]
+    extension().pool_forward(_flat(fields), torch.get_num_threads())
+    return pooled
+
+
+def pool_backward(upstream: Sequence[Tensor | None], layers: Sequence[Tensor]) -> list[Tensor | None]:
+    """The gradient of every dense layer whose pooled activation has one."""
+    gradients = [None if rows is None else torch.empty_like(x) for rows, x in zip(upstream, layers, strict=True)]
+    rows = [None if g is None else g.contiguous() for g in upstream]
+    fields = [
+        _fields(x, row.data_ptr(), gradient.data_ptr())
+        for x, row, gradient in zip(layers, rows, gradients, strict=True)
+        if row is not None and gradient is not None
+    ]
+    extension().pool_backward(_flat(fields), torch.get_num_threads())
+    return gradients
+
+
+def relu_pool_forward(x: Tensor, y: Tensor) -> Tensor:
+    """Write relu(x) to y, of the same strides (x itself is fine); the pooled activation."""
+    pooled = x.new_empty(x.shape[:2], dtype=accumulation(x.dtype))
+    extension().relu_pool_forward(_fields(x, pooled.data_ptr(), y.data_ptr()), torch.get_num_threads())
+    return pooled
+
+
+def relu_pool_backward(y: Tensor, dy: Tensor | None, dpooled: Tensor | None) -> Tensor:
+    """The gradient of x; an upstream gradient that is None is zero."""
+    dx = torch.empty_like(y)
+    dy = torch.zeros_like(y) if dy is None else _like_layout(dy, y)
+    rows = y.new_zeros(y.shape[:2], dtype=accumulation(y.dtype)) if dpooled is None else dpooled.contiguous()
+    fields = _fields(y, rows.data_ptr(), dx.data_ptr())
+    extension().relu_pool_backward(fields, dy.data_ptr(), torch.get_num_threads())
+    return dx
+
+
+def _segment_fields(segments: Sequence[Tensor]) -> tuple[int, ...]:
+    order, offsets, segment, same_pairs, diff_pairs = segments
+    return order.data_ptr(), offsets.data_ptr(), segment.data_ptr(), int(same_pairs), int(diff_pairs)
+
+
+def _losses_fields(layers: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> list[int]:
+    """Dense layers; one that is its own pool is read in place, the others' rows are kept in the workspace."""
+    return _flat(
+        [
+            _fields(
+                x,
+                x.data_ptr() if x.dim() == 2 and x.dtype == accumulation(x.dtype) else 0,
+                0 if gradient is None else gradient.data_ptr(),
+            )
+            for x, gradient in zip(layers, gradients, strict=True)
+        ]
+    )
+
+
+def losses_dtype(layers: Sequence[Tensor]) -> torch.dtype:
+    """The dtype of the terms."""
+    return torch.float64 if any(x.dtype == torch.float64 for x in layers) else torch.float32
+
+
+def losses_workspace_bytes(layers: Sequence[Tensor]) -> int:
+    """Room for every layer's rows (unless the layer is its own pool), norms and class sums."""
+    total = 0
+    for x in layers:
+        samples, neurons = x.shape[:2]
+        width = accumulation(x.dtype).itemsize
+        own_pool = x.dim() == 2 and x.dtype == accumulation(x.dtype)
+        parts = [samples, samples * neurons, neurons] + ([] if own_pool else [samples * neurons])
+        total += sum((part * width + 63) // 64 * 64 for part in parts)
+    return total
+
+
+def losses_forward(layers: Sequence[Tensor], segments: Sequence[Tensor], workspace: Tensor) -> list[float]:
+    """The three terms. Writes to the workspace what the backward pass reads."""
+    terms: list[float] = extension().losses_forward(
+        _losses_fields(layers, [None] * len(layers)),
+        _segment_fields(segments),
+        workspace.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return terms
+
+
+def losses_backward(
+    upstream: Sequence[Tensor | None],
+    layers: Sequence[Tensor],
+    needed: Sequence[bool],
+    segments: Sequence[Tensor],
+    workspace: Tensor,
+) -> list[Tensor | None]:
+    """The gradient of every dense layer that needs one."""
+    gradients = [torch.empty_like(x) if need else None for x, need in zip(layers, needed, strict=True)]
+    extension().losses_backward(
+        _losses_fields(layers, gradients),
+        _segment_fields(segments),
+        [0.0 if gradient is None else float(gradient) for gradient in upstream],
+        workspace.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return gradients
+
+
+def class_sums(pooled: Sequence[Tensor], labels: Tensor, num_classes: int) -> list[Tensor]:
+    """Per layer of (N, C) rows the (K, C) sums of each class's normalised rows."""
+    rows = [x.contiguous() for x in pooled]
+    sums = [x.new_empty(num_classes, x.shape[1]) for x in rows]
+    fields = [_fields(x, out=out.data_ptr()) for x, out in zip(rows, sums, strict=True)]
+    labels = labels.long().contiguous()
+    extension().class_sums(_flat(fields), labels.data_ptr(), num_classes, torch.get_num_threads())
+    return sums
+
+
+@functools.lru_cache(maxsize=64)
+def _threshold_bits(threshold: float, dtype: torch.dtype) -> int:
+    """The bits of `threshold`, rounded to `dtype`."""
+    return int(torch.tensor(threshold, dtype=dtype).view(_BITS[dtype]))
+
+
+def _firing_fields(x: Tensor, threshold: float, counts: Tensor) -> tuple[int, ...]:
+    """A `FiringLayer` of csrc/types.h."""
+    address, dtype, placed, _, neurons, positions, _, _ = _fields(x)
+    return address, dtype, placed, neurons, positions, _threshold_bits(threshold, x.dtype), counts.data_ptr()
+
+
+def count_firings(
+    activations: Sequence[Tensor],
+    labels: Tensor,
+    threshold: float,
+    counts: Sequence[Tensor],
+    class_sizes: Tensor,
+    invalid: Tensor,
+) -> None:
+    """Add to counts, class_sizes and invalid in place; activations of any layout."""
+    layers = [dense(x) for x in activations]
+    labels = labels.contiguous()
+    fields = [_firing_fields(x, threshold, count) for x, count in zip(layers, counts, strict=True)]
+    batch = (
+        labels.data_ptr(),
+        int(labels.dtype == torch.int64),
+        labels.shape[0],
+        class_sizes.shape[0],
+        class_sizes.data_ptr(),
+        invalid.data_ptr(),
+    )
+    extension().count_firings(_flat(fields), batch, torch.get_num_threads())
