@@ -41,14 +41,22 @@ def main() -> None:
     debug = len(arguments) < len(sys.argv) - 1
     try:
         status = app(args=arguments, prog_name="moda", standalone_mode=False)
-    except KeyboardInterrupt as interrupt:
-        _fail(str(interrupt) or "interrupted", INTERRUPTED, debug=debug)
+    except _Interrupted as interrupt:
+        _fail(str(interrupt), INTERRUPTED, debug=debug)
+    except typer.Abort:
+        status = INTERRUPTED
     except Exception as error:
         # The parser's own errors (no such option, missing argument, ...) have a message without its decoration.
         usage = getattr(error, "format_message", None)
         message = usage() if usage else str(error) or type(error).__name__
         _fail(message, 2 if usage else 1, debug=debug)
+    if status == INTERRUPTED:  # Ctrl-C where it left nothing to say
+        _fail("interrupted", INTERRUPTED, debug=debug)
     sys.exit(status if isinstance(status, int) else 0)
+
+
+class _Interrupted(Exception):  # noqa: N818
+    """Ctrl-C with something to say; typer swallows a KeyboardInterrupt and its message."""
 
 
 def _fail(message: str, status: int, *, debug: bool) -> NoReturn:
@@ -168,10 +176,13 @@ def train(
         given["data_options"] = options
     config = _resumed_config(folder, given) if resume else TrainingConfig(**given)
 
-    from moda.training import process_rank
+    from moda.training import TrainingInterrupted, process_rank
     from moda.training import train as run_training
 
-    result = run_training(config, folder, resume=resume)
+    try:
+        result = run_training(config, folder, resume=resume)
+    except TrainingInterrupted as interrupt:
+        raise _Interrupted(str(interrupt)) from None
     if process_rank() > 0:
         return
     if result.seconds == 0 and resume:
