@@ -6,7 +6,7 @@ q_k = sum over segment k of |n_i|^2:
     sum over same-class pairs      n_i . n_j  =  1/2 sum_k ( |s_k|^2 - q_k )
     sum over different-class pairs n_i . n_j  =  1/2 sum_k s_k . (s - s_k)
 
-which are the published N x N means at O(N C) (moda.md section 3). Both are written per segment, so that a batch in
+which are the published N x N means at O(N C) (arXiv 2411.01074). Both are written per segment, so that a batch in
 which one kind of pair is rare does not lose it in the difference of two large numbers.
 
 Any device and floating dtype, any strides, differentiable twice, no host synchronisation, traceable by

@@ -15,7 +15,7 @@ from moda_kernels.validation import check_batch, check_label_range, check_num_cl
 
 
 class FiringCounter:
-    """Counts, over batches, for how many samples of each class each neuron fires (moda.md section 5).
+    """Counts, over batches, for how many samples of each class each neuron fires (arXiv 2411.01074).
 
     A neuron fires for a sample when any of its positions exceeds `threshold` in magnitude; NaN counts as firing, as
     in the published code. Counts are int64 and live on the device of the activations; integer sums have no order, so

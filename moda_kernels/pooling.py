@@ -11,7 +11,7 @@ from moda_kernels.validation import check_activation, check_layers
 
 
 def pool(activations: Sequence[Tensor], *, backend: str = "auto") -> list[Tensor]:
-    """The pooled activation of every layer: mean over positions of the absolute value (moda.md section 2).
+    """The pooled activation of every layer: mean over positions of the absolute value (arXiv 2411.01074).
 
     Args:
         activations: one tensor per layer, (N, C) or (N, C, *spatial), floating point, any strides.

@@ -2,7 +2,7 @@
 
 N x N cosine similarities and lists of pair indices per layer (with the host synchronisation that building such a list
 takes), gradients by autograd; firing rates by a loop over classes; masks by a loop over classes and layers
-(arXiv 2411.01074, section 3; moda.md sections 3 and 5). Where the published code logs NaN (no pair of a kind), so do
+(arXiv 2411.01074, section 3). Where the published code logs NaN (no pair of a kind), so do
 `published_losses`; as a backend, the edge rules of `moda_kernels.modular_losses` apply.
 """
 

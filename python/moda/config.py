@@ -33,7 +33,7 @@ class TrainingConfig:
     """Everything that decides what a training run computes, and how it runs. The defaults are the paper's.
 
     SGD with momentum and Nesterov, no weight decay, cosine annealing to 0 over `epochs` stepped once per epoch, the
-    last partial batch kept, no model selection (moda.md section 4). With all three weights 0 the model is trained the
+    last partial batch kept, no model selection (arXiv 2411.01074). With all three weights 0 the model is trained the
     standard way: it is not instrumented and no modular term is computed.
 
     Attributes:

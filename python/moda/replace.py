@@ -1,4 +1,4 @@
-"""Module replacement: serve one class of a weak model by a module of a stronger one (moda.md section 8).
+"""Module replacement: serve one class of a weak model by a module of a stronger one (arXiv 2411.01074).
 
 Two strategies, both over frozen models:
 

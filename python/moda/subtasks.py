@@ -1,4 +1,4 @@
-"""Which sub-tasks a study looks at: all subsets of few classes, the published sample of many (moda.md section 7.1)."""
+"""Which sub-tasks a study looks at: all subsets of few classes, the published sample of many (arXiv 2411.01074)."""
 
 from __future__ import annotations
 

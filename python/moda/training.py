@@ -77,7 +77,7 @@ class TrainingResult:
 
 
 class ModularModule(lightning.LightningModule):
-    """Cross-entropy plus the modular loss; SGD with cosine annealing as in the paper (moda.md section 4).
+    """Cross-entropy plus the modular loss; SGD with cosine annealing as in the paper (arXiv 2411.01074).
 
     A step adds to sums on the device and synchronises nothing; the epoch's means are read once at its end. Logged
     per epoch under the names of `LOSSES` and as train_accuracy, test_accuracy, test_cross_entropy, learning_rate. Means

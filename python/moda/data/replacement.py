@@ -1,4 +1,4 @@
-"""The data of the module-replacement study: what the strong and the weak model are trained on (moda.md section 8.1)."""
+"""The data of the module-replacement study: what the strong and the weak model are trained on (arXiv 2411.01074)."""
 
 from __future__ import annotations
 
