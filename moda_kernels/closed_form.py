@@ -59,7 +59,10 @@ def pool(activations: Sequence[Tensor]) -> list[Tensor]:
 def relu_pool(x: Tensor, inplace: bool) -> tuple[Tensor, Tensor]:
     """`relu(x)` and its pooled activation."""
     y = torch.relu_(x) if inplace else torch.relu(x)
-    return y, pooled_activation(y)
+    if y.dim() == 2:
+        return y, pooled_activation(y)
+    # y is its own absolute value, and the ReLU's gradient is 0 where that of |y| would be.
+    return y, y.mean(dim=tuple(range(2, y.dim())), dtype=accumulation_dtype(y.dtype))
 
 
 def normalized_rows(pooled: Tensor) -> Tensor:
@@ -118,9 +121,11 @@ def count_firings(
     index = torch.where(valid, labels, 0).long()
     weight = valid.long()
     for activation, count in zip(activations, counts, strict=True):
-        fired = ~(activation.abs() <= threshold)
-        if fired.dim() > 2:
-            fired = fired.flatten(2).any(2)
+        # Largest and smallest, for NaN and for speed: no temporary of the activation's size.
+        positions = tuple(range(2, activation.dim()))
+        largest = activation.amax(positions) if positions else activation
+        smallest = activation.amin(positions) if positions else activation
+        fired = ~((largest <= threshold) & (smallest >= -threshold))
         count.index_add_(0, index, fired.long() * weight[:, None])
     class_sizes.index_add_(0, index, weight)
     invalid.add_((~valid).sum())
