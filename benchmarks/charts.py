@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import matplotlib as mpl
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 from moda.bench.results import MEASURED, Results, Row
 
@@ -64,6 +66,14 @@ def svg(figure: Figure) -> str:
     with mpl.rc_context(_SETTINGS):
         figure.savefig(file, format="svg", transparent=True, bbox_inches="tight", metadata={"Date": None})
     return "\n".join(line.rstrip() for line in file.getvalue().decode().splitlines()) + "\n"
+
+
+def _plain_numbers(*axes: Axis) -> None:
+    """Ticks of logarithmic axes as 1, 2, 5, 10, not as powers."""
+    for axis in axes:
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axis.set_minor_formatter(NullFormatter())
 
 
 def _measured(results: Results, suite: str, phase: str) -> list[Row]:
@@ -142,6 +152,7 @@ def _speed_up(results: Results) -> Figure | None:
             f"{speed_up:.1f}x", (max(speed_up, 1), place), (4, 0), textcoords="offset points", va="center", fontsize=8
         )
     axes.set_xscale("log")
+    _plain_numbers(axes.xaxis)
     axes.axvline(1, color=INK, linewidth=1)
     axes.set_xlabel("speed-up over the published formulas")
     figure.legend(loc="outside upper center", ncols=4)
@@ -160,6 +171,7 @@ def _roofline(results: Results) -> Figure | None:
     axes = figure.subplots()
     axes.set_xscale("log")
     axes.set_yscale("log")
+    _plain_numbers(axes.xaxis, axes.yaxis)
     _roof(results, rows, figure)
     for contender in dict.fromkeys(row.contender for row in rows):
         mine = [row for row in rows if row.contender == contender]
@@ -200,8 +212,9 @@ def _scaling(results: Results) -> Figure | None:
             )
             color, marker = STYLE.get(contender, _OTHER)
             panel.plot(*zip(*points, strict=True), color=color, marker=marker, markersize=5, label=contender)
-        panel.set_xscale("log", base=2 if name != "classes" else 10)
+        panel.set_xscale("log")
         panel.set_yscale("log")
+        _plain_numbers(panel.xaxis)
         panel.set_xlabel(name)
         panel.grid()
     figure.axes[0].set_ylabel("seconds, forward and backward")

@@ -18,6 +18,7 @@ import torch
 from moda.bench.clock import Budget, Clock, CudaClock, HostClock, Quartiles, Timed, interleave
 from moda_kernels import __version__, backends
 
+_CALLS = 200
 _PACKAGES = ("torch", "triton", "numpy", "lightning")
 
 
@@ -118,17 +119,24 @@ def _output(*command: str) -> str:
 
 
 def limits(device: torch.device, clock: Clock, budget: Budget) -> dict[str, Any]:
-    """What no kernel on this machine can beat: copy bandwidth (bytes read and written), and the cost of one call."""
+    """What no kernel on this machine can beat: copy bandwidth (bytes read and written), and the cost of one call.
+
+    A call is the smallest there is, an addition to one element, taken back to back.
+    """
     floats = _copied_floats(device)
     source, target = torch.ones(floats, device=device), torch.empty(floats, device=device)
     one = torch.ones(1, device=device)
-    timed = {"copy": Timed(lambda _: target.copy_(source)), "call": Timed(lambda _: one.add_(1))}
-    samples = interleave(timed, clock, budget)
+
+    def calls(_: object) -> None:
+        for _call in range(_CALLS):
+            one.add_(1)
+
+    samples = interleave({"copy": Timed(lambda _: target.copy_(source)), "calls": Timed(calls)}, clock, budget)
     copy = Quartiles.of([8 * floats / seconds for seconds in samples["copy"]])
     return {
         "copy_bytes": 8 * floats,
         "copy_bytes_per_second": asdict(copy),
-        "call_seconds": asdict(Quartiles.of(samples["call"])),
+        "call_seconds": asdict(Quartiles.of([seconds / _CALLS for seconds in samples["calls"]])),
     }
 
 
