@@ -328,6 +328,23 @@ def test_interrupt_handler_is_put_back(tmp_path: Path) -> None:
     assert signal.getsignal(signal.SIGINT) is handler
 
 
+class Terminated(TrainingProgress):
+    """A scheduler ends the job in the second epoch."""
+
+    def epoch(self, epoch: int, figures: Any) -> None:
+        if epoch == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_sigterm_stops_behind_a_checkpoint(tmp_path: Path, uninterrupted: TrainingResult) -> None:
+    handler = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(TrainingInterrupted, match="interrupted after 1 of 4 epochs"):
+        tiny_train(tmp_path / "run", progress=Terminated(shown=False), checkpoint_every_steps=2)
+    assert signal.getsignal(signal.SIGTERM) is handler
+    resumed = tiny_train(tmp_path / "run", resume=True, checkpoint_every_steps=2)
+    assert_same_weights(weights(resumed), weights(uninterrupted))
+
+
 KILLED = """
 import sys
 sys.path.insert(0, sys.argv[1])
