@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+_SHORT = ("loss", "test_accuracy")  # beside a bar, in 80 columns
+_LONG = ("loss", "affinity", "dispersion", "compactness", "train_accuracy", "test_accuracy")
 _LINES = 10  # about as many in a log file, however many epochs
 
 
@@ -34,10 +36,8 @@ class TrainingProgress:
             return
         self._bar = Progress(
             TextColumn("[bold]{task.description}"),
-            BarColumn(bar_width=30),
+            BarColumn(bar_width=16),
             TextColumn("{task.percentage:>3.0f}%"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
             TimeRemainingColumn(),
             TextColumn("{task.fields[figures]}"),
             console=self._console,
@@ -54,11 +54,12 @@ class TrainingProgress:
 
     def epoch(self, epoch: int, figures: Mapping[str, float]) -> None:
         """Epoch number `epoch`, from 1, is done."""
-        text = f"epoch {epoch}/{self._epochs}  {_summary(figures)}"
         if self._bar is not None:
+            text = f"epoch {epoch}/{self._epochs}  {_summary(figures, _SHORT)}"
             self._bar.update(self._task, figures=text)
         elif self.shown and (epoch % max(1, self._epochs // _LINES) == 0 or epoch == self._epochs):
-            self._console.print(f"{self.label}: {text}", highlight=False, soft_wrap=True)
+            text = f"{self.label}: epoch {epoch}/{self._epochs}  {_summary(figures, _LONG)}"
+            self._console.print(text, highlight=False, soft_wrap=True)
 
     def stop(self) -> None:
         """Training is over, for whatever reason."""
@@ -67,12 +68,10 @@ class TrainingProgress:
             self._bar = None
 
 
-def _summary(figures: Mapping[str, float]) -> str:
-    words = [f"loss {figures['loss']:.4f}"] if "loss" in figures else []
-    words += [f"{name} {figures[name]:.3f}" for name in ("affinity", "dispersion", "compactness") if name in figures]
-    words += [
-        f"{name.removesuffix('_accuracy')} {100 * figures[name]:.2f} %"
-        for name in ("train_accuracy", "test_accuracy")
-        if name in figures
-    ]
+def _summary(figures: Mapping[str, float], names: Sequence[str]) -> str:
+    words = []
+    for name in names:
+        if name in figures:
+            short, is_share = name.removesuffix("_accuracy"), name.endswith("_accuracy")
+            words.append(f"{short} {100 * figures[name]:.2f} %" if is_share else f"{short} {figures[name]:.4f}")
     return "  ".join(words)
