@@ -28,8 +28,6 @@ from moda_kernels.triton_kernels.rows import BLOCK_SAMPLES, TILE_NEURONS, Rows
 from moda_kernels.triton_kernels.segment_sums import launch_class_sums
 from moda_kernels.triton_kernels.tables import on_device_of
 
-_ALIGNED = 4  # float32 values in 16 bytes
-
 
 @dataclass(frozen=True)
 class Saved:
@@ -52,12 +50,15 @@ def needs_pooling(activation: Tensor) -> bool:
 
 
 def pooled_offsets(activations: Sequence[Tensor]) -> tuple[list[int], int]:
-    """Where each layer's pooled rows begin in one buffer (unused for layers that are their own pool), and its size."""
+    """Where each layer's pooled rows begin in one buffer (unused for layers that are their own pool), and its size.
+
+    Without gaps: an op's outputs are compared whole. Layers stay 16-byte aligned as long as N * C is a multiple of 4.
+    """
     offsets, size = [], 0
     for activation in activations:
         offsets.append(size)
         if needs_pooling(activation):
-            size += -(-activation.shape[0] * activation.shape[1] // _ALIGNED) * _ALIGNED
+            size += activation.shape[0] * activation.shape[1]
     return offsets, size
 
 

@@ -221,7 +221,7 @@ def _losses_setup(ctx: Any, inputs: tuple[Any, ...], output: Sequence[Tensor]) -
     ctx.save_for_backward(*output[3:], *segments, *activations)
 
 
-def _losses_autograd(ctx: Any, gradients: Sequence[Tensor | None]) -> tuple[list[Tensor | None], None]:
+def _losses_autograd(ctx: Any, gradients: Sequence[Tensor | None]) -> tuple[list[Tensor | None], list[None]]:
     tensors = ctx.saved_tensors
     upstream = [tensors[0].new_zeros(()) if gradient is None else gradient for gradient in gradients[:3]]
     results = iter(
@@ -229,7 +229,7 @@ def _losses_autograd(ctx: Any, gradients: Sequence[Tensor | None]) -> tuple[list
             list(tensors[10:]), list(tensors[5:10]), list(tensors[:5]), upstream, ctx.wanted
         )
     )
-    return [next(results) if want else None for want in ctx.wanted], None
+    return [next(results) if want else None for want in ctx.wanted], [None] * len(_SEGMENT_FIELDS)
 
 
 modular_losses_op.register_autograd(_losses_autograd, setup_context=_losses_setup)

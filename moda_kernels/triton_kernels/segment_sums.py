@@ -101,7 +101,7 @@ def combine_kernel(
     layers: tl.int64, samples: tl.int64, width: tl.int64, classes: tl.int64,
     PER_CLASS: tl.constexpr,
 ):  # fmt: skip
-    """Program 0 of a tile: the total. Program 1 + b: the segment that starts in block b and leaves it, if any."""
+    """Program 0 of a tile: the total. Program 1 + b: the segment that starts in block b and leaves it, or 0."""
     tile = tl.program_id(1).to(tl.int64)
     column = tile * NEURONS + tl.arange(0, NEURONS)
     blocks = tl.cdiv(samples, BLOCK)
@@ -110,16 +110,18 @@ def combine_kernel(
     else:
         block = tl.program_id(0).to(tl.int64) - 1
         _, last, _, crosses = segment_bounds(order, offsets, segment, block, samples)
+        values = tl.zeros([NEURONS], tl.float64)
         if crosses & (tl.load(offsets + last) >= block * BLOCK):
             end = tl.cdiv(tl.load(offsets + last + 1), BLOCK)
             values = tl.load(tails + block * width + column) + _add_blocks(heads, block + 1, end, column, width)
-            tl.store(crossing + block * width + column, values)
             if PER_CLASS:
                 layer = find_layer(table, layers, tile)
                 out = tl.load(table + 4 * layers + layer).to(tl.pointer_type(tl.float32))
                 neurons = tl.load(table + 2 * layers + layer)
                 neuron = (tile - tl.load(table + layer)) * NEURONS + tl.arange(0, NEURONS)
-                _store_class(out, neurons, neuron, labels, order, offsets, last, classes, values.to(tl.float32))
+                rounded = values.to(tl.float32)
+                _store_class(out, neurons, neuron, labels, order, offsets, last, classes, rounded)
+        tl.store(crossing + block * width + column, values)
 
 
 # Block, tile and warps and their reasons: rows.py.

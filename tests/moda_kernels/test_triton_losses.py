@@ -76,7 +76,7 @@ def test_mixed_layouts_in_one_call(device):
 
 @pytest.mark.parametrize("name", GOLDEN)
 def test_published_data(golden, name, device, monkeypatch):
-    monkeypatch.setattr(triton_kernels, "DEVICES", dict.fromkeys(triton_kernels.OPS, {device}))
+    monkeypatch.setattr(triton_kernels, "DEVICES", dict.fromkeys(triton_kernels.OPS, frozenset({device})))
     data = golden(f"losses_{name}")
     layers = [torch.from_numpy(data[key]).to(device) for key in sorted(data) if key.startswith("act_")]
     layers = leaves(layers)
@@ -185,9 +185,7 @@ def test_one_term_alone_and_backward_twice(device):
     exact = leaves(layers, torch.float64)
     segments = Segments.from_labels(torch.arange(8, device=device) % 3)
     for index, (ours, theirs) in enumerate(
-        zip(
-            triton_kernels.grouped_losses(layers, segments), closed_form.grouped_losses(exact, segments), strict=True
-        )
+        zip(triton_kernels.grouped_losses(layers, segments), closed_form.grouped_losses(exact, segments), strict=True)
     ):
         first = torch.autograd.grad(ours, layers, retain_graph=True)
         second = torch.autograd.grad(ours, layers, retain_graph=True)
@@ -201,9 +199,7 @@ def test_one_term_alone_and_backward_twice(device):
 def test_second_derivative_is_a_clear_error(device):
     layers = leaves(make_layers([(4, 3), (5,)], 4, torch.float32, device))
     segments = Segments.from_labels(torch.tensor([0, 0, 1, 1], device=device))
-    gradients = torch.autograd.grad(
-        triton_kernels.grouped_losses(layers, segments)[0], layers, create_graph=True
-    )
+    gradients = torch.autograd.grad(triton_kernels.grouped_losses(layers, segments)[0], layers, create_graph=True)
     with pytest.raises(RuntimeError, match='backend="torch"'):
         sum(gradient.sum() for gradient in gradients).backward()
 

@@ -71,7 +71,9 @@ def test_pool(name, layout, dtype, device):
     assert inputs[0].grad.dtype == dtype
     gradient, expected = inputs[0].grad, exact[0].grad.to(dtype)
     assert ((gradient == 0) == (x == 0)).all()
-    torch.testing.assert_close(gradient, expected, rtol=1.01 * torch.finfo(dtype).eps, atol=1e-7 if dtype in HALF else 0)
+    torch.testing.assert_close(
+        gradient, expected, rtol=1.01 * torch.finfo(dtype).eps, atol=1e-7 if dtype in HALF else 0
+    )
 
 
 @pytest.mark.parametrize(("name", "layout", "dtype"), CASES, ids=str)
@@ -172,7 +174,9 @@ def test_pool_leaves_a_float32_matrix_alone_and_widens_others(device):
 
 
 def test_pool_takes_only_the_gradients_it_gets(device):
-    layers = leaves([make("4 x 4", "contiguous", torch.float32, device), make("3", "contiguous", torch.float32, device)])
+    layers = leaves(
+        [make("4 x 4", "contiguous", torch.float32, device), make("3", "contiguous", torch.float32, device)]
+    )
     pooled = triton_kernels.pool(layers)
     pooled[1].sum().backward()
     assert layers[0].grad is None
@@ -188,7 +192,7 @@ def test_second_derivatives_are_a_clear_error(device):
 
 
 def test_front_doors_reach_the_kernels(device, monkeypatch):
-    monkeypatch.setattr(triton_kernels, "DEVICES", dict.fromkeys(triton_kernels.OPS, {device}))
+    monkeypatch.setattr(triton_kernels, "DEVICES", dict.fromkeys(triton_kernels.OPS, frozenset({device})))
     x = make("4 x 4", "channels_last", torch.float32, device)
     torch.testing.assert_close(pool([x], backend="triton"), pool([x], backend="torch"))
     torch.testing.assert_close(relu_pool(x, backend="triton"), relu_pool(x, backend="torch"))
