@@ -49,6 +49,11 @@ class EpochOrder(Sampler[Samples]):
         full, rest = divmod(self.size, self.batch_size)
         return full + (rest > self.rank if self.seed is None else rest >= self.world_size)
 
+    def weight(self, batch: int) -> float:
+        """What to multiply this process's mean over its share with, so that the processes' mean is the batch's."""
+        samples = min(self.batch_size, self.size - batch * self.batch_size)
+        return len(range(self.rank, samples, self.world_size)) * self.world_size / samples
+
     def __iter__(self) -> Iterator[Samples]:
         order = epoch_order(self.size, self.seed, self.epoch)
         for batch in range(self.start, len(self)):

@@ -19,6 +19,7 @@ RUNTIME_SETTINGS = frozenset(
         "accelerator",
         "devices",
         "strategy",
+        "timeout",
         "num_workers",
         "log_every_steps",
         "checkpoint_every_steps",
@@ -54,8 +55,10 @@ class TrainingConfig:
         backend: of the modular loss, see `moda_kernels.backends`.
         route: "grouped", "fused" or "auto": what the taps record for the loss, see `moda.instrument`.
         accelerator: "auto", "cpu", "gpu", "cuda" or "mps".
-        devices: how many devices (on the CPU: processes) to train on.
-        strategy: how Lightning spreads the training over them: "auto", "ddp", "fsdp", ...
+        devices: how many devices (on the CPU: processes) to train on; under torchrun it says so.
+        strategy: how the training is spread over them: "ddp" (with "auto", if there are several), "fsdp" (FSDP2,
+            weights shared out), or another of Lightning's.
+        timeout: seconds that processes wait for one another before they give up.
         num_workers: processes that load data beside the training one.
         log_every_steps: write a row of steps.csv every so many steps; 0: never. Each row costs one synchronisation.
         checkpoint_every_steps: beside one checkpoint per epoch, one every so many steps; 0: none.
@@ -85,6 +88,7 @@ class TrainingConfig:
     accelerator: str = "auto"
     devices: int = 1
     strategy: str = "auto"
+    timeout: float = 600.0
     num_workers: int = 0
     log_every_steps: int = 50
     checkpoint_every_steps: int = 0
@@ -141,7 +145,9 @@ def _options(name: str, value: Any) -> dict[str, Any]:
     if not isinstance(value, Mapping):
         raise TypeError(f"{name}: expected a mapping, got {type(value).__name__}")
     for key, option in value.items():
-        nested = option.values() if isinstance(option, Mapping) and all(isinstance(k, str) for k in option) else [option]
+        nested = (
+            option.values() if isinstance(option, Mapping) and all(isinstance(k, str) for k in option) else [option]
+        )
         if not isinstance(key, str) or not all(isinstance(item, str | int | float | bool | None) for item in nested):
             raise TypeError(f"{name}[{key!r}]: expected a string, number, true, false or null, got {option!r}")
     return {key: dict(option) if isinstance(option, Mapping) else option for key, option in value.items()}
@@ -207,6 +213,7 @@ _CHECKS: dict[str, _Check] = {
     "accelerator": _one_of(ACCELERATORS),
     "devices": _integer(1),
     "strategy": _text,
+    "timeout": _number(0, above=True),
     "num_workers": _integer(0),
     "log_every_steps": _integer(0),
     "checkpoint_every_steps": _integer(0),

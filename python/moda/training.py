@@ -10,9 +10,9 @@ alone. (On a GPU this also takes deterministic kernels in the model: cuDNN is as
 
 from __future__ import annotations
 
+import copy
 import io
 import logging
-import os
 import signal
 import threading
 import time
@@ -34,6 +34,7 @@ from moda.config import RUNTIME_SETTINGS, TrainingConfig
 from moda.data import DataSplits
 from moda.files import FormatError, write_bytes
 from moda.logs import MetricsFile, read_metrics
+from moda.processes import SHARDED, process_rank, shard, trainer_options, whole_weights
 from moda.progress import TrainingProgress
 from moda.runs import RunFolder, create_model, load_data, remove_partial_files
 from moda.taps import HookedModel, InstrumentedModel, Route, instrument
@@ -45,9 +46,21 @@ import lightning.pytorch as lightning
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins.io import CheckpointIO
 
-__all__ = ["ModularModule", "RunFolder", "TrainingConfig", "TrainingInterrupted", "TrainingResult", "train"]
+__all__ = [
+    "ModularModule",
+    "RunFolder",
+    "TrainingConfig",
+    "TrainingInterrupted",
+    "TrainingResult",
+    "process_rank",
+    "train",
+]
 
 CHECKPOINT_VERSION = 1
+MOST_CLASSES_SUMMED = 200
+"""Over several processes, class sums of all classes are added up to so many classes, else of those present alone: where
+the crossover lies depends on the model and the network (docs/distributed.md)."""
+
 LOSSES = ("loss", "cross_entropy", "affinity", "dispersion", "compactness")
 """What is averaged over each epoch: the total, the task's loss, and the unweighted modular terms."""
 
@@ -103,11 +116,18 @@ class ModularModule(lightning.LightningModule):
         self._train_sums: Tensor | None = None
         self._test_sums: Tensor | None = None
         self._random_state: dict[str, Tensor] = {}
+        self._sharded = False
 
     def setup(self, stage: str) -> None:
         """With several processes the modular terms are those of the batch that they hold together."""
         if self.modular_loss is not None and self.trainer.world_size > 1:
             self.modular_loss.group = "world"
+
+    def configure_model(self) -> None:
+        """Share out the weights, where the strategy does that."""
+        if self.device_mesh is not None and not self._sharded:
+            shard(self.model, self.device_mesh["data_parallel"])
+            self._sharded = True
 
     def forward(self, images: Tensor) -> Tensor:
         """The model's logits."""
@@ -119,15 +139,24 @@ class ModularModule(lightning.LightningModule):
         images, labels = batch
         logits = self.model(images)
         cross_entropy = F.cross_entropy(logits, labels)
-        loss = cross_entropy
-        if self.modular_loss is not None:
-            loss = loss + self.modular_loss(self.model.activations(), labels)  # type: ignore[operator]
-        terms = self.modular_loss.last if self.modular_loss is not None else None
         correct = (logits.argmax(1) == labels).sum() / len(labels)
-        self.last_step = _row([loss, cross_entropy, *(terms or ()), correct])
+        weight = self._weight(batch_idx)
+        loss = cross_entropy
+        objective = cross_entropy if weight == 1 else cross_entropy * weight
+        terms: tuple[Tensor, ...] = ()
+        if self.modular_loss is not None:
+            modular = self.modular_loss(self.model.activations(), labels)  # type: ignore[operator]
+            loss, objective = loss + modular, objective + modular
+            terms = self.modular_loss.last or ()
+        self.last_step = _row([loss, cross_entropy, *terms, correct])
         self._train_sums = _add(self._train_sums, self.last_step, len(labels))
         self.learning_rate = self.trainer.optimizers[0].param_groups[0]["lr"]
-        return loss
+        return objective
+
+    def _weight(self, batch_idx: int) -> float:
+        """Of this process's cross-entropy: not 1 where processes have different numbers of a batch's samples."""
+        order = getattr(self.trainer.train_dataloader, "order", None)
+        return order.weight(batch_idx) if isinstance(order, EpochOrder) else 1.0
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Accuracy and cross-entropy on test samples."""
@@ -183,7 +212,7 @@ class ModularModule(lightning.LightningModule):
             "format_version": CHECKPOINT_VERSION,
             "config": self.config.to_dict(),
             "random_state": state,
-            "train_sums": self._train_sums,
+            "train_sums": None if self._train_sums is None else self._over_processes(self._train_sums),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -202,18 +231,24 @@ class ModularModule(lightning.LightningModule):
                 raise FormatError(f"checkpoint: made with {name}={saved!r}, this run has {value!r}")
         self._random_state = ours["random_state"]
         sums = ours["train_sums"]
-        self._train_sums = None if sums is None else sums.to(self.device)
+        if sums is not None:  # of all processes: one of them goes on from it
+            self._train_sums = sums.to(self.device) * (self.trainer.global_rank == 0)
 
     def _means(self, sums: Tensor | None) -> list[float]:
         if sums is None:
             raise RuntimeError("no batch was trained in this epoch")
-        total = self.trainer.strategy.reduce(sums, reduce_op="sum").tolist()
+        total = self._over_processes(sums).tolist()
         return [value / total[-1] for value in total[:-1]]
+
+    def _over_processes(self, sums: Tensor) -> Tensor:
+        total: Tensor = self.trainer.strategy.reduce(sums.clone(), reduce_op="sum")
+        return total
 
 
 def _modular_loss(config: TrainingConfig, num_classes: int | None) -> ModularLoss:
     weights = config.affinity, config.dispersion, config.compactness
-    return ModularLoss(*weights, backend=config.backend, num_classes=num_classes)
+    few = num_classes if num_classes is not None and num_classes <= MOST_CLASSES_SUMMED else None
+    return ModularLoss(*weights, backend=config.backend, num_classes=few)
 
 
 def _instrumented(model: nn.Module, config: TrainingConfig) -> nn.Module:
@@ -329,10 +364,12 @@ class _RunRecorder(Checkpoint):
             row = {"epoch": epoch, "step": trainer.global_step, **pl_module.epoch_metrics, "seconds": seconds}
             self._epochs.write(row)
             self.progress.epoch(epoch, row)
-            if _every(self.run.config.keep_every_epochs, epoch):
+        if _every(self.run.config.keep_every_epochs, epoch):
+            weights = whole_weights(pl_module.model)
+            if trainer.is_global_zero:
                 path = self.run.checkpoints / f"epoch-{epoch:04d}.safetensors"
                 path.parent.mkdir(exist_ok=True)
-                self.run.save_weights(pl_module.model.state_dict(), path)
+                self.run.save_weights(weights, path)
         trainer.save_checkpoint(self.run.last_checkpoint)
 
     def _log_step(self, trainer: Any, pl_module: Any) -> None:
@@ -369,7 +406,8 @@ def train(
         folder: the run folder, new or empty; with `resume` one that holds a run.
         resume: go on from the run's last checkpoint (from the beginning if it has none yet; not at all if the
             run is finished). `config` may then differ from the run's in `RUNTIME_SETTINGS` only.
-        model: train this one; `config.model` is then a name and nothing else. It is trained in place.
+        model: train this one; `config.model` is then a name and nothing else. It is trained in place, but for
+            strategy "fsdp", which shares out its weights and leaves it in pieces: the result has a whole copy.
         data: train on this; `config.data` is then a name and nothing else.
         progress: what to show; by default a progress bar.
 
@@ -388,18 +426,24 @@ def train(
     module = ModularModule(model, config, data.num_classes)
     if resume:
         run = RunFolder(Path(folder), config)
-        remove_partial_files(run.checkpoints)
+        if process_rank() == 0:
+            remove_partial_files(run.checkpoints)
     else:
         run = RunFolder.create(folder, config) if process_rank() == 0 else RunFolder(Path(folder), config)
     if run.finished:
         module.model.load_state_dict(run.load_weights())
         return TrainingResult(run, module.model, read_metrics(run.metrics)[-1], 0.0)
     resume = resume and run.last_checkpoint.exists()
+    unsharded = copy.deepcopy(module.model) if config.strategy == SHARDED else None
     recorder = _RunRecorder(run, progress or TrainingProgress(), resumed=resume)
     _fit(module, _Data(data, config), recorder, run.last_checkpoint if resume else None)
+    weights = whole_weights(module.model)
     if module.trainer.is_global_zero:
-        run.save_weights(module.model.state_dict())
-    return TrainingResult(run, module.model, read_metrics(run.metrics)[-1], recorder.seconds)
+        run.save_weights(weights)
+    if unsharded is not None:
+        unsharded.load_state_dict(weights)
+    trained = module.model if unsharded is None else unsharded
+    return TrainingResult(run, trained, read_metrics(run.metrics)[-1], recorder.seconds)
 
 
 def _check_runnable(config: TrainingConfig) -> None:
@@ -426,12 +470,6 @@ def _check_resumable(made_with: TrainingConfig, config: TrainingConfig) -> None:
             raise ValueError(f"{name}: the run to resume was started with {saved!r}, got {value!r}")
 
 
-def process_rank() -> int:
-    """Number of this process, as torchrun, Slurm or Lightning set it for the processes that they start."""
-    names = ("RANK", "LOCAL_RANK", "SLURM_PROCID")
-    return next((int(os.environ[name]) for name in names if os.environ.get(name, "").isdigit()), 0)
-
-
 def _fit(module: ModularModule, data: _Data, recorder: _RunRecorder, checkpoint: Path | None) -> None:
     """Run Lightning's trainer, without its advertising; turn its ways of being interrupted into one."""
     interrupt = signal.getsignal(signal.SIGINT)
@@ -456,8 +494,6 @@ def _trainer(recorder: _RunRecorder) -> lightning.Trainer:
     config = recorder.run.config
     return lightning.Trainer(
         accelerator=config.accelerator,
-        devices=config.devices,
-        strategy=config.strategy,
         precision=config.precision,  # type: ignore[arg-type]
         max_epochs=config.epochs,
         logger=_tensorboard(recorder.run) if config.tensorboard else False,
@@ -469,6 +505,7 @@ def _trainer(recorder: _RunRecorder) -> lightning.Trainer:
         enable_model_summary=False,
         num_sanity_val_steps=0,
         use_distributed_sampler=False,
+        **trainer_options(config),
     )
 
 
