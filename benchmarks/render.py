@@ -7,6 +7,7 @@ Every figure on the page comes from `benchmarks/results/*.json`; the findings at
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -37,7 +38,7 @@ cold: before each sample a buffer larger than the last-level cache is written. W
 with the published formulas in float64 first, and a wrong one is not timed. *Of copy* is the bandwidth in bytes that
 must be read and written (counted in the code beside each case) over what a plain copy reached in the same run; work
 that reads more than it writes can exceed it. Shapes are those of the real models' activations: CIFAR is 32 px, batch
-128; ImageNet is 224 px, batch 64 on a GPU and 16 on a CPU.
+128; ImageNet is 224 px, batch 64 on a GPU and 4 on a CPU.
 """
 
 _SUITES = {
@@ -52,12 +53,13 @@ _SUITES = {
 
 
 def load(folder: Path = RESULTS) -> list[Results]:
-    """The results of every device, by name.
+    """The results of every device, by name; other kinds of files in the folder are left alone.
 
     Raises:
-        FormatError: a file is not a result file.
+        FormatError: a result file is malformed or of another version.
     """
-    return [stored.read(path) for path in sorted(folder.glob("*.json"))]
+    paths = sorted(folder.glob("*.json"))
+    return [stored.read(path) for path in paths if json.loads(path.read_bytes()).get("format") == stored.FORMAT]
 
 
 def page(runs: Sequence[Results], findings: str) -> str:
