@@ -1,4 +1,4 @@
-"""What a decomposition is like: module sizes, overlaps, and layer by layer what modules share (moda.md section 7.3)."""
+"""What a decomposition is like: module sizes, overlaps, and layer by layer what modules share (arXiv 2411.01074)."""
 
 from __future__ import annotations
 

@@ -12,7 +12,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from moda.cli_help import example as _example
 from moda.config import ACCELERATORS, PRECISIONS, ROUTES, TrainingConfig
+from moda.study_cli import register
 
 if TYPE_CHECKING:
     from moda.data import DataSplits
@@ -71,10 +73,6 @@ def _options(
     debug: Annotated[bool, typer.Option("--debug", help="On an error show the traceback too.")] = False,
 ) -> None:
     """Only declares --debug for the help: `main` takes it from anywhere on the command line."""
-
-
-def _example(*lines: str) -> str:
-    return "[bold]Examples[/bold]\n\n" + "\n\n".join(f"[cyan]$ {line}[/cyan]" for line in lines)
 
 
 # ---- train --------------------------------------------------------------------------------------------------------
@@ -235,22 +233,12 @@ def decompose(
     Counts, on the training data, for which share of each class's samples every neuron fires, and writes the
     modules to the run's folder decomposition/.
     """
-    from moda.decompose import count_firings
-    from moda.decompose import decompose as cut
-    from moda.runs import RunFolder, load_data
-    from moda.taps import InstrumentedModel, instrument
+    from moda.finished import FinishedRun, cut
 
-    run = RunFolder.open(folder)
-    run.load_weights()  # before the data: a run that is not finished is the likelier mistake
-    data = load_data(run.config)
-    model = instrument(run.load_model(data))
-    if not isinstance(model, InstrumentedModel):
-        raise TypeError("the model cannot be traced")
-    loader = _loader(data.for_firing_rates(augmented=augmented), run.config.batch_size)
-    rates = count_firings(model, loader, data.num_classes, backend=backend)
-    decomposition = cut(rates, threshold, min_fraction)
-    decomposition.save(run.decomposition)
-    _print_modules(model, decomposition, data)
+    finished = FinishedRun.open(folder)
+    decomposition = cut(finished, threshold, min_fraction, backend=backend, augmented=augmented)
+    run = finished.run
+    _print_modules(finished.model, decomposition, finished.data)
     _console().print(f"Modules: {run.decomposition}/", highlight=False)
     _console().print(f"Next: moda compose {folder} --classes 0,1", highlight=False)
 
@@ -461,7 +449,7 @@ def parse_classes(text: str, names: tuple[str, ...]) -> list[int]:
     return chosen
 
 
-# ---- doctor, demo -------------------------------------------------------------------------------------------------
+# ---- doctor, bench, demo ---------------------------------------------------------------------------------------------
 
 
 @app.command(epilog=_example("moda doctor"))
@@ -479,6 +467,38 @@ def doctor() -> None:
         mark = "[green]yes[/green]" if finding.ok else "[yellow]no[/yellow]"
         table.add_row(f"[bold]{heading}[/bold]", finding.name, mark, Text(finding.detail))
     _console().print(table)
+
+
+@app.command(epilog=_example("moda bench --quick", "moda bench --suite step --suite loss"))
+def bench(
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Few cases and rounds: under two minutes on two cores.")
+    ] = False,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda; auto takes a GPU if there is one.")] = "auto",
+    suite: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="step, loss, relu_pool, firing, decomposition, composition or scaling; repeat for several.",
+            show_default="all",
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder for <device>.json.",
+            show_default="benchmarks/results in a checkout, else here, for a full run; none for any other",
+        ),
+    ] = None,
+) -> None:
+    """Measure this machine: training steps, losses, pooling, counting and decomposition, ours beside PyTorch's.
+
+    Results are checked first, contenders take turns, and one table comes last. A full run takes a quarter of an hour on
+    two cores. Exit status 1 if a contender computed something wrong.
+    """
+    from moda.bench.command import bench as measure
+
+    if not measure(quick=quick, device=device, suites=suite or (), folder=output):
+        raise typer.Exit(1)
 
 
 @app.command(epilog=_example("moda demo", "moda demo my-demo --seeds 3"))
@@ -499,6 +519,8 @@ def demo(
 def _console() -> Console:
     return Console()
 
+
+register(app)
 
 if __name__ == "__main__":
     main()

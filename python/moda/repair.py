@@ -1,4 +1,4 @@
-"""The module-replacement study: a class of weak models served by a strong model's module (moda.md section 8)."""
+"""The module-replacement study: a class of weak models served by a strong model's module (arXiv 2411.01074)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sub-task reuse: how well, how large and how costly the composed model of every sub-task is (moda.md section 7).
+"""Sub-task reuse: how well, how large and how costly the composed model of every sub-task is (arXiv 2411.01074).
 
 For each sub-task (a set of classes) three models are scored on the test samples of its classes, restricted to its
 classes: the standard model, the modular model before decomposition, and the composed model. Work is shared where
@@ -119,7 +119,7 @@ def evaluate_subtasks(
         tasks: classes of each sub-task; the order inside one does not matter.
         test: samples of all classes.
         standard: a model trained without the modular terms, with the same classes.
-        progress: show a progress bar on stderr.
+        progress: show a progress bar on stderr, if that is a terminal.
 
     Yields:
         One result per sub-task, as it is done; sub-tasks with the same masks come together.
@@ -132,7 +132,9 @@ def evaluate_subtasks(
     whole = _WholeModels.of(test, model, standard)
     slicer = Slicer.of(model, decomposition)
     costs = PlannedFlops(model, test.images[:1])
-    with Progress(console=Console(stderr=True), transient=True, disable=not progress) as bar:
+    console = Console(stderr=True)
+    hidden = not (progress and console.is_terminal)  # a log file wants no bar
+    with Progress(console=console, transient=True, disable=hidden) as bar:
         done = bar.add_task("Sub-tasks", total=len(chosen))
         for group in _same_masks(decomposition, chosen):
             classes = sorted(set().union(*group))

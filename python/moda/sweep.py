@@ -1,4 +1,4 @@
-"""Sweeps: how module size, overlap and reuse accuracy move with the threshold or a loss weight (moda.md section 7)."""
+"""Sweeps: how module size, overlap and reuse accuracy move with the threshold or a loss weight (arXiv 2411.01074)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from moda.decompose import Decomposition, decompose
 from moda.files import FormatError
 from moda.finished import FinishedRun, cut
 from moda.logs import read_metrics
-from moda.measure import overlap_matrix, size
+from moda.measure import accuracy, overlap_matrix, size
 from moda.repair_runs import trained
 from moda.results_file import ResultsFile, read_rows
 from moda.reuse import TestSet, evaluate_subtasks, reuse_accuracy
@@ -154,7 +154,8 @@ def _measure(
 ) -> SweepPoint:
     model = finished.model
     results = list(evaluate_subtasks(model, decomposition, tasks, test, progress=progress))
-    last = read_metrics(finished.run.metrics)[-1]
+    metrics = finished.run.metrics
+    last = read_metrics(metrics)[-1] if metrics.exists() else {}  # an imported run has none
     classes = range(decomposition.num_classes)
     return SweepPoint(
         value=float(value),
@@ -164,7 +165,7 @@ def _measure(
         modular_accuracy=reuse_accuracy(results, "modular"),
         composed_size=reuse_accuracy(results, "size"),
         tasks=len(results),
-        test_accuracy=last["test_accuracy"],
+        test_accuracy=accuracy(model, finished.loader(finished.data.test)),
         **{name: last.get(name) for name in WEIGHTS},
     )
 
