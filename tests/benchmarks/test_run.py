@@ -7,16 +7,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from moda.bench import command, inputs, machine, memory, results, runner
-from moda.bench.case import Case
-from moda.bench.clock import Budget, HostClock
+from moda.bench.case import Case, Contender
+from moda.bench.clock import Budget, HostClock, Timed
 from moda.bench.decomposition import PassInputs, composition_case, decomposition_case
 from moda.bench.plan import SUITES, Plan
 from moda.bench.results import MEASURED, Results, Row
 from moda.bench.scaling import scaling_cases
 from moda.bench.table import duration
 from moda.bench.training_step import StepInputs, step_case
+from moda.cli import app
 from moda.files import FormatError
 
 CPU = torch.device("cpu")
@@ -183,3 +185,16 @@ def test_the_command_writes_where_it_is_told_and_prints_the_table_last(
     assert "batch 32" in shown.out
     assert path.name in "".join(shown.err.split())
     assert {row.contender for row in results.read(path).rows} >= {"reference", "torch"}
+
+
+@pytest.mark.parametrize(("right", "status"), [(True, 0), (False, 1)])
+def test_moda_bench_fails_if_a_contender_is_wrong(
+    right: bool, status: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    contender = Contender("only", {"run": Timed(lambda _: None)}, check=lambda: "" if right else "off by one")
+    case = Case("loss", "tiny", "only", lambda: [contender], TINY)
+    monkeypatch.setattr(Plan, "cases", lambda self, suites: [case])
+    arguments = ["bench", "--quick", "--device", "cpu", "--suite", "loss", "--output", str(tmp_path)]
+    assert CliRunner().invoke(app, arguments).exit_code == status
+    (row,) = results.read(next(tmp_path.iterdir())).rows
+    assert (row.status, row.note) == ((MEASURED, "") if right else (results.WRONG, "off by one"))
