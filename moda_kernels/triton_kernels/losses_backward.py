@@ -51,7 +51,11 @@ def _store(target, sample, inside, neurons, neuron, values, VEC: tl.constexpr):
     tl.store(pointers, values, mask=mask)
 
 
-@triton.jit(do_not_specialize=["layers", "samples", "width"])
+# Scalars and columns of terms lie anywhere; a variant for each of their alignments would be compiled for nothing.
+_ANY_ALIGNMENT = ["same", "different", "upstream_affinity", "upstream_dispersion", "upstream_compactness"]
+
+
+@triton.jit(do_not_specialize=["layers", "samples", "width"], do_not_specialize_on_alignment=_ANY_ALIGNMENT)
 def losses_backward_kernel(
     table, inverse, order, offsets, segment, total, crossing, same, different,
     same_pairs, diff_pairs, upstream_affinity, upstream_dispersion, upstream_compactness,

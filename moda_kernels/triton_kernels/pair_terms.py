@@ -42,7 +42,7 @@ def segment_sum(values, of_segment, index, offsets, crossing, block, width, colu
     return total
 
 
-@triton.jit(do_not_specialize=["layers", "samples", "width"])
+@triton.jit(do_not_specialize=["layers", "samples", "width"], do_not_specialize_on_alignment=["same", "different"])
 def pair_terms_kernel(
     table, inverse, order, offsets, segment, total, crossing, same, different, partials,
     layers: tl.int64, samples: tl.int64, width: tl.int64,

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
 
 import torch
 import triton
@@ -79,6 +80,7 @@ def device_table(columns: Sequence[Sequence[int]], device: torch.device) -> Tens
     key = (device.index, torch.cuda.current_stream(device).cuda_stream, entries)
     table = _kept.get(key)
     if table is None:
+        _make_capturable(device)
         host = torch.tensor(entries, dtype=torch.int64, pin_memory=True)
         table = _kept[key] = host.to(device, non_blocking=True)
         if len(_kept) > CAPACITY:
@@ -86,6 +88,12 @@ def device_table(columns: Sequence[Sequence[int]], device: torch.device) -> Tens
     else:
         _kept.move_to_end(key)
     return table
+
+
+@lru_cache
+def _make_capturable(device: torch.device) -> None:
+    """Compile and load the kernel that a later capture needs: neither can be done while capturing."""
+    _written_by_kernels((0,) * _ENTRIES, device)
 
 
 def _written_by_kernels(entries: Sequence[int], device: torch.device) -> Tensor:

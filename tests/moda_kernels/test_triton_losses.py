@@ -17,7 +17,10 @@ GOLDEN = [
     "one_same_pair", "signed", "single_class", "tiny_norm",
 ]  # fmt: skip
 
-# Blocks are 32 samples, tiles 128 neurons, norms 8 rows x 256 neurons, norms' and terms' loops 256 and 32 tiles.
+# In a gradient g_i and its projection on n_i nearly cancel; 16 units in the last place of what is left is GRADIENT.
+GRADIENT = 16
+
+# A block is 32 samples and a tile 128 neurons; the norms take 8 rows by 256 neurons.
 BATCHES = {
     # name: (samples, classes, shapes of the layers), and what is there twice or not at all
     "three blocks, segments across them": (70, 3, [(5,), (130,), (3, 2, 2)]),  # two tiles in a layer of 130
@@ -39,7 +42,7 @@ def test_values_and_gradients(name, device):
     for term, *three in zip(("affinity", "dispersion", "compactness"), kernel[0], same_dtype[0], truth[0], strict=True):
         assert_three_way(*three, term)
     for index, three in enumerate(zip(kernel[1], same_dtype[1], truth[1], strict=True)):
-        assert_three_way(*three, f"gradient of layer {index}")
+        assert_three_way(*three, f"gradient of layer {index}", GRADIENT)
 
 
 @pytest.mark.parametrize("dtype", HALF)
@@ -71,7 +74,7 @@ def test_mixed_layouts_in_one_call(device):
     for three in zip(kernel[0], same_dtype[0], truth[0], strict=True):
         assert_three_way(*three, "loss")
     for index, three in enumerate(zip(kernel[1], same_dtype[1], truth[1], strict=True)):
-        assert_three_way(*three, f"gradient of layer {index}")
+        assert_three_way(*three, f"gradient of layer {index}", GRADIENT)
 
 
 @pytest.mark.parametrize("name", GOLDEN)
@@ -101,7 +104,7 @@ def test_rare_kind_of_pair_is_not_lost(device):
     labels[77] = 5
     kernel, _, truth = three_ways(layers, labels, (0.0, 1.0, 0.0))
     assert_three_way(kernel[0][1], truth[0][1], truth[0][1], "dispersion")
-    assert_three_way(kernel[1][0], truth[1][0], truth[1][0], "gradient", ulps=8)
+    assert_three_way(kernel[1][0], truth[1][0], truth[1][0], "gradient", GRADIENT)
 
 
 def test_rows_of_extreme_size(device):
@@ -192,7 +195,7 @@ def test_one_term_alone_and_backward_twice(device):
         expected = torch.autograd.grad(theirs, exact, retain_graph=True)
         for a, b, truth in zip(first, second, expected, strict=True):
             assert torch.equal(a, b)
-            assert_three_way(a, truth, truth, f"gradient of term {index}")
+            assert_three_way(a, truth, truth, f"gradient of term {index}", GRADIENT)
     assert all(torch.equal(layer, copy) for layer, copy in zip(layers, copies, strict=True))  # inputs are untouched
 
 
