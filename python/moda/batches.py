@@ -21,11 +21,12 @@ class EpochOrder(Sampler[Samples]):
     """A process's share of every batch of an epoch, in the epoch's own random order.
 
     Batches are cut from the order common to all processes; process `rank` gets every `world_size`-th sample of each.
-    In training, where processes must step together, a last batch too small to give each a sample is left out.
+    Processes step together, and so all have the same number of batches: a last batch too small to give each a sample
+    is left out in training, and joined with the one before in testing.
 
     Args:
         size: samples in the data set.
-        batch_size: samples per batch, over all processes together.
+        batch_size: samples per batch, over all processes together; at least `world_size`, as is `size`.
         seed: of the order; None: ascending order, for testing.
         rank: of this process.
         world_size: number of processes.
@@ -47,7 +48,7 @@ class EpochOrder(Sampler[Samples]):
 
     def __len__(self) -> int:
         full, rest = divmod(self.size, self.batch_size)
-        return full + (rest > self.rank if self.seed is None else rest >= self.world_size)
+        return full + (rest >= self.world_size)
 
     def weight(self, batch: int) -> float:
         """What to multiply this process's mean over its share with, so that the processes' mean is the batch's."""
@@ -56,8 +57,10 @@ class EpochOrder(Sampler[Samples]):
 
     def __iter__(self) -> Iterator[Samples]:
         order = epoch_order(self.size, self.seed, self.epoch)
-        for batch in range(self.start, len(self)):
-            indices = order[batch * self.batch_size : (batch + 1) * self.batch_size]
+        batches = list(order[: len(self) * self.batch_size].split(self.batch_size))
+        if self.seed is None:
+            batches[-1] = order[(len(self) - 1) * self.batch_size :]
+        for indices in batches[self.start :]:
             yield self.epoch, indices[self.rank :: self.world_size].tolist()
 
 
@@ -98,7 +101,7 @@ class SampleBatches(Dataset[Batch]):
             return cast(Batch, tuple(default_collate([self._draw(epoch, index) for index in indices])))
 
     def _draw(self, epoch: int, index: int) -> Any:
-        torch.manual_seed(_mix(cast(int, self.seed), epoch, index))
+        torch.default_generator.manual_seed(_mix(cast(int, self.seed), epoch, index))
         return self.dataset[index]
 
 

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 SHARDED = "fsdp"
 """The strategy that shares out the weights: FSDP2 (`torch.distributed.fsdp.fully_shard`)."""
 
+SHARDED_PRECISIONS = ("32-true", "bf16-mixed")
+"""Those that Lightning has with it."""
+
 SHARD_ALONE = 1 << 16
 """Parameters from which a layer is gathered by itself, when it runs; smaller ones are gathered together, for all."""
 

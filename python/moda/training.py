@@ -34,7 +34,7 @@ from moda.config import RUNTIME_SETTINGS, TrainingConfig
 from moda.data import DataSplits
 from moda.files import FormatError, write_bytes
 from moda.logs import MetricsFile, read_metrics
-from moda.processes import SHARDED, process_rank, shard, trainer_options, whole_weights
+from moda.processes import SHARDED, SHARDED_PRECISIONS, process_rank, shard, trainer_options, whole_weights
 from moda.progress import TrainingProgress
 from moda.runs import RunFolder, create_model, load_data, remove_partial_files
 from moda.taps import HookedModel, InstrumentedModel, Route, instrument
@@ -289,8 +289,14 @@ class _Data(lightning.LightningDataModule):
         trainer = self.trainer
         if trainer is None:
             raise RuntimeError("the data module belongs to no trainer")
+        samples = len(dataset)  # type: ignore[arg-type]
+        if min(samples, self.config.batch_size) < trainer.world_size:
+            raise ValueError(
+                f"batch_size: expected a sample for each of {trainer.world_size} processes, got batches of "
+                f"{self.config.batch_size} from {samples} samples"
+            )
         order = EpochOrder(
-            len(dataset),  # type: ignore[arg-type]
+            samples,
             self.config.batch_size,
             seed,
             trainer.global_rank,
@@ -453,6 +459,9 @@ def _check_runnable(config: TrainingConfig) -> None:
         raise ValueError(f"accelerator: {config.accelerator!r} asked for, but PyTorch sees no GPU (see: moda doctor)")
     if config.precision == "16-mixed" and not on_gpu:
         raise ValueError("precision: '16-mixed' needs a GPU; on the CPU use 'bf16-mixed'")
+    if config.strategy == SHARDED and config.precision not in SHARDED_PRECISIONS:
+        expected = " or ".join(SHARDED_PRECISIONS)
+        raise ValueError(f"precision: expected {expected} with strategy {SHARDED!r}, got {config.precision!r}")
     if config.tensorboard and find_spec("tensorboard") is None:
         raise ValueError("tensorboard: the package is not installed: pip install tensorboard")
     if config.backend != "auto" and config.modular:

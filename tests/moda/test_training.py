@@ -234,7 +234,7 @@ def test_last_batch_too_small_for_all_processes() -> None:
     training_share = [EpochOrder(34, 16, 7, rank, 4) for rank in range(4)]  # batches of 16, 16, 2
     assert [len(order) for order in training_share] == [2, 2, 2, 2]
     testing_share = [EpochOrder(34, 16, None, rank, 4) for rank in range(4)]
-    assert [len(order) for order in testing_share] == [3, 3, 2, 2]
+    assert [[len(part) for _, part in order] for order in testing_share] == [[4, 5], [4, 5], [4, 4], [4, 4]]
     assert sorted(index for order in testing_share for _, part in order for index in part) == list(range(34))
 
 
