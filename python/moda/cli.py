@@ -84,7 +84,7 @@ _PANELS = {
     "Model and data": ("model", "data", "data_root", "width"),
     "Objective": ("affinity", "dispersion", "compactness", "backend", "route"),
     "Optimisation": ("epochs", "batch_size", "learning_rate", "momentum", "seed"),
-    "Machine": ("precision", "accelerator", "devices", "strategy", "num_workers"),
+    "Machine": ("precision", "accelerator", "devices", "strategy", "timeout", "num_workers"),
     "Files": ("log_every_steps", "checkpoint_every_steps", "keep_every_epochs", "tensorboard"),
 }
 
@@ -141,7 +141,10 @@ def train(
     route: Annotated[str | None, _setting("--route", f"Of the taps: {', '.join(ROUTES)}.", "route")] = None,
     accelerator: Annotated[str | None, _setting("--accelerator", f"{', '.join(ACCELERATORS)}.", "accelerator")] = None,
     devices: Annotated[int | None, _setting("--devices", "GPUs, or processes on the CPU.", "devices")] = None,
-    strategy: Annotated[str | None, _setting("--strategy", "Of Lightning: auto, ddp, fsdp, ...", "strategy")] = None,
+    strategy: Annotated[str | None, _setting("--strategy", "auto, ddp, fsdp (FSDP2), ...", "strategy")] = None,
+    timeout: Annotated[
+        float | None, _setting("--timeout", "Seconds processes wait for one another.", "timeout")
+    ] = None,
     num_workers: Annotated[int | None, _setting("--workers", "Processes that load data.", "num_workers")] = None,
     log_every_steps: Annotated[
         int | None, _setting("--log-every", "Steps between rows of steps.csv; 0: none.", "log_every_steps")
@@ -174,7 +177,8 @@ def train(
         given["data_options"] = options
     config = _resumed_config(folder, given) if resume else TrainingConfig(**given)
 
-    from moda.training import TrainingInterrupted, process_rank
+    from moda.processes import process_rank
+    from moda.training import TrainingInterrupted
     from moda.training import train as run_training
 
     try:
