@@ -21,17 +21,21 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from moda import data, measure, models, training
+    from moda.callback import ModularCallback
     from moda.compose import compose, mask
+    from moda.composed_files import load_composed, save_composed
     from moda.config import TrainingConfig
     from moda.decompose import Decomposition, FiringRates, count_firings, decompose
     from moda.replace import replace
-    from moda.taps import InstrumentedModel, instrument
+    from moda.taps import InstrumentedModel, TracingError, instrument
     from moda_kernels import __version__
 
 __all__ = [
     "Decomposition",
     "FiringRates",
     "InstrumentedModel",
+    "ModularCallback",
+    "TracingError",
     "TrainingConfig",
     "__version__",
     "compose",
@@ -39,10 +43,12 @@ __all__ = [
     "data",
     "decompose",
     "instrument",
+    "load_composed",
     "mask",
     "measure",
     "models",
     "replace",
+    "save_composed",
     "training",
 ]
 
@@ -51,13 +57,17 @@ _HOME = {
     "Decomposition": "decompose",
     "FiringRates": "decompose",
     "InstrumentedModel": "taps",
+    "ModularCallback": "callback",
+    "TracingError": "taps",
     "TrainingConfig": "config",
     "compose": "compose",
     "count_firings": "decompose",
     "decompose": "decompose",
     "instrument": "taps",
+    "load_composed": "composed_files",
     "mask": "compose",
     "replace": "replace",
+    "save_composed": "composed_files",
 }
 
 
