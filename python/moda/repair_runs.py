@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from moda.config import TrainingConfig
+from moda.config import RUNTIME_SETTINGS, TrainingConfig
 from moda.finished import FinishedRun, cut
 from moda.repair import STRATEGIES, RepairResult, repair, write_repairs
+from moda.replace import Calibration
 from moda.runs import RunFolder
 
 __all__ = ["RepairStudy", "run_repair_study", "trained"]
@@ -38,6 +40,7 @@ class RepairStudy:
         batch_size: of training and calibration.
         seed: of everything.
         threshold: firing rate from which the strong model's neurons are kept.
+        calibration_epochs: passes over the weak training samples that calibrate.
         weak_modular: train the weak models with the modular terms, as the published code does.
         device: "auto", "cpu" or "cuda".
     """
@@ -58,6 +61,7 @@ class RepairStudy:
     batch_size: int = 128
     seed: int = 42
     threshold: float = 0.9
+    calibration_epochs: int = 5
     weak_modular: bool = True
     device: str = "auto"
 
@@ -105,9 +109,7 @@ class RepairStudy:
 
 
 def _common_divisor(epochs: list[int]) -> int:
-    from math import gcd
-
-    return gcd(*epochs) if epochs else 0
+    return math.gcd(*epochs) if epochs else 0
 
 
 def run_repair_study(
@@ -129,12 +131,14 @@ def run_repair_study(
         strong = trained(folder / "strong", study.strong_config(), study.device, progress=progress)
     if not strong.run.decomposition.exists():
         cut(strong, study.threshold, progress=progress)
+    calibration = Calibration(epochs=study.calibration_epochs)
     results = []
     for mixed_class in study.mixed_classes if study.mixed_classes is not None else range(strong.data.num_classes):
         weak = trained(folder / f"weak-{mixed_class}", study.weak_config(mixed_class), study.device, progress=progress)
         for checkpoint, epoch in study.checkpoints:
             for strategy in study.strategies:
-                results.append(repair(strong, weak, strategy, epoch=epoch, checkpoint=checkpoint)[1])
+                _, result = repair(strong, weak, strategy, epoch=epoch, checkpoint=checkpoint, calibration=calibration)
+                results.append(result)
         write_repairs(folder / RESULTS, results)
     return results
 
@@ -158,8 +162,6 @@ def trained(folder: Path, config: TrainingConfig, device: str = "auto", *, progr
 
 
 def _check_same(folder: Path, there: TrainingConfig, wanted: TrainingConfig) -> None:
-    from moda.config import RUNTIME_SETTINGS
-
     for name, value in wanted.to_dict().items():
         found = there.to_dict()[name]
         if found != value and name not in RUNTIME_SETTINGS:

@@ -191,21 +191,30 @@ def _strong_models(settings: StudySettings) -> list[str]:
 
 
 def _study_replacement(out: Path, settings: StudySettings, strong_model: str) -> str:
-    """Weak LeNet5s with modules of one strong model."""
-    from moda.repair_runs import RepairStudy, run_repair_study
+    """Weak LeNet5s with modules of one strong model.
+
+    A tenth of the digits is some 80 images. Small batches and 20 passes give the weak trainings and the calibration
+    about as many steps as an epoch's worth of published data would.
+    """
+    from moda.repair_runs import RepairStudy, run_repair_study, trained
 
     study = RepairStudy(
         data="digits",
         data_options={"image_size": 16},
         strong_model=strong_model,
         strong_width=REPAIR_STRONG[strong_model],
-        epochs=settings.epochs,
+        epochs=5 * settings.epochs,
         under_epoch=max(1, settings.epochs // 4),
-        over_epoch=settings.epochs,
+        over_epoch=5 * settings.epochs - max(1, settings.epochs // 8),
+        batch_size=16,
         seed=settings.seeds[0],
+        calibration_epochs=20,
         device="cpu",
     )
-    results = run_repair_study(out / "repair" / strong_model, study, progress=False)
+    folder = out / "repair" / strong_model
+    config = study.strong_config().changed(epochs=settings.epochs, batch_size=128)
+    strong = trained(folder / "strong", config, "cpu", progress=False)
+    results = run_repair_study(folder, study, strong, progress=False)
     gains = [after - before for before, after in (result.target for result in results if result.strategy == "moda")]
     return f"replacement by {strong_model}: replaced class {100 * sum(gains) / len(gains):+.1f} points on average"
 

@@ -189,6 +189,9 @@ def repair(
     batch_size: Annotated[int, typer.Option(help="Samples per step.", min=1)] = 128,
     seed: Annotated[int, typer.Option(help="Of everything.", min=0)] = 42,
     threshold: Annotated[float, typer.Option(help="Firing rate from which a neuron is kept.")] = 0.9,
+    calibration_epochs: Annotated[
+        int, typer.Option(help="Passes over the weak training samples that calibrate.", min=1)
+    ] = 5,
     weak_standard: Annotated[
         bool, typer.Option("--weak-standard", help="Train weak models without the modular terms.")
     ] = False,
@@ -219,6 +222,7 @@ def repair(
         batch_size=batch_size,
         seed=seed,
         threshold=threshold,
+        calibration_epochs=calibration_epochs,
         weak_modular=not weak_standard,
         device=device,
     )
