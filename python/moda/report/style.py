@@ -6,7 +6,7 @@ import io
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from html import escape
 from typing import Any
 
@@ -20,20 +20,23 @@ SEQUENTIAL = "viridis"
 
 @dataclass(frozen=True)
 class Theme:
-    """Colours of what is not data, and of the two trainings (of Okabe and Ito's palette)."""
+    """Colours of what is not data, of the two trainings, and of composed models (after Okabe and Ito's palette)."""
 
     ink: str = "#1d2530"
     muted: str = "#5c6673"
     rule: str = "#d5dae1"
     standard: str = "#8b95a3"
     modular: str = "#0072b2"
+    composed: str = "#b84a00"
 
 
 PAPER = Theme()
 
 # In a page the colours are CSS variables; matplotlib wants colours, so each has a stand-in that is replaced afterwards.
-SCREEN = Theme(ink="#010203", muted="#010204", rule="#010205", standard="#010206", modular="#010207")
-_VARIABLES = {getattr(SCREEN, name): f"var(--{name})" for name in ("ink", "muted", "rule", "standard", "modular")}
+SCREEN = Theme(
+    ink="#010203", muted="#010204", rule="#010205", standard="#010206", modular="#010207", composed="#010208"
+)
+_VARIABLES = {getattr(SCREEN, field.name): f"var(--{field.name})" for field in fields(Theme)}
 
 _RC: dict[str, Any] = {
     "font.family": "sans-serif",

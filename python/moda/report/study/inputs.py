@@ -1,0 +1,273 @@
+"""What a report is made from: folders of runs, studies and replacement studies, and which runs belong together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from moda.analysis_files import read_analysis
+from moda.config import RUNTIME_SETTINGS, TrainingConfig
+from moda.files import FormatError, read_json
+from moda.logs import read_metrics
+from moda.repair import RepairResult, read_repairs
+from moda.results_file import read_note
+from moda.reuse import ReuseResult, read_results
+from moda.reuse_run import KIND as REUSE_KIND
+from moda.runs import RunFolder
+from moda.study import DESCRIPTION, FORMAT, FORMAT_VERSION
+from moda.sweep import GRIDS, SweepPoint, read_sweep
+
+__all__ = ["Inputs", "Replacement", "RunResults", "Setting", "read_inputs"]
+
+WEIGHTS = ("affinity", "dispersion", "compactness")
+MODEL_NAMES = {
+    "small_vgg": "small VGG",
+    "lenet5": "LeNet5",
+    "vgg16": "VGG16",
+    "resnet18": "ResNet18",
+    "mobilenet": "MobileNet",
+}
+DATA_NAMES = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "svhn": "SVHN", "imagefolder": "a folder of images"}
+
+
+@dataclass(frozen=True, eq=False)
+class RunResults:
+    """What one run's folder holds; what it does not hold is None or empty.
+
+    Attributes:
+        folder: of the run.
+        label: what to call it.
+        config: its settings.
+        metrics: one row per epoch.
+        analysis: analysis.json.
+        reuse: the rows of reuse.csv.
+        source: what `reuse` or else `analysis` follow from: threshold, hashes.
+        sweeps: points by what is varied.
+    """
+
+    folder: Path
+    label: str
+    config: TrainingConfig
+    metrics: list[dict[str, float]]
+    analysis: dict[str, Any] | None
+    reuse: list[ReuseResult]
+    source: dict[str, Any]
+    sweeps: dict[str, list[SweepPoint]]
+
+    @classmethod
+    def read(cls, folder: Path, label: str) -> RunResults:
+        """The results in a run's folder.
+
+        Raises:
+            FormatError (a ValueError): a file is malformed, or files are of different weights or modules.
+        """
+        run = RunFolder.open(folder)
+        analysis = read_analysis(folder / "analysis.json") if (folder / "analysis.json").exists() else None
+        sources = [analysis["source"]] if analysis else []
+        reuse: list[ReuseResult] = []
+        if (folder / "reuse.csv").exists():
+            reuse = read_results(folder / "reuse.csv")
+            sources.append(read_note(folder / "reuse.csv", REUSE_KIND)["source"])
+        if len({source.get("masks_sha256") for source in sources}) > 1:
+            raise FormatError(
+                f"{folder}: reuse.csv and analysis.json are of different modules; "
+                f"make both again: moda analyze {folder}, and moda reuse {folder} after removing reuse.csv"
+            )
+        tables = {name: folder / f"sweep_{name}.csv" for name in GRIDS}
+        return cls(
+            folder=folder,
+            label=label,
+            config=run.config,
+            metrics=read_metrics(run.metrics) if run.metrics.exists() else [],
+            analysis=analysis,
+            reuse=reuse,
+            source=sources[-1] if sources else {},
+            sweeps={name: read_sweep(path) for name, path in tables.items() if path.exists()},
+        )
+
+    @property
+    def threshold(self) -> float | None:
+        """Firing rate from which the run's neurons were kept, if it says."""
+        return self.source.get("threshold")
+
+
+@dataclass(frozen=True, eq=False)
+class Replacement:
+    """A replacement study.
+
+    Attributes:
+        label: what to call its folder.
+        config: settings of one of its weak trainings.
+        results: one per weak model, checkpoint and strategy.
+    """
+
+    label: str
+    config: TrainingConfig
+    results: list[RepairResult]
+
+    @classmethod
+    def read(cls, folder: Path, label: str) -> Replacement:
+        """The study in a folder.
+
+        Raises:
+            FormatError (a ValueError): a file is missing or malformed, or there is no result.
+        """
+        results = read_repairs(folder / "repair.json")
+        if not results:
+            raise FormatError(f"{folder / 'repair.json'}: holds no result; make it with: moda repair {folder}")
+        return cls(label, RunFolder.open(folder / f"weak-{results[0].mixed_class}").config, results)
+
+
+@dataclass(frozen=True, eq=False)
+class Setting:
+    """Runs that differ in nothing but the seed, and the standard runs to compare them with.
+
+    Attributes:
+        name: as people call it, different from every other setting's in the page.
+        key: for ids.
+        modular: runs with the modular terms.
+        standard: runs without them, otherwise the same.
+    """
+
+    name: str
+    key: str
+    modular: tuple[RunResults, ...]
+    standard: tuple[RunResults, ...]
+
+    @property
+    def config(self) -> TrainingConfig:
+        """The settings, with the seed of one run."""
+        return (self.modular or self.standard)[0].config
+
+    @property
+    def threshold(self) -> float | None:
+        """Firing rate from which neurons were kept, if a run says."""
+        return next((run.threshold for run in self.modular if run.threshold is not None), None)
+
+    @cached_property
+    def analysed(self) -> list[RunResults]:
+        """Modular runs that have an analysis."""
+        return [run for run in self.modular if run.analysis]
+
+    @cached_property
+    def reused(self) -> list[RunResults]:
+        """Modular runs that have sub-tasks."""
+        return [run for run in self.modular if run.reuse]
+
+
+@dataclass(frozen=True, eq=False)
+class Inputs:
+    """All that a page is made from."""
+
+    settings: tuple[Setting, ...]
+    replacements: tuple[Replacement, ...]
+
+    @property
+    def runs(self) -> list[RunResults]:
+        """All runs, as they are grouped; a standard run that serves two settings comes once."""
+        listed = [run for setting in self.settings for run in (*setting.modular, *setting.standard)]
+        return list({id(run): run for run in listed}.values())
+
+
+def read_inputs(folders: Iterable[str | Path]) -> Inputs:
+    """The results in folders of runs (`moda train`), studies (`moda study`) and replacement studies (`moda repair`).
+
+    Raises:
+        FormatError (a ValueError): a folder is none of these, or holds a malformed file.
+    """
+    runs: dict[Path, RunResults] = {}
+    replacements: dict[Path, Replacement] = {}
+    for given in map(Path, folders):
+        start = given.absolute().parent if given.is_absolute() else Path()
+        for folder in _expanded(given):
+            label = folder.relative_to(start).as_posix()
+            if (folder / "repair.json").exists():
+                replacements.setdefault(folder.resolve(), Replacement.read(folder, label))
+            else:
+                runs.setdefault(folder.resolve(), RunResults.read(folder, label))
+    return Inputs(tuple(_settings(list(runs.values()))), tuple(replacements.values()))
+
+
+def _expanded(folder: Path) -> list[Path]:
+    """A study's folders, those that are there already; any other folder as it is."""
+    if not folder.is_dir():
+        raise FormatError(f"{folder}: no such folder")
+    if not (folder / DESCRIPTION).exists():
+        known = ("config.json", "repair.json")
+        if not any((folder / name).exists() for name in known):
+            raise FormatError(
+                f"{folder}: holds no run (config.json), study ({DESCRIPTION}) or replacement study (repair.json)"
+            )
+        return [folder]
+    description = read_json(folder / DESCRIPTION, FORMAT, FORMAT_VERSION)
+    try:
+        named = [run[kind] for run in description["runs"] for kind in ("modular", "standard")]
+        named += description["repairs"]
+    except (KeyError, TypeError) as error:
+        raise FormatError(f"{folder / DESCRIPTION}: malformed: {error}") from None
+    listed = [folder / name for name in named]
+    return [path for path in listed if (path / "config.json").exists() or (path / "repair.json").exists()]
+
+
+# What decides neither what a setting is, nor how its results compare.
+_APART = RUNTIME_SETTINGS | {"seed", "backend", "route"}
+
+
+def _identity(config: TrainingConfig, *, weights: bool) -> tuple[tuple[str, str], ...]:
+    left_out = _APART if weights else _APART | set(WEIGHTS)
+    values = {name: value for name, value in config.to_dict().items() if name not in left_out}
+    values["data_options"] = sorted(
+        (name, value) for name, value in config.data_options.items() if name not in ("seed", "download")
+    )
+    return tuple((name, repr(value)) for name, value in sorted(values.items()))
+
+
+def _settings(runs: Sequence[RunResults]) -> list[Setting]:
+    modular: dict[Any, list[RunResults]] = {}
+    standard: dict[Any, list[RunResults]] = {}
+    for run in runs:
+        kind = modular if run.config.modular else standard
+        kind.setdefault(_identity(run.config, weights=run.config.modular), []).append(run)
+    standard = {_identity(group[0].config, weights=False): group for group in standard.values()}
+    pairs = [(group, standard.get(_identity(group[0].config, weights=False), [])) for group in modular.values()]
+    used = {id(partner) for _, partner in pairs}
+    pairs += [([], group) for group in standard.values() if id(group) not in used]
+    names = _names([(own or other)[0].config for own, other in pairs])
+    return [
+        Setting(name, f"s{index}", tuple(_by_seed(own)), tuple(_by_seed(other)))
+        for index, (name, (own, other)) in enumerate(zip(names, pairs, strict=True))
+    ]
+
+
+def _by_seed(runs: Iterable[RunResults]) -> list[RunResults]:
+    return sorted(runs, key=lambda run: run.config.seed)
+
+
+def _names(configs: Sequence[TrainingConfig]) -> list[str]:
+    """Model, with the data where there are several, the width where it is not 1, and whatever else tells them apart."""
+    several = len({config.data for config in configs}) > 1
+    names = []
+    for config in configs:
+        name = MODEL_NAMES.get(config.model, config.model)
+        name += f" on {DATA_NAMES.get(config.data, config.data)}" if several else ""
+        names.append(name + (f" \u00d7 {config.width:g}" if config.width != 1 else ""))
+    for field in TrainingConfig().to_dict():
+        shared = [name for name in names if names.count(name) > 1]
+        if not shared:
+            break
+        values = {
+            name: {repr(getattr(c, field)) for c, n in zip(configs, names, strict=True) if n == name} for name in shared
+        }
+        told = [len(values.get(name, ())) > 1 and field not in _APART for name in names]
+        names = [
+            f"{name}, {field.replace('_', ' ')} {_said(getattr(config, field))}" if tell else name
+            for name, config, tell in zip(names, configs, told, strict=True)
+        ]
+    return names
+
+
+def _said(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
