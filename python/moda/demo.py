@@ -429,11 +429,12 @@ def reading(result: DemoResult) -> list[str]:
     size, plain = result.mean("modular", "module_size"), result.mean("standard", "module_size")
     smallest = result.subtasks()[0]
     difference = 100 * (smallest.composed - smallest.modular)
-    against = "as accurate as" if abs(difference) < 0.005 else f"{difference:+.2f} points against"
+    more = "more" if difference > 0 else "less"
+    against = "is as accurate as" if abs(difference) < 0.005 else f"scores {abs(difference):.2f} points {more} than"
     return [
         f"Cut the same way, a module of the modular model takes {100 * size:.0f} % of the parameters, one of the "
         f"standard model {100 * plain:.0f} %.",
-        f"A composed model of {smallest.classes} classes has {100 * smallest.size:.0f} % of the parameters and is "
+        f"A composed model of {smallest.classes} classes has {100 * smallest.size:.0f} % of the parameters and "
         f"{against} the whole modular model on the same samples, with no fine-tuning.",
     ]
 
