@@ -2,14 +2,16 @@
 
 The names below are imported at their first use, so that `import moda` is quick and needs no optional package:
 
-    instrument      a model whose activations can be observed
+    instrument      a model whose activations can be observed (TracingError where it cannot be traced)
     count_firings   firing rates per class and neuron
     decompose       firing rates -> Decomposition: one module per class
     mask, compose   the model of some classes; composed, it is physically smaller
+    save_composed, load_composed   a composed model's files
     replace         another model's module in a weak model's output
     measure         size, overlap, FLOPs, accuracy
     models, data    architectures and data sets by name
     training        the training loop on Lightning (needs the extra `train`)
+    ModularCallback the modular loss in somebody's own LightningModule (needs the extra `train`)
 """
 
 from __future__ import annotations
