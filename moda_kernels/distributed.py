@@ -211,7 +211,7 @@ class _Local:
         neurons = self.rows.shape[1]
         sums = self.rows.new_zeros(classes, neurons + 1)
         _add_rows(sums[:, :neurons], self.index, self.rows)
-        sums[:, neurons].index_add_(0, self.index, self.own)
+        _add_rows(sums[:, neurons], self.index, self.own)
         return sums
 
 
@@ -244,8 +244,9 @@ def _all_reduced(local: _Local, classes: int, group: ProcessGroup) -> _Total:
     sums, own, sizes, magnitude = torch.split(buffer, [classes * neurons, classes, classes, 1])
     sums = sums.view(classes, neurons)
     _add_rows(sums, local.index, local.rows)
-    own.index_add_(0, local.index, local.own)
-    sizes.index_add_(0, local.index, local.rows.new_ones(len(local.index)))
+    _add_rows(own, local.index, local.own)
+    # Whole numbers, so their order does not matter; and scatter_add_ refuses an index out of range, on a GPU too.
+    sizes.scatter_add_(0, local.index, local.rows.new_ones(len(local.index)))
     magnitude.add_(local.magnitude)
     dist.all_reduce(buffer, group=group)
     # In float64: where one class is nearly the whole batch, float32 would lose the others in the difference.
@@ -362,8 +363,9 @@ def _agree_once(layout: _Layout, device: torch.device, group: ProcessGroup) -> N
     """Raise on every rank if the ranks' layouts differ; costs a host read when this rank's layout is a new one."""
     agreed = _agreed.setdefault(group, _Agreed())
     if layout not in agreed.layouts:
-        digests = _all_gather(torch.tensor([layout.digest()], device=device), group)
-        _check_same(digests[:, 0].tolist(), layout, group)
+        # As long as a first exchange of labels, so that ranks with and without num_classes meet in an error.
+        header = _all_gather(torch.tensor([layout.digest(), 0], device=device), group)
+        _check_same(header[:, 0].tolist(), layout, group)
         agreed.layouts.add(layout)
 
 
@@ -493,4 +495,4 @@ def sum_counts(counts: Sequence[Tensor], group: ProcessGroup) -> list[Tensor]:
     buffer = torch.cat([count.flatten().to(device or counts[0].device) for count in counts])
     dist.all_reduce(buffer, group=group)
     parts = torch.split(buffer, [count.numel() for count in counts])
-    return [part.view(count.shape).to(count.device) for part, count in zip(parts, counts, strict=True)]
+    return [part.view(count.shape).to(count.device, copy=True) for part, count in zip(parts, counts, strict=True)]
