@@ -66,7 +66,7 @@ def _write_kernel(
     entries = (e0, e1, e2, e3, e4, e5, e6, e7, e8, e9, e10, e11, e12, e13, e14, e15)
     for index in tl.static_range(16):
         if index < count:
-            tl.store(table + index, entries[index])
+            tl.store(table + index, entries[index].to(tl.int64))
 
 
 def device_table(columns: Sequence[Sequence[int]], device: torch.device) -> Tensor:
