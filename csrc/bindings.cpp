@@ -9,6 +9,7 @@
 
 #include "build_info.h"
 #include "cpu.h"
+#include "firing.h"
 #include "parallel.h"
 
 namespace py = pybind11;
@@ -95,6 +96,11 @@ py::dict build_info() {
   info["nvcc"] = MODA_NVCC_VERSION;
   info["cuda_architectures"] = MODA_CUDA_ARCHITECTURES;
   info["cpu_isa"] = chosen_isa;
+  py::list isas;
+  for (const char* isa : {"portable", "avx2", "avx512"}) {
+    if (moda::cpu_kernels(isa) != nullptr) isas.append(isa);
+  }
+  info["cpu_isas"] = isas;
   info["threading"] = moda::threading();
   return info;
 }
@@ -159,6 +165,21 @@ void count_firings(const Integers& fields, const Integers& batch_fields, int thr
   kernels->count_firings(layers.data(), static_cast<std::int64_t>(layers.size()), batch, threads);
 }
 
+#if MODA_CUDA
+void count_firings_cuda(const Integers& fields, const Integers& batch_fields, int device, std::int64_t stream) {
+  const auto layers = firing_layers_of(fields);
+  const FiringBatch batch = firing_batch_of(batch_fields);
+  const moda::CudaError error = moda::count_firings_cuda(layers.data(), static_cast<std::int64_t>(layers.size()), batch,
+                                                         device, address<void>(stream));
+  if (error.name != nullptr) throw std::runtime_error(std::string(error.name) + ": " + error.meaning);
+}
+#endif
+
+void count_firings_emulated(const Integers& fields, const Integers& batch_fields) {
+  const auto layers = firing_layers_of(fields);
+  moda::count_firings_emulated(layers.data(), static_cast<std::int64_t>(layers.size()), firing_batch_of(batch_fields));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native, module) {
@@ -175,4 +196,8 @@ PYBIND11_MODULE(_native, module) {
   module.def("losses_backward", losses_backward);
   module.def("class_sums", class_sums);
   module.def("count_firings", count_firings);
+#if MODA_CUDA
+  module.def("count_firings_cuda", count_firings_cuda);
+#endif
+  module.def("count_firings_emulated", count_firings_emulated);  // for tests: the CUDA kernel's walk, on the host
 }

@@ -39,8 +39,9 @@ struct BlockShare {
 
 MODA_INLINE int64_t up_to_line(int64_t bytes) { return divide_up(bytes, kLine) * kLine; }
 
+// Whether `rows` is the activation itself, and not in the workspace.
 MODA_INLINE bool is_own_pool(const Layer& layer) {
-  return layer.positions == 1 && (layer.dtype == Dtype::kFloat32 || layer.dtype == Dtype::kFloat64) && layer.rows == layer.data;
+  return layer.layout == Layout::kNoPositions && layer.rows == layer.data;
 }
 
 // Bytes of one layer's LayerSums; moda_kernels/_native_calls.py allocates them.
@@ -120,7 +121,7 @@ template <class T>
 MODA_INLINE RowShare row_share(const Layer& layer, const LayerSums<AccOf<T>>& sums, int64_t sample) {
   const int64_t C = layer.neurons;
   AccOf<T>* row = sums.rows + sample * C;
-  if (layer.positions > 1) {
+  if (layer.layout != Layout::kNoPositions) {
     pool_neurons<T>(layer, sample, {0, C}, row);
   } else if (!is_own_pool(layer)) {
     for (int64_t c = 0; c < C; ++c) row[c] = Element<T>::load1(static_cast<const T*>(layer.data) + sample * C + c);
@@ -274,7 +275,7 @@ MODA_INLINE void sample_gradient(const Layer& layer, const LayerSums<AccOf<T>>& 
   T* out = static_cast<T*>(layer.out) + sample * C * layer.positions;
   Acc* gradient = static_cast<Acc*>(thread_scratch(C * sizeof(Acc)));
   row_gradient(sums, factors, segment, sample, C, gradient);
-  if (layer.positions > 1) return spread_neurons<T>(layer, sample, {0, C}, gradient);
+  if (layer.layout != Layout::kNoPositions) return spread_neurons<T>(layer, sample, {0, C}, gradient);
   for (int64_t c = 0; c < C; ++c) Element<T>::store1(out + c, gradient[c]);
 }
 

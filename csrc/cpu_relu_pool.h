@@ -1,7 +1,7 @@
 // ReLU and pooled activation in one pass, and their gradient in one pass.
 //
 //     out  = relu(data), rows[n, c] = mean over positions of out[n, c, :]          NaN stays NaN, as in torch.relu
-//     dx   = y <= 0 ? 0 : dy + (y > 0 ? rows[n, c] / S : 0)                        data is y, rows the gradient of the mean
+//     dx   = y <= 0 ? 0 : dy + rows[n, c] / S                                      data is y, rows the gradient of the mean
 #pragma once
 
 #include "cpu_pool.h"
@@ -121,12 +121,12 @@ template <class T>
 MODA_INLINE void relu_gradient1(const T* y, const T* dy, AccOf<T> g, T* dx) {
   using Acc = AccOf<T>;
   const Acc v = Element<T>::load1(y), d = Element<T>::load1(dy);
-  Element<T>::store1(dx, v <= 0 ? Acc(0) : v > 0 ? d + g : d);
+  Element<T>::store1(dx, v <= 0 ? Acc(0) : d + g);
 }
 
 template <class Acc>
 MODA_INLINE Vector<Acc> relu_gradient(Vector<Acc> y, Vector<Acc> dy, Vector<Acc> g) {
-  return keep_where<Acc>(~(y <= Acc(0)), dy + keep_where<Acc>(y > Acc(0), g));
+  return keep_where<Acc>(~(y <= Acc(0)), dy + g);
 }
 
 template <bool kPastCaches, class T>

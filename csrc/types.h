@@ -20,10 +20,11 @@ constexpr int64_t width(Dtype dtype) {
   return dtype == Dtype::kFloat64 ? 8 : dtype == Dtype::kFloat32 ? 4 : 2;
 }
 
-// How an activation of N samples, C neurons and S positions lies in memory; densely in both.
+// How an activation of N samples, C neurons and S positions lies in memory; densely in all.
 enum class Layout : int64_t {
   kPositionsLast = 0,  // (N, C, S): contiguous
   kNeuronsLast = 1,    // (N, S, C): channels_last, tokens
+  kNoPositions = 2,    // (N, C): its own pooled activation, signed
 };
 
 // One layer's activation and the tensors that go with it; what `rows` and `out` are depends on the operation.

@@ -19,7 +19,7 @@ from torch import Tensor
 from moda_kernels._version import __version__
 
 DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}  # Dtype of csrc/types.h
-_POSITIONS_LAST, _NEURONS_LAST = 0, 1  # Layout of csrc/types.h
+_POSITIONS_LAST, _NEURONS_LAST, _NO_POSITIONS = 0, 1, 2  # Layout of csrc/types.h
 _BITS = {
     torch.float32: torch.int32,
     torch.float64: torch.int64,
@@ -91,7 +91,9 @@ def accumulation(dtype: torch.dtype) -> torch.dtype:
 def layout(x: Tensor) -> int | None:
     """How a dense (N, C, *spatial) tensor lies in memory; None if it does in no way that the kernels read."""
     if x.is_contiguous():
-        return _POSITIONS_LAST
+        return _NO_POSITIONS if x.dim() == 2 else _POSITIONS_LAST
+    if x.dim() == 2:
+        return None
     if x.dim() == 4:
         return _NEURONS_LAST if x.is_contiguous(memory_format=torch.channels_last) else None
     return _NEURONS_LAST if x.movedim(1, -1).is_contiguous() else None

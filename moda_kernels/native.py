@@ -27,15 +27,20 @@ DTYPES: Mapping[str, frozenset[torch.dtype]] = {
     **dict.fromkeys(OPS, frozenset(calls.DTYPE_CODES)),
     "class_sums": frozenset({torch.float32, torch.float64}),
 }
-DEVICES: Mapping[str, frozenset[str]] | None = dict.fromkeys(OPS, frozenset({"cpu"}))
+DEVICES: Mapping[str, frozenset[str]] | None = {
+    **dict.fromkeys(OPS, frozenset({"cpu"})),
+    "count_firings": frozenset({"cpu", "cuda"}),
+}
 
 
 def unavailable(device: torch.device | None = None) -> str | None:
     """None if the extension can run (on `device`), else why not and what to do about it, in one line."""
     try:
-        calls.extension()
+        extension = calls.extension()
     except calls.NotBuiltError as error:
         return str(error)
+    if device is not None and device.type == "cuda" and not extension.build_info()["cuda"]:
+        return "the native extension was built without CUDA; with nvcc installed, MODA_CUDA=1 builds it (docs/build.md)"
     return None
 
 
@@ -44,7 +49,8 @@ def build_info() -> dict[str, Any]:
 
     Returns:
         version, source_digest, compiler (str), cuda (bool), nvcc and cuda_architectures (str, empty without CUDA),
-        cpu_isa ("portable", "avx2", "avx512"), threading ("torch's OpenMP pool", "std::thread").
+        cpu_isa ("portable", "avx2", "avx512"), cpu_isas (those that this processor runs),
+        threading ("torch's OpenMP pool", "std::thread").
 
     Raises:
         RuntimeError: there is no extension that can run; the message is that of `unavailable`.

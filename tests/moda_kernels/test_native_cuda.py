@@ -1,0 +1,121 @@
+"""The CUDA firing counter without a GPU: its walk lane by lane on the host, and what nvcc makes of it."""
+
+from __future__ import annotations
+
+import re
+import runpy
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from firing_batches import DTYPES, batch_of_layers, count_emulated, counted, one_per_row
+
+from moda_kernels import closed_form, native
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("samples", "classes"), [(1, 1), (5, 3), (70, 3), (70, 1000)])
+@pytest.mark.parametrize("threshold", [0.0, 0.1])
+def test_the_walk_counts_as_the_oracle(dtype: torch.dtype, samples: int, classes: int, threshold: float):
+    """With a table in shared memory (3 classes) and without (1000), less and more than a block's chunk of samples."""
+    generator = torch.Generator().manual_seed(samples)
+    layers = batch_of_layers(samples, dtype, generator)
+    labels = torch.randint(-1, classes + 1, (samples,), generator=generator)
+    for kind in (labels, labels.int()):
+        mine = counted(count_emulated, layers, kind, classes, threshold)
+        for a, b in zip(mine, counted(closed_form.count_firings, layers, labels, classes, threshold), strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_position_is_read_and_none_beside_the_row(dtype: torch.dtype):
+    """One firing position at a time, between neighbours that fire: rows of every alignment and length around a warp's steps."""
+    width = torch.empty((), dtype=dtype).itemsize
+    for positions in (2, 15, 33, 128 // width, 512 // width + 3, 2048 // width + 7):
+        for start in range(16 // width):
+            buffer = torch.ones(start + 3 * positions + 16, dtype=dtype)
+            row = buffer[start + positions : start + 2 * positions].view(1, 1, positions)
+            row.zero_()
+            labels = torch.zeros(1, dtype=torch.int64)
+            assert counted(count_emulated, [row], labels, 1, 0.0)[0].item() == 0
+            for at in range(positions):
+                row[0, 0, at] = -1
+                assert counted(count_emulated, [row], labels, 1, 0.0)[0].item() == 1
+                row[0, 0, at] = 0
+
+
+def test_more_layers_than_a_launch_takes():
+    generator = torch.Generator().manual_seed(0)
+    layers = [one_per_row(9, (5 + i % 7, 3, 4), generator) for i in range(130)]
+    labels = torch.randint(0, 4, (9,), generator=generator)
+    mine = counted(count_emulated, layers, labels, 4, 0.0)
+    for a, b in zip(mine, counted(closed_form.count_firings, layers, labels, 4, 0.0), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("name", ["firing_basic", "firing_signed", "firing_exact_rates"])
+def test_published_counts(name: str, golden):
+    data = golden(name)
+    layers = sum(key.startswith("counts_l") for key in data)
+    batches = sum(key.startswith("labels_b") for key in data)
+    classes = int(data["num_classes"])
+    totals = [torch.zeros(data[f"counts_l{i:02d}"].shape, dtype=torch.int64) for i in range(layers)]
+    for b in range(batches):
+        activations = [torch.from_numpy(data[f"act_b{b:02d}_l{i:02d}"]) for i in range(layers)]
+        labels = torch.from_numpy(data[f"labels_b{b:02d}"])
+        for total, count in zip(totals, counted(count_emulated, activations, labels, classes, 0.0), strict=False):
+            total += count
+    for i, total in enumerate(totals):
+        assert total.tolist() == data[f"counts_l{i:02d}"].tolist()
+
+
+needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+
+
+@needs_nvcc
+def test_no_architecture_spills(tmp_path: Path):
+    """Every architecture of the default list, and the PTX of the newest, as setup.py builds them."""
+    setup = runpy.run_path(str(ROOT / "setup.py"), run_name="setup")
+    chosen = setup["architectures"](shutil.which("nvcc")).split(";")
+    assert chosen == ["80-real", "86-real", "89-real", "90-real", "100-real", "120-real", "120-virtual"]
+    numbers = [arch.removesuffix("-real") for arch in chosen if arch.endswith("-real")]
+    command = ["nvcc", "-std=c++17", "-O3", "-c", str(ROOT / "csrc" / "firing.cu"), "-o", str(tmp_path / "firing.o")]
+    command += [f"-gencode=arch=compute_{number},code=sm_{number}" for number in numbers]
+    done = subprocess.run([*command, "-Xptxas", "-v"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert re.findall(r"for 'sm_(\d+)a?'", done.stderr) == numbers
+    spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", done.stderr)
+    assert spills == [("0", "0", "0")] * len(numbers)
+
+
+@needs_nvcc
+def test_loads_are_16_bytes_wide_and_pass_the_caches(tmp_path: Path):
+    ptx = tmp_path / "firing.ptx"
+    command = [
+        "nvcc",
+        "-std=c++17",
+        "-O3",
+        "-ptx",
+        "-arch=compute_90",
+        str(ROOT / "csrc" / "firing.cu"),
+        "-o",
+        str(ptx),
+    ]
+    subprocess.run(command, check=True)
+    loads = re.findall(r"ld\.global\.cs\.v4\.\w+", ptx.read_text())
+    # Per width: the first step's, kUnroll of a later step's and kUnroll of a column's.
+    assert len(loads) >= 3 * (1 + 4 + 4)
+
+
+def test_a_build_without_cuda_says_so(monkeypatch: pytest.MonkeyPatch):
+    from moda_kernels import _native_calls
+
+    real = _native_calls.extension()
+    cpu_only = {**real.build_info(), "cuda": False}
+    monkeypatch.setattr(real, "build_info", lambda: cpu_only)
+    assert "built without CUDA" in str(native.unavailable(torch.device("cuda")))
+    assert native.unavailable(torch.device("cpu")) is None
