@@ -14,6 +14,7 @@ from rich.text import Text
 
 from moda.cli_help import example as _example
 from moda.config import ACCELERATORS, PRECISIONS, ROUTES, TrainingConfig
+from moda.report_cli import register as register_report
 from moda.study_cli import register
 
 if TYPE_CHECKING:
@@ -525,6 +526,7 @@ def _console() -> Console:
 
 
 register(app)
+register_report(app)
 
 if __name__ == "__main__":
     main()

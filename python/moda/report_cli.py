@@ -21,7 +21,7 @@ def report(
     folders: Annotated[
         list[Path],
         typer.Argument(
-            metavar="FOLDER...",
+            metavar="FOLDER",
             help="Folders of runs (moda train), of a study (moda study), of replacement studies (moda repair).",
             show_default=False,
         ),

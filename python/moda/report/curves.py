@@ -101,10 +101,8 @@ def _limit(axes: Axes, scale: Scale) -> None:
         axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
         return
     low, high = axes.get_ylim()
-    decades = [10.0**power for power in range(-6, 4)]
-    ticks = [factor * decade for decade in decades for factor in (1, 2, 5) if low <= factor * decade <= high]
-    if len(ticks) > 6:
-        ticks = [decade for decade in decades if low <= decade <= high]
+    steps = (1, 2, 3, 5, 7) if high < 10 * low else (1, 2, 5) if high < 100 * low else (1,)
+    ticks = [step * 10.0**power for power in range(-6, 4) for step in steps if low <= step * 10.0**power <= high]
     axes.yaxis.set_major_locator(FixedLocator(ticks))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.yaxis.set_minor_locator(NullLocator())
@@ -174,7 +172,7 @@ def bars(name: str, title: str, names: Sequence[str], values: Sequence[Spread], 
         means = np.array([100 * band.mean for band in values])
         highest = max(100 * band.high for band in values)
         axes.barh(places, means, height=0.66, color=theme.modular)
-        for place, band in zip(places, values, strict=True):
+        for place, band in enumerate(values):
             if band.high > band.low:
                 axes.hlines(place, 100 * band.low, 100 * band.high, color=theme.ink, linewidth=1)
             end = max(100 * band.high, 100 * band.mean)

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-import jinja2
 from matplotlib.figure import Figure, SubFigure
 
 from moda.report import panels
+from moda.report.page import render
 from moda.report.style import PAPER, SCREEN, Theme, drawing, to_png, to_svg
 
 if TYPE_CHECKING:
@@ -36,14 +36,8 @@ def demo_page(result: DemoResult, comparison: Sequence[Row]) -> tuple[bytes, str
         picture = to_png(_picture(result, figures), DOTS_PER_INCH)
     with drawing(SCREEN):
         drawings = {each.name: _alone(each) for each in figures}
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("moda.report"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    page = environment.get_template("demo.html").render(
+    page = render(
+        "demo.html",
         result=result,
         title=_title(result),
         subtitle=_subtitle(result),

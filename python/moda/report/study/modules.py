@@ -139,7 +139,8 @@ def _share(layer: dict[str, Any], key: str) -> float:
 
 
 def _mean_matrix(matrices: Sequence[Any]) -> np.ndarray:
-    return np.mean([np.array(matrix, dtype=float) for matrix in matrices], axis=0)
+    mean: np.ndarray = np.mean([np.array(matrix, dtype=float) for matrix in matrices], axis=0)
+    return mean
 
 
 def _early_to_late(shown: Sequence[Setting]) -> str:

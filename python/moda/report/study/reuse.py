@@ -79,9 +79,8 @@ def _cost(setting: Setting) -> Panel:
         drawn.append(_reference_line(match, "size", match.short, "modular"))
         drawn.append(_reference_line(match, "flops", match.short, "composed"))
     known = [line for line in drawn if line]
-    least = 90 * min(band.low for line in known for band in line.y)
-    low = max((tick for tick in (1, 2, 5, 10, 20, 50) if tick <= least), default=least)
-    scale = Scale("% of the whole model, logarithmic", 100, logarithmic=True, low=low, high=115)
+    least = 85 * min(band.low for line in known for band in line.y)
+    scale = Scale("% of the whole model, logarithmic", 100, logarithmic=True, low=least, high=115)
     return lines(f"{setting.key}-cost", setting.name, known, scale, "classes")
 
 
