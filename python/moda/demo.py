@@ -21,12 +21,12 @@ from torch.utils.data import DataLoader, Dataset
 
 from moda import measure
 from moda.batches import BatchLoader, EpochOrder
-from moda.compose import compose
 from moda.config import TrainingConfig
 from moda.data import DataSplits
 from moda.decompose import Decomposition, FiringRates, count_firings, decompose
 from moda.files import write_bytes, write_json
 from moda.progress import TrainingProgress
+from moda.reuse import TestSet, by_size, evaluate_subtasks
 from moda.runs import load_data
 from moda.taps import InstrumentedModel, instrument
 from moda.training import train
@@ -34,6 +34,7 @@ from moda_kernels import ModularLosses, __version__, class_similarity, modular_l
 
 RUNS, PAGE, PICTURE, RESULTS = "runs", "demo.html", "demo.png", "results.json"
 FORMAT, FORMAT_VERSION = "moda-demo", 1
+_SHARES = ("composed", "modular", "standard", "size", "flops")  # of SubTasks
 
 
 @dataclass(frozen=True)
@@ -172,8 +173,7 @@ class DemoResult:
 
 def _mean_subtasks(rows: Iterable[SubTasks]) -> SubTasks:
     rows = list(rows)
-    names = ("composed", "modular", "standard", "size", "flops")
-    means = {name: fmean(getattr(row, name) for row in rows) for name in names}
+    means = {name: fmean(getattr(row, name) for row in rows) for name in _SHARES}
     return SubTasks(rows[0].classes, rows[0].count, **means)
 
 
@@ -300,30 +300,15 @@ def _subtasks(
     settings: DemoSettings,
     generator: random.Random,
 ) -> list[SubTasks]:
-    """Composed models of every sub-task, against the whole models on the same samples and outputs.
-
-    The whole models run once: a sub-task's accuracy needs only some rows and columns of their logits.
-    """
-    modular = _instrumented(models["modular"])
-    images, labels = _tensors(data.test)
-    with torch.no_grad():
-        logits = {name: model.eval()(images) for name, model in models.items()}
-    whole_flops = measure.flops(modular, images[:1])
-    rows = []
+    """Composed models of sub-tasks of each size, against the whole models on the same samples and outputs."""
+    test, rows = TestSet.of(data.test), []
     for size in settings.subtask_sizes:
-        chosen = choose_subtasks(data.num_classes, size, settings.samples, generator)
-        figures = []
-        for classes in chosen:
-            samples = torch.isin(labels, torch.tensor(classes))
-            positions = torch.searchsorted(torch.tensor(classes), labels[samples])
-            composed = compose(modular, decomposition, classes)
-            with torch.no_grad():
-                share = _share(composed(images[samples]), positions)
-            shares = {name: _share(whole[samples][:, classes], positions) for name, whole in logits.items()}
-            flops = measure.flops(composed, images[:1]) / whole_flops
-            part = measure.size(modular, decomposition, classes)
-            figures.append(SubTasks(size, len(chosen), composed=share, size=part, flops=flops, **shares))
-        rows.append(_mean_subtasks(figures))
+        tasks = choose_subtasks(data.num_classes, size, settings.samples, generator)
+        results = evaluate_subtasks(
+            _instrumented(models["modular"]), decomposition, tasks, test, standard=models["standard"], progress=False
+        )
+        mean = dataclasses.asdict(by_size(results)[size])
+        rows.append(SubTasks(size, len(tasks), **{name: mean[name] for name in _SHARES}))
     return rows
 
 
