@@ -66,8 +66,11 @@ def count_firings(
     """The published counting loop, a boolean selection per class and layer; contract of `closed_form.count_firings`."""
     num_classes = class_sizes.shape[0]
     for activation, count in zip(activations, counts, strict=True):
-        fired = ~(activation.abs().flatten(2).amax(2) <= threshold) if activation.dim() > 2 else None
-        fired = ~(activation.abs() <= threshold) if fired is None else fired
+        if threshold == 0:
+            fired = closed_form.pooled_activation(activation) != 0
+        else:  # the published code has no threshold
+            magnitude = activation.abs()
+            fired = ~((magnitude if magnitude.dim() == 2 else magnitude.flatten(2).amax(2)) <= threshold)
         for k in range(num_classes):
             count[k] += fired[labels == k].sum(0)
     for k in range(num_classes):
