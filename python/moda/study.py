@@ -131,14 +131,14 @@ def _run_all(steps: list[_Step], jobs: int) -> None:
     console = Console(stderr=True)
     if jobs == 1:
         for number, step in enumerate(steps, 1):
-            console.print(f"[{number}/{len(steps)}] {step()}", highlight=False, markup=False)
+            console.print(f"[{number}/{len(steps)}] {step()}", highlight=False, markup=False, soft_wrap=True)
         return
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, mp_context=context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         waiting = [pool.submit(step) for step in steps]
         try:
             for number, done in enumerate(as_completed(waiting), 1):
-                console.print(f"[{number}/{len(steps)}] {done.result()}", highlight=False, markup=False)
+                console.print(f"[{number}/{len(steps)}] {done.result()}", highlight=False, markup=False, soft_wrap=True)
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
@@ -206,7 +206,7 @@ def _study_replacement(out: Path, settings: StudySettings, strong_model: str) ->
         epochs=5 * settings.epochs,
         under_epoch=max(1, settings.epochs // 4),
         over_epoch=5 * settings.epochs - max(1, settings.epochs // 8),
-        batch_size=16,
+        batch_size=32,
         seed=settings.seeds[0],
         calibration_epochs=20,
         device="cpu",

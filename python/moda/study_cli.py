@@ -233,18 +233,22 @@ def repair(
 
 def _print_repairs(results: list[RepairResult]) -> None:
     first = results[0]
-    table = _table(f"{first.weak_model} with modules of {first.strong_model}: accuracy before -> after")
+    table = _table(f"{first.weak_model} with modules of {first.strong_model}: accuracy in %, before -> after")
     _columns(table, "class", "weak model", "strategy", "replaced class", "other classes")
     for result in results:
         (target, target_after), (others, others_after) = result.target, result.others
         table.add_row(
             result.class_name,
-            f"{result.checkpoint} (epoch {result.epoch})",
+            f"{result.checkpoint}, epoch {result.epoch}",
             result.strategy,
-            f"{_percent(target)} -> {_percent(target_after)} ({100 * (target_after - target):+.1f})",
-            f"{_percent(others)} -> {_percent(others_after)} ({100 * (others_after - others):+.1f})",
+            _change(target, target_after),
+            _change(others, others_after),
         )
     Console().print(table)
+
+
+def _change(before: float, after: float) -> str:
+    return f"{100 * before:.1f} -> {100 * after:.1f} ({100 * (after - before):+.1f})"
 
 
 def export(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
@@ -173,8 +174,6 @@ def _measure(
 def _open(
     finished: FinishedRun, parameter: str, tasks: Sequence[Sequence[int]], settings: dict[str, float]
 ) -> ResultsFile:
-    import hashlib
-
     listed = ";".join(" ".join(map(str, task)) for task in tasks)
     source = {
         "parameter": parameter,
