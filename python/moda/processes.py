@@ -27,27 +27,20 @@ SHARD_ALONE = 1 << 16
 
 def process_rank() -> int:
     """Number of this process, as torchrun, Slurm or Lightning set it for the processes that they start."""
-    return _from_environment(("RANK", "LOCAL_RANK", "SLURM_PROCID"), 0)
-
-
-def process_count(config: TrainingConfig) -> int:
-    """Number of processes: those of torchrun, if it started this one, else `config.devices`."""
-    return _from_environment(("WORLD_SIZE",), config.devices)
-
-
-def _from_environment(names: tuple[str, ...], default: int) -> int:
-    return next((int(os.environ[name]) for name in names if os.environ.get(name, "").isdigit()), default)
+    names = ("RANK", "LOCAL_RANK", "SLURM_PROCID")
+    return next((int(os.environ[name]) for name in names if os.environ.get(name, "").isdigit()), 0)
 
 
 def trainer_options(config: TrainingConfig) -> dict[str, Any]:
-    """What Lightning's Trainer has to know of the processes: `devices`, `num_nodes` and `strategy`.
+    """What Lightning's Trainer has to know of the processes: `devices` (of a machine), `num_nodes` and `strategy`.
 
-    torchrun says how many there are and on how many machines. "auto" is "ddp" where there are several.
+    torchrun says how many there are and on how many machines, where it started this one. (Lightning, where it starts
+    them, leaves some of the same variables behind.) "auto" is "ddp" where there are several.
     """
-    processes = process_count(config)
-    local = _from_environment(("LOCAL_WORLD_SIZE",), config.devices)
-    placed = {"devices": local, "num_nodes": max(processes // local, 1)}
-    return {**placed, "strategy": _strategy(config, processes)}
+    processes = local = config.devices
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        processes, local = int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_WORLD_SIZE"])
+    return {"devices": local, "num_nodes": processes // local, "strategy": _strategy(config, processes)}
 
 
 def _strategy(config: TrainingConfig, processes: int) -> Any:
