@@ -112,11 +112,9 @@ def _places(drawn: Sequence[Line]) -> FixedLocator | MaxNLocator:
     """Ticks at the values if they are few, else at round numbers."""
     values = sorted({value for line in drawn for value in line.x})
     whole = all(float(value).is_integer() for value in values)
-    return (
-        FixedLocator(values)
-        if len(values) <= 10 and whole
-        else MaxNLocator(6, steps=[1, 2, 5, 10] if whole else [1, 2, 2.5, 5, 10], integer=whole)
-    )
+    if whole and len(values) <= 10 and values[-1] < 100:
+        return FixedLocator(values)
+    return MaxNLocator(6, steps=[1, 2, 5, 10] if whole else [1, 2, 2.5, 5, 10], integer=whole)
 
 
 def _furnish(axes: Axes, theme: Theme, unit: str, along: str) -> None:
@@ -284,10 +282,10 @@ def _write_cells(axes: Axes, values: np.ndarray, shown: np.ndarray, ink: Callabl
 
 
 def _name_classes(axes: Axes, names: Sequence[str]) -> None:
-    """Names at rows, and at columns where they are short; of many, every tenth or so."""
+    """Names at rows, and at columns where they are short; of many, about every tenth one's index."""
     every = 1 if len(names) <= 12 else -(-len(names) // 10)
     places = range(0, len(names), every)
-    told = [names[place] for place in places]
+    told = [names[place] if every == 1 else str(place) for place in places]
     short = all(len(name) <= 2 for name in told)
     cut = [name if len(name) <= 5 else f"{name[:4]}." for name in told]
     axes.set_yticks(places, cut)

@@ -46,4 +46,4 @@ class Spread:
     def _text(self, factor: float, digits: int, sign: str) -> str:
         rounded = round(factor * self.mean, digits) + 0.0  # no minus before a zero
         text = f"{rounded:{sign}.{digits}f}".replace("-", "\u2212")
-        return text if self.deviation is None else f"{text} \u00b1 {factor * self.deviation:.{digits}f}"
+        return text if self.deviation is None else f"{text}\u00a0\u00b1\u00a0{factor * self.deviation:.{digits}f}"

@@ -66,11 +66,15 @@ def _subtitle(inputs: Inputs) -> str:
     if not inputs.settings:
         return "Weak models before and after a strong model\u2019s module took over one class."
     names = listed([setting.name for setting in inputs.settings])
-    seeds = {run.config.seed for run in inputs.runs}
-    epochs = sorted({run.config.epochs for run in inputs.runs})
-    budget = f"{epochs[0]} epochs" if len(epochs) == 1 else f"{epochs[0]} to {epochs[-1]} epochs"
-    repeated = f", with {len(seeds)} seeds; numbers are means over them" if len(seeds) > 1 else ""
+    epochs = _range({run.config.epochs for run in inputs.runs})
+    counts = {len({run.config.seed for run in (*s.modular, *s.standard)}) for s in inputs.settings}
+    repeated = f", with {_range(counts)} seeds; numbers are means over them" if max(counts) > 1 else ""
     return (
-        f"{names}, trained for {budget} the standard way and modular (affinity, dispersion, compactness), then cut "
-        f"into one module per class{repeated}."
+        f"{names}, trained for {epochs} epochs the standard way and modular (affinity, dispersion, compactness), then "
+        f"cut into one module per class{repeated}."
     )
+
+
+def _range(numbers: set[int]) -> str:
+    ends = dict.fromkeys((min(numbers), max(numbers)))
+    return " to ".join(map(str, ends))

@@ -147,7 +147,7 @@ def _cell(values: Sequence[float | None], digits: int, sign: str) -> str:
         return DASH
     spread = Spread.of(known)
     mean = spread.points(digits) if sign else spread.percent(digits)
-    return mean.split(" \u00b1 ")[0]  # a column per size leaves no room for the deviation, which the figure shows
+    return mean.split("\u00a0")[0]  # a column per size leaves no room for the deviation, which the figure shows
 
 
 def _extremes(shown: Sequence[Setting]) -> Table:
@@ -164,7 +164,7 @@ def _extremes(shown: Sequence[Setting]) -> Table:
             continue
         worst, result, run = min(gaps, key=lambda gap: gap[0])
         mean = Spread.of(gap for gap, _, _ in gaps).mean
-        within = sum(gap >= -0.01 for gap, _, _ in gaps) / len(gaps)
+        within = sum(round(gap, 9) >= -0.01 for gap, _, _ in gaps) / len(gaps)
         classes = _classes(result, run)
         cells = (
             str(len(gaps)),
@@ -185,7 +185,7 @@ def _extremes(shown: Sequence[Setting]) -> Table:
 def _classes(result: ReuseResult, run: RunResults) -> str:
     names = run.analysis["class_names"] if run.analysis else None
     told = [str(k) if names is None else names[k] for k in result.classes]
-    return ", ".join(told[:6]) + (f" and {len(told) - 6} more" if len(told) > 6 else "")
+    return ", ".join(told[:3]) + (f" and {len(told) - 3} more" if len(told) > 3 else "")
 
 
 def _signed(value: float) -> str:

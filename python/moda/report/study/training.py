@@ -10,7 +10,7 @@ from moda.report.page import Block, Panel, Panels, Row, Section, Table, Words
 from moda.report.spread import Spread
 from moda.report.study.inputs import WEIGHTS, RunResults, Setting
 from moda.report.study.references import Match, find
-from moda.report.study.words import DASH, missing, percent_of, statement
+from moda.report.study.words import DASH, listed, missing, percent_of, statement
 
 __all__ = ["accuracy_and_time", "accuracy_gap", "final_accuracy", "terms", "time_ratio"]
 
@@ -39,7 +39,7 @@ def accuracy_and_time(settings: Sequence[Setting]) -> Section:
     if panels:
         text = "Test accuracy after each epoch. The axis begins where a quarter of the training is over."
         blocks.append(Panels(panels, "Test accuracy", text + _BANDS))
-    blocks += _without_counterpart(settings)
+    blocks += [*_unfinished(settings), *_without_counterpart(settings)]
     return Section("accuracy", "Accuracy and time", tuple(blocks))
 
 
@@ -120,6 +120,17 @@ def _reference(match: Match) -> Row:
         f"{hours['modular'] / hours['standard']:.2f}",
     )
     return Row(cells, reference=True)
+
+
+def _unfinished(settings: Sequence[Setting]) -> list[Block]:
+    """Runs that have not come to their last epoch yet: their numbers are not those of the setting."""
+    runs = {id(run): run for setting in settings for run in (*setting.modular, *setting.standard)}.values()
+    told = [
+        f"{r.label} ({len(r.metrics)} of {r.config.epochs} epochs)" for r in runs if len(r.metrics) < r.config.epochs
+    ]
+    if not told:
+        return []
+    return [Words(f"Not finished: {listed(told)}. To go on: `moda train RUN --resume`.", note=True)]
 
 
 def _without_counterpart(settings: Sequence[Setting]) -> list[Block]:

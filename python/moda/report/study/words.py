@@ -44,4 +44,4 @@ def statement(settings: Sequence[Setting]) -> list[Block]:
 def percent_of(value: dict[str, Any]) -> str:
     """A mean and a spread of references.json in per cent."""
     text = f"{100 * value['mean']:.2f}"
-    return text if value["spread"] is None else f"{text} \u00b1 {100 * value['spread']:.2f}"
+    return text if value["spread"] is None else f"{text}\u00a0\u00b1\u00a0{100 * value['spread']:.2f}"
