@@ -510,7 +510,7 @@ def bench(
 def demo(
     folder: Annotated[Path, typer.Argument(help="Where to write runs and figures.")] = Path("demo"),
     seeds: Annotated[int, typer.Option(help="Repeat with so many seeds and show means.", min=1)] = 1,
-    epochs: Annotated[int, typer.Option(help="Of each training.", min=1)] = 40,
+    epochs: Annotated[int, typer.Option(help="Of each training.", min=1)] = 60,
 ) -> None:
     """Train a small network on handwritten digits, cut it into modules, recombine them, and show what came of it.
 

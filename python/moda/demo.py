@@ -39,7 +39,7 @@ _SHARES = ("composed", "modular", "standard", "size", "flops")  # of SubTasks
 
 @dataclass(frozen=True)
 class DemoSettings:
-    """What the demo does. The defaults are those of the yardstick in the README.
+    """What the demo does.
 
     Attributes:
         seeds: one pair of trainings each.
@@ -50,7 +50,7 @@ class DemoSettings:
     """
 
     seeds: tuple[int, ...] = (0,)
-    epochs: int = 40
+    epochs: int = 60
     threshold: float = 0.9
     subtask_sizes: tuple[int, ...] = (2, 3, 5, 10)
     samples: int = 20
