@@ -110,9 +110,9 @@ def find_cuda() -> Cuda | None:
     nvcc = find_nvcc()
     if nvcc is None and wanted:
         raise BuildError(
-            "MODA_CUDA=1 but nvcc was not found (CUDACXX, CUDA_HOME, PATH, /usr/local/cuda). Install the CUDA toolkit "
-            "(https://developer.nvidia.com/cuda-downloads) and type `CUDA_HOME=/usr/local/cuda MODA_CUDA=1 pip install .`"
-            "; or leave the CUDA half out: `MODA_CUDA=0 pip install .`"
+            "MODA_CUDA=1 but nvcc was not found (CUDACXX, CUDA_HOME, PATH, /usr/local/cuda). Install the CUDA "
+            "toolkit (https://developer.nvidia.com/cuda-downloads) and type `CUDA_HOME=/usr/local/cuda MODA_CUDA=1 "
+            "pip install .`; or leave the CUDA half out: `MODA_CUDA=0 pip install .`"
         )
     return None if nvcc is None else Cuda(nvcc, architectures(nvcc))
 

@@ -177,7 +177,10 @@ def test_relu_pool_of_more_than_the_caches_hold(isa: str, last: bool):
 @pytest.mark.parametrize(("samples", "classes"), [(1, 1), (2, 1), (2, 2), (7, 3), (33, 5), (12, 100)])
 def test_grouped_losses(isa: str, dtype: torch.dtype, samples: int, classes: int):
     generator = torch.Generator().manual_seed(samples)
-    layers = [sparse((samples, *shape), dtype, generator) for shape in [(3,), (130,), (17, 5, 5), (64, 4, 4), (9, 7), (5, 1, 1)]]
+    layers = [
+        sparse((samples, *shape), dtype, generator)
+        for shape in [(3,), (130,), (17, 5, 5), (64, 4, 4), (9, 7), (5, 1, 1)]
+    ]
     layers[2] = neurons_last(layers[2])
     layers[0][0] = 0  # a dead row
     segments = Segments.from_labels(torch.randint(0, classes, (samples,), generator=generator))

@@ -1,0 +1,206 @@
+// Runs every CPU kernel over shapes, layouts, dtypes and thread counts, for the sanitizers to watch, and checks the counts and the
+// means against plain loops. Built without Python by tests/moda_kernels/test_native_sanitizers.py, threads are std::thread here.
+// Buffers have exactly the bytes they need: a read or write beside them is an error of AddressSanitizer.
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <vector>
+
+#include "../../csrc/cpu.h"
+#include "../../csrc/firing.h"
+
+#ifndef MODA_ISA
+#error "MODA_ISA: the instruction set that csrc/cpu_kernels.cpp was compiled for"
+#endif
+
+namespace moda {
+namespace MODA_ISA {
+extern const CpuKernels kKernels;
+}
+}  // namespace moda
+
+namespace {
+
+using namespace moda;
+
+constexpr int kThreads = 3;
+constexpr int64_t kClasses = 4;
+
+struct Shape {
+  int64_t samples, neurons, positions;
+  Layout layout;
+};
+
+// Bytes on the heap, filled with a pattern that no kernel writes.
+struct Buffer {
+  explicit Buffer(int64_t size) : bytes(static_cast<size_t>(size)), data(new unsigned char[bytes]) {
+    std::memset(data.get(), 0xA5, bytes);
+  }
+  template <class T = void>
+  T* as() const {
+    return reinterpret_cast<T*>(data.get());
+  }
+  size_t bytes;
+  std::unique_ptr<unsigned char[]> data;
+};
+
+void require(bool condition, const char* what, const Shape& s, Dtype dtype) {
+  if (condition) return;
+  std::printf("%s: N=%ld C=%ld S=%ld layout=%ld dtype=%ld\n", what, long(s.samples), long(s.neurons), long(s.positions),
+              long(s.layout), long(dtype));
+  std::exit(1);
+}
+
+// Half precision as its upper bits: 2.0, -0.5 and 0 are exact in both.
+void set(void* data, Dtype dtype, int64_t at, double value) {
+  switch (dtype) {
+    case Dtype::kFloat32: static_cast<float*>(data)[at] = static_cast<float>(value); return;
+    case Dtype::kFloat64: static_cast<double*>(data)[at] = value; return;
+    case Dtype::kBfloat16: static_cast<uint16_t*>(data)[at] = value == 0 ? 0 : value > 0 ? 0x4000 : 0xBF00; return;
+    case Dtype::kFloat16: static_cast<uint16_t*>(data)[at] = value == 0 ? 0 : value > 0 ? 0x4000 : 0xB800; return;
+  }
+}
+
+// Values of 2, -0.5 and 0, whole rows of zeros among them.
+std::vector<double> values(const Shape& s) {
+  std::vector<double> all(static_cast<size_t>(s.samples * s.neurons * s.positions));
+  uint32_t state = 12345;
+  for (int64_t row = 0; row < s.samples * s.neurons; ++row) {
+    for (int64_t p = 0; p < s.positions; ++p) {
+      state = state * 1664525u + 1013904223u;
+      const uint32_t kind = state >> 30;
+      all[static_cast<size_t>(row * s.positions + p)] = row % 3 == 0 || kind == 0 ? 0.0 : kind == 1 ? -0.5 : 2.0;
+    }
+  }
+  return all;
+}
+
+int64_t index_in(const Shape& s, int64_t n, int64_t c, int64_t p) {
+  return s.layout == Layout::kNeuronsLast ? (n * s.positions + p) * s.neurons + c : (n * s.neurons + c) * s.positions + p;
+}
+
+double row_mean(const Buffer& rows, Dtype dtype, int64_t at) {
+  return dtype == Dtype::kFloat64 ? rows.as<double>()[at] : rows.as<float>()[at];
+}
+
+void check_pooling(const CpuKernels& kernels, const Shape& s, Dtype dtype, const Buffer& x, const std::vector<double>& plain) {
+  const int64_t elements = s.samples * s.neurons * s.positions, acc = dtype == Dtype::kFloat64 ? 8 : 4;
+  Buffer rows(s.samples * s.neurons * acc), out(elements * width(dtype));
+  const Layer layer{x.as(), dtype, s.layout, s.samples, s.neurons, s.positions, rows.as(), out.as()};
+  kernels.pool_forward(&layer, 1, kThreads);
+  for (int64_t row = 0; row < s.samples * s.neurons; ++row) {
+    double sum = 0;
+    for (int64_t p = 0; p < s.positions; ++p) sum += std::fabs(plain[static_cast<size_t>(row * s.positions + p)]);
+    require(std::fabs(row_mean(rows, dtype, row) - sum / double(s.positions)) < 1e-5, "pool", s, dtype);
+  }
+  kernels.pool_backward(&layer, 1, kThreads);
+  kernels.relu_pool_forward(layer, kThreads);
+  const Layer backward{out.as(), dtype, s.layout, s.samples, s.neurons, s.positions, rows.as(), x.as()};
+  Buffer dx(elements * width(dtype));
+  Layer gradient = backward;
+  gradient.out = dx.as();
+  kernels.relu_pool_backward(gradient, x.as(), kThreads);
+  Layer in_place = layer;
+  in_place.data = out.as();
+  kernels.relu_pool_forward(in_place, kThreads);
+}
+
+int64_t up_to_line(int64_t bytes) { return (bytes + 63) / 64 * 64; }
+
+void check_losses(const CpuKernels& kernels, const Shape& s, Dtype dtype, const Buffer& x) {
+  const int64_t N = s.samples, C = s.neurons, acc = dtype == Dtype::kFloat64 ? 8 : 4;
+  std::vector<int64_t> order, offsets{0}, segment(static_cast<size_t>(N));
+  int64_t same_pairs = 0;
+  for (int64_t k = 0; k < kClasses; ++k) {
+    const auto before = static_cast<int64_t>(order.size());
+    for (int64_t n = 0; n < N; ++n) {
+      if (n * 7 % kClasses != k) continue;
+      order.push_back(n);
+      segment[static_cast<size_t>(n)] = static_cast<int64_t>(offsets.size()) - 1;
+    }
+    const int64_t size = static_cast<int64_t>(order.size()) - before;
+    same_pairs += size * (size - 1) / 2;
+    if (size > 0) offsets.push_back(static_cast<int64_t>(order.size()));
+  }
+  offsets.resize(static_cast<size_t>(N + 1), N);
+  const SegmentsView segments{order.data(), offsets.data(), segment.data(), same_pairs, N * (N - 1) / 2 - same_pairs};
+  Buffer out(N * C * s.positions * width(dtype)), other(N * C * s.positions * width(dtype));
+  Buffer workspace(2 * (2 * up_to_line(N * C * acc) + up_to_line(N * acc) + up_to_line(C * acc)));
+  const Layer layer{x.as(), dtype, s.layout, N, C, s.positions, nullptr, out.as()};
+  const Layer layers[] = {layer, {x.as(), dtype, s.layout, N, C, s.positions, nullptr, other.as()}};
+  const Terms terms = kernels.losses_forward(layers, 2, segments, workspace.as(), kThreads);
+  require(terms.affinity > -1e-5 && terms.affinity < 2 && terms.compactness >= 0, "losses", s, dtype);
+  kernels.losses_backward(layers, 2, segments, {1, 1, 0.3}, workspace.as(), kThreads);
+}
+
+void check_class_sums(const CpuKernels& kernels, const Shape& s, Dtype dtype, const Buffer& x) {
+  std::vector<int64_t> labels(static_cast<size_t>(s.samples), 1);
+  labels[0] = -1;
+  Buffer out(kClasses * s.neurons * width(dtype));
+  const Layer layer{x.as(), dtype, s.layout, s.samples, s.neurons, 1, nullptr, out.as()};
+  kernels.class_sums(&layer, 1, labels.data(), kClasses, kThreads);
+}
+
+template <class Label>
+void check_firing(const CpuKernels* kernels, const Shape& s, Dtype dtype, const Buffer& x, const std::vector<double>& plain) {
+  std::vector<Label> labels;
+  for (int64_t n = 0; n < s.samples; ++n) labels.push_back(static_cast<Label>(n % (kClasses + 2) - 1));
+  std::vector<int64_t> counts(static_cast<size_t>(kClasses * s.neurons), 5), expected = counts, sizes(kClasses, 0);
+  int64_t invalid = 0;
+  for (int64_t n = 0; n < s.samples; ++n) {
+    const auto label = static_cast<int64_t>(labels[static_cast<size_t>(n)]);
+    for (int64_t c = 0; c < s.neurons && label >= 0 && label < kClasses; ++c) {
+      bool fires = false;
+      for (int64_t p = 0; p < s.positions; ++p) fires |= plain[static_cast<size_t>((n * s.neurons + c) * s.positions + p)] != 0;
+      expected[static_cast<size_t>(label * s.neurons + c)] += fires;
+    }
+  }
+  const FiringLayer layer{x.as(), dtype, s.layout, s.neurons, s.positions, 0, counts.data()};
+  const FiringBatch batch{labels.data(), sizeof(Label) == 8, s.samples, kClasses, sizes.data(), &invalid};
+  if (kernels != nullptr) {
+    kernels->count_firings(&layer, 1, batch, kThreads);
+  } else {
+    count_firings_emulated(&layer, 1, batch);
+  }
+  require(counts == expected, "count_firings", s, dtype);
+  int64_t total = invalid;
+  for (int64_t size : sizes) total += size;
+  require(total == s.samples, "class sizes", s, dtype);
+}
+
+void check(const CpuKernels* kernels, const Shape& s, Dtype dtype) {
+  const std::vector<double> plain = values(s);
+  Buffer x(s.samples * s.neurons * s.positions * width(dtype));
+  for (int64_t n = 0; n < s.samples; ++n) {
+    for (int64_t c = 0; c < s.neurons; ++c) {
+      for (int64_t p = 0; p < s.positions; ++p) {
+        set(x.as(), dtype, index_in(s, n, c, p), plain[static_cast<size_t>((n * s.neurons + c) * s.positions + p)]);
+      }
+    }
+  }
+  check_firing<int64_t>(kernels, s, dtype, x, plain);
+  check_firing<int32_t>(kernels, s, dtype, x, plain);
+  if (kernels == nullptr) return;  // the walk of the CUDA kernel: firing counts alone
+  check_losses(*kernels, s, dtype, x);
+  if (s.layout != Layout::kNoPositions) return check_pooling(*kernels, s, dtype, x, plain);
+  if (width(dtype) >= 4) check_class_sums(*kernels, s, dtype, x);
+}
+
+}  // namespace
+
+int main() {
+  const Layout first = Layout::kPositionsLast, last = Layout::kNeuronsLast, none = Layout::kNoPositions;
+  // Positions and neurons around a vector, a block of 64 positions, a tile of 128 and of 512 neurons.
+  const std::vector<Shape> shapes{{1, 1, 1, none}, {5, 130, 1, none},  {3, 1030, 1, none}, {2, 3, 1, first},
+                                  {3, 5, 4, first}, {2, 17, 49, first}, {3, 2, 1001, first}, {2, 3, 4, last},
+                                  {3, 21, 9, last}, {2, 64, 67, last},  {2, 530, 5, last},   {40, 6, 16, first}};
+  const CpuKernels* const all[] = {nullptr, &MODA_ISA::kKernels};
+  for (const CpuKernels* kernels : all) {
+    for (const Shape& shape : shapes) {
+      for (Dtype dtype : {Dtype::kFloat32, Dtype::kFloat64, Dtype::kFloat16, Dtype::kBfloat16}) check(kernels, shape, dtype);
+    }
+  }
+  std::printf("checked %zu shapes\n", shapes.size());
+}

@@ -1,0 +1,45 @@
+"""The C++ of csrc under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer, without Python."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from moda_kernels import native
+
+ROOT = Path(__file__).resolve().parents[2]
+SOURCES = ("csrc/parallel.cpp", "csrc/memory.cpp", "csrc/firing_emulated.cpp", "csrc/cpu_kernels.cpp")
+COMPILER = shutil.which("g++")
+OPTIONS = {"portable": [], "avx2": ["-mavx2", "-mfma", "-mf16c"]}  # as in CMakeLists.txt
+
+
+def compile_check(program: Path, sanitizers: str, isa: str) -> None:
+    """The program of tests/csrc with the kernels of one instruction set."""
+    flags = ["-std=c++17", "-O1", "-g1", "-pthread", f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all"]
+    sources = [str(ROOT / name) for name in ("tests/csrc/cpu_kernels_check.cpp", *SOURCES)]
+    command = [str(COMPILER), *flags, *OPTIONS[isa], f"-DMODA_ISA={isa}", *sources, "-ldl", "-o", str(program)]
+    subprocess.run(command, check=True)
+
+
+@pytest.mark.skipif(COMPILER is None, reason="needs g++")
+@pytest.mark.parametrize(("sanitizers", "isa"), [("address,undefined", "avx2"), ("thread", "portable")])
+def test_no_sanitizer_finds_anything(tmp_path: Path, sanitizers: str, isa: str):
+    isa = isa if isa in native.build_info()["cpu_isas"] else "portable"
+    program = tmp_path / "check"
+    compile_check(program, sanitizers, isa)
+    # ThreadSanitizer's memory map wants addresses that are not randomised too far.
+    run = ["setarch", platform.machine(), "-R"] if shutil.which("setarch") else []
+    done = subprocess.run(
+        [*run, str(program)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "TSAN_OPTIONS": "halt_on_error=1"},
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout == "checked 12 shapes\n"
