@@ -168,8 +168,8 @@ def similarities(settings: Sequence[Setting]) -> Section:
     blocks: list[Block] = [
         Words(
             "Mean cosine similarity between the activations of test samples of two classes: 100 is the same "
-            "direction, 0 has no neuron in common. Modular training raises it within a class and lowers it between "
-            "classes. Maps show the first, a middle and the last hidden layer; means over seeds."
+            "direction, 0 has no neuron in common. Affinity is to raise it within a class, dispersion to lower it "
+            "between classes. Maps show the first, a middle and the last hidden layer; means over seeds."
         )
     ]
     for setting in shown:

@@ -97,7 +97,8 @@ def find_replacement(config: TrainingConfig, strong: str, weak: str, checkpoint:
 def _differences(
     config: TrainingConfig, threshold: float | None, settings: dict[str, Any], varied: str = ""
 ) -> tuple[str, ...]:
-    ours: dict[str, Any] = {name: getattr(config, name) for name in settings if hasattr(config, name)}
+    left_out = {varied} if config.modular else {varied, *WEIGHTS}  # a standard training has no weights to compare
+    ours: dict[str, Any] = {n: getattr(config, n) for n in settings if hasattr(config, n) and n not in left_out}
     if threshold is not None:
         ours["threshold"] = threshold
     if "image_size" in settings:
@@ -105,7 +106,7 @@ def _differences(
     return tuple(
         f"{_WORDS.get(name, name.replace('_', ' '))} {value:g} instead of {settings[name]:g}"
         for name, value in ours.items()
-        if value != settings[name] and name != varied
+        if value != settings[name]
     )
 
 

@@ -138,10 +138,11 @@ def _without_counterpart(settings: Sequence[Setting]) -> list[Block]:
         *missing(
             "a standard run",
             [s for s in settings if not s.standard],
-            "moda train STANDARD_RUN --standard, with the same other settings",
+            "moda train STANDARD_RUN --standard",
+            ", with the same other settings",
         ),
         *missing(
-            "a modular run", [s for s in settings if not s.modular], "moda train RUN, with the same other settings"
+            "a modular run", [s for s in settings if not s.modular], "moda train RUN", ", with the same other settings"
         ),
     ]
 

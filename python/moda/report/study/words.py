@@ -19,11 +19,13 @@ def listed(names: Sequence[str]) -> str:
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
-def missing(what: str, settings: Sequence[Setting], command: str) -> list[Block]:
+def missing(what: str, settings: Sequence[Setting], command: str, how: str = "") -> list[Block]:
     """A line that says what is not shown, of which settings, and which command makes it; none if nothing is missing."""
     if not settings:
         return []
-    return [Words(f"Not shown: {what} of {listed([s.name for s in settings])}. To make it: `{command}`.", note=True)]
+    return [
+        Words(f"Not shown: {what} of {listed([s.name for s in settings])}. To make it: `{command}`{how}.", note=True)
+    ]
 
 
 def statement(settings: Sequence[Setting]) -> list[Block]:
