@@ -51,7 +51,7 @@ ARCHITECTURES = {
     "resnet18": Architecture(0.25, 8),
     "mobilenet": Architecture(0.25, 16),
 }
-"""Small enough for two CPU cores; the yardstick's network at full width."""
+"""Small enough for two CPU cores; small_vgg at full width."""
 
 REPAIR_STRONG = {"small_vgg": 1.0, "resnet18": 0.25}
 """Strong models of the replacement study, and their widths; both see images of 16 x 16, the least that LeNet5 takes."""

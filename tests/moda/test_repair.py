@@ -13,7 +13,7 @@ from moda.files import FormatError
 from moda.finished import file_sha256
 from moda.repair import class_accuracies, read_repairs, repair, write_repairs
 from moda.repair_runs import RepairStudy, run_repair_study
-from moda.replace import Calibration, CalibratedModel, NormalizedModel
+from moda.replace import CalibratedModel, Calibration, NormalizedModel
 from moda.runs import RunFolder
 
 STUDY = RepairStudy(
