@@ -131,7 +131,9 @@ def architectures(nvcc: str) -> str:
 
 
 def parse_architectures(text: str, variable: str, known: set[str]) -> str:
-    """`8.0;9.0+PTX`, `80 90`, `sm_90a` or `Hopper`, mixed as you like, as CMAKE_CUDA_ARCHITECTURES."""
+    """`8.0;9.0+PTX`, `80 90`, `sm_90a` or `Hopper`, mixed as you like, or `native`, as CMAKE_CUDA_ARCHITECTURES."""
+    if text.strip() == "native":
+        return "native"
     for name, numbers in ARCHITECTURE_NAMES.items():
         text = re.sub(name, numbers, text, flags=re.IGNORECASE)
     chosen: list[str] = []

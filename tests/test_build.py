@@ -181,6 +181,7 @@ KNOWN = {"75", "80", "86", "89", "90", "100", "120"}
         ("Ampere Blackwell+PTX", "80-real;86-real;100-real;120-real;120-virtual"),
         ("9.0 90 9.0", "90-real"),
         ("12.0+PTX", "120-real;120-virtual"),
+        ("native", "native"),
     ],
 )
 def test_architectures_as_people_write_them(setup_py: dict[str, Any], text: str, expected: str):
