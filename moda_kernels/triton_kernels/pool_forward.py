@@ -135,7 +135,7 @@ def add_splits_kernel(table, layers: tl.int64, BLOCK: tl.constexpr):
     tl.store(out + index, total, mask=index < rows)
 
 
-# Tiles and their reasons: layouts.py. The cap makes the assembler take the registers it needs (80 with Triton 3.7, up to
+# Tiles and their reasons: layouts.py. The cap makes the assembler take the registers it needs (80 with Triton 3.7, to
 # 128 with 3.6); left alone it settles on 72 for bfloat16 on sm_90 and spills two.
 REGISTERS = 128
 # Parts are few and small; 512 of them per program spreads them out.
