@@ -82,7 +82,9 @@ def test_bad_input_is_named(made, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="images: expected at least 2 to check with, got 1"):
         export(model, images[:1], tmp_path / "m.pt2", origin)
     monkeypatch.setitem(__import__("sys").modules, "onnxscript", None)
-    with pytest.raises(ImportError, match=re.escape("ONNX export needs onnxscript; install it: pip install 'moda-kernels[export]'")):
+    with pytest.raises(
+        ImportError, match=re.escape("ONNX export needs onnxscript; install it: pip install 'moda-kernels[export]'")
+    ):
         export(model, images, tmp_path / "m.onnx", origin)
 
 
@@ -94,5 +96,7 @@ def test_files_of_others_have_no_provenance(tmp_path):
         read_provenance(tmp_path / "text.pt2")
     with zipfile.ZipFile(tmp_path / "zip.pt2", "w") as archive:
         archive.writestr("archive/version", "1")
-    with pytest.raises(FormatError, match="was not written by moda export of this version: it has no moda-export entry"):
+    with pytest.raises(
+        FormatError, match="was not written by moda export of this version: it has no moda-export entry"
+    ):
         read_provenance(tmp_path / "zip.pt2")

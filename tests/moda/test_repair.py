@@ -47,7 +47,11 @@ def test_accuracy_by_class():
             return x
 
     scores = torch.eye(3)[[0, 1, 1, 2]]
-    assert class_accuracies(Fixed(), [(scores[:3], torch.tensor([0, 1, 2])), (scores[3:], torch.tensor([2]))], 3) == (1, 1, 0.5)
+    assert class_accuracies(Fixed(), [(scores[:3], torch.tensor([0, 1, 2])), (scores[3:], torch.tensor([2]))], 3) == (
+        1,
+        1,
+        0.5,
+    )
     with pytest.raises(ValueError, match=re.escape("loader: expected samples of every class, got none of [1, 2]")):
         class_accuracies(Fixed(), [(scores[:1], torch.tensor([0]))], 3)
 
@@ -57,6 +61,7 @@ def test_figures_are_those_of_the_two_models(sides, strategy):
     strong, weak = sides
     repaired, result = repair(strong, weak, strategy, calibration=Calibration(epochs=2))
     assert isinstance(repaired, CalibratedModel if strategy == "moda" else NormalizedModel)
+    assert repaired.position == (5,)  # the class that both know, the weak model's last
     loader = weak.loader(weak.data.test)
     before, after = (class_accuracies(model, loader, 6) for model in (weak.run.load_model(weak.data), repaired))
     assert (result.before, result.after) == (before, after)
@@ -110,14 +115,19 @@ def test_a_study_trains_once_and_repairs_every_checkpoint(tmp_path):
     before = kept.stat().st_mtime_ns
     assert run_repair_study(tmp_path, STUDY, progress=False) == results
     assert kept.stat().st_mtime_ns == before
-    with pytest.raises(ValueError, match=r"strong: holds a run with width=0\.25, this study needs 0\.5; use another folder"):
+    with pytest.raises(
+        ValueError, match=r"strong: holds a run with width=0\.25, this study needs 0\.5; use another folder"
+    ):
         run_repair_study(tmp_path, replace(STUDY, strong_width=0.5), progress=False)
 
 
 def test_checkpoints_of_a_study():
     assert STUDY.weak_config(1).keep_every_epochs == 1
     paper = RepairStudy()
-    assert (paper.weak_config(0).keep_every_epochs, paper.checkpoints) == (5, [("under-fitted", 10), ("over-fitted", 195)])
+    assert (paper.weak_config(0).keep_every_epochs, paper.checkpoints) == (
+        5,
+        [("under-fitted", 10), ("over-fitted", 195)],
+    )
     assert paper.weak_config(0).modular
     assert not replace(paper, weak_modular=False).weak_config(0).modular
     final = replace(paper, under_epoch=None, over_epoch=None)

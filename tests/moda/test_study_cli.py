@@ -156,7 +156,7 @@ def test_study(moda, tmp_path, monkeypatch):
         "--jobs",
         1,
     )
-    code, out, err = moda(*arguments)
+    code, _, err = moda(*arguments)
     assert code == 0
     described = json.loads((tmp_path / "study.json").read_text())
     assert described["finished"] is True
