@@ -135,6 +135,7 @@ def test_a_study_is_its_runs_and_replacements(tmp_path: Path) -> None:
     ]
     assert [r.label for r in inputs.runs][:2] == ["study/small_vgg/seed-0/modular", "study/small_vgg/seed-1/modular"]
     assert len(inputs.replacements[0].results) == 20
+    assert inputs.commands == ("moda study study --models small_vgg,resnet18 --seeds 0,1 --epochs 8",)
 
 
 @pytest.mark.parametrize("kind", ["none", "empty", "modules", "study"])
@@ -387,6 +388,17 @@ def test_page_of_a_standard_run_and_of_a_replacement_alone(tmp_path: Path) -> No
         "Under-fitted LeNet5 with small VGG",
         "Over-fitted LeNet5 with small VGG",
     ]
+
+
+def test_replacements_of_the_same_weak_models_are_one_table(tmp_path: Path) -> None:
+    write_repair(tmp_path / "a")
+    write_repair(tmp_path / "b", strong="resnet18")
+    write_repair(tmp_path / "c", strong="resnet18", epochs=9)
+    page = study_page(read_inputs([tmp_path / name for name in "abc"]))
+    assert page.count("<h3>Replacement on digits</h3>") == 2
+    firsts = [row[0] for row in Outline(page).rows]
+    first = firsts.index("under-fitted LeNet5 with small VGG, MODA")
+    assert "under-fitted LeNet5 with ResNet18, MODA" in firsts[first : first + 8]
 
 
 def test_standard_runs_that_are_cut_alike_are_shown_beside(tmp_path: Path) -> None:

@@ -160,10 +160,17 @@ class Setting:
 
 @dataclass(frozen=True, eq=False)
 class Inputs:
-    """All that a page is made from."""
+    """All that a page is made from.
+
+    Attributes:
+        settings: runs, grouped.
+        replacements: replacement studies.
+        commands: command lines that made the studies among the folders.
+    """
 
     settings: tuple[Setting, ...]
     replacements: tuple[Replacement, ...]
+    commands: tuple[str, ...] = ()
 
     @property
     def runs(self) -> list[RunResults]:
@@ -180,15 +187,18 @@ def read_inputs(folders: Iterable[str | Path]) -> Inputs:
     """
     runs: dict[Path, RunResults] = {}
     replacements: dict[Path, Replacement] = {}
+    commands = []
     for given in map(Path, folders):
         start = given.absolute().parent if given.is_absolute() else Path()
+        if (given / DESCRIPTION).exists():
+            commands.append(_command(given, given.relative_to(start).as_posix()))
         for folder in _expanded(given):
             label = folder.relative_to(start).as_posix()
             if (folder / "repair.json").exists():
                 replacements.setdefault(folder.resolve(), Replacement.read(folder, label))
             else:
                 runs.setdefault(folder.resolve(), RunResults.read(folder, label))
-    return Inputs(tuple(_settings(list(runs.values()))), tuple(replacements.values()))
+    return Inputs(tuple(_settings(list(runs.values()))), tuple(replacements.values()), tuple(commands))
 
 
 def _expanded(folder: Path) -> list[Path]:
@@ -202,14 +212,30 @@ def _expanded(folder: Path) -> list[Path]:
                 f"{folder}: holds no run (config.json), study ({DESCRIPTION}) or replacement study (repair.json)"
             )
         return [folder]
-    description = read_json(folder / DESCRIPTION, FORMAT, FORMAT_VERSION)
-    try:
-        named = [run[kind] for run in description["runs"] for kind in ("modular", "standard")]
-        named += description["repairs"]
-    except (KeyError, TypeError) as error:
-        raise FormatError(f"{folder / DESCRIPTION}: malformed: {error}") from None
+    description = _description(folder)
+    named = [run[kind] for run in description["runs"] for kind in ("modular", "standard")] + description["repairs"]
     listed = [folder / name for name in named]
     return [path for path in listed if (path / "config.json").exists() or (path / "repair.json").exists()]
+
+
+def _description(folder: Path) -> dict[str, Any]:
+    """study.json, with the entries that are read here."""
+    description = read_json(folder / DESCRIPTION, FORMAT, FORMAT_VERSION)
+    try:
+        runs = [{name: run[name] for name in ("model", "seed", "modular", "standard")} for run in description["runs"]]
+        return {"runs": runs, **{name: description[name] for name in ("repairs", "epochs", "per_size")}}
+    except (KeyError, TypeError) as error:
+        raise FormatError(f"{folder / DESCRIPTION}: malformed: {error}") from None
+
+
+def _command(folder: Path, label: str) -> str:
+    """The command line that makes a study's folder."""
+    description = _description(folder)
+    models, seeds = (dict.fromkeys(str(run[name]) for run in description["runs"]) for name in ("model", "seed"))
+    command = (
+        f"moda study {label} --models {','.join(models)} --seeds {','.join(seeds)} --epochs {description['epochs']}"
+    )
+    return command + (f" --per-size {description['per_size']}" if description["per_size"] else "")
 
 
 # What decides neither what a setting is, nor how its results compare.

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from statistics import fmean
+from typing import Any
 
+from moda.config import RUNTIME_SETTINGS
 from moda.repair import STRATEGIES, RepairResult
 from moda.report.curves import Change, changes
 from moda.report.page import Block, Panel, Panels, Row, Section, Table, Words
@@ -30,15 +33,40 @@ def replacement(studies: Sequence[Replacement]) -> Section:
     blocks: list[Block] = [Words(intro)]
     if not studies:
         blocks.append(Words("Not shown: no replacement study was given. To make one: `moda repair FOLDER`.", note=True))
-    for number, study in enumerate(studies):
+    for number, study in enumerate(_merged(studies)):
         blocks += _study(study, number)
     return Section("replacement", "Replacement of a class", tuple(blocks))
 
 
-def _study(study: Replacement, number: int) -> list[Block]:
+def _merged(studies: Sequence[Replacement]) -> list[Replacement]:
+    """Studies of the same weak models with different strong ones as one, as the paper's table has them."""
+    merged: list[Replacement] = []
+    for study in studies:
+        for index, other in enumerate(merged):
+            if _weak(study) == _weak(other) and _groups(study).keys().isdisjoint(_groups(other)):
+                merged[index] = replace(other, results=[*other.results, *study.results])
+                break
+        else:
+            merged.append(study)
+    return merged
+
+
+def _weak(study: Replacement) -> dict[str, Any]:
+    """What a weak training computes, whichever class is mixed in."""
+    settings = {name: value for name, value in study.config.to_dict().items() if name not in RUNTIME_SETTINGS}
+    mixed = {**study.config.data_options.get("replacement", {}), "mixed_class": None}
+    return {**settings, "data_options": {**study.config.data_options, "replacement": mixed}}
+
+
+def _groups(study: Replacement) -> dict[_Group, list[RepairResult]]:
     groups: dict[_Group, list[RepairResult]] = {}
     for result in study.results:
         groups.setdefault((result.weak_model, result.checkpoint, result.strong_model), []).append(result)
+    return groups
+
+
+def _study(study: Replacement, number: int) -> list[Block]:
+    groups = _groups(study)
     panels = tuple(_panel(f"r{number}-{index}", key, each) for index, (key, each) in enumerate(groups.items()))
     data = DATA_NAMES.get(study.config.data, study.config.data)
     heading = f"Replacement on {data}"

@@ -76,8 +76,9 @@ def runs(inputs: Inputs) -> Section:
     for study in inputs.replacements:
         rows.append(Row((study.label, "replacement", DASH, DASH, DASH, DASH)))
     columns = ("folder", "training", "seed", "epochs", "time", "weights (SHA-256)")
-    blocks: tuple[Block, ...] = (Table("Folders that this page was made from.", columns, tuple(rows), prose=True),)
-    return Section("runs", "Runs", blocks)
+    blocks: list[Block] = [Table("Folders that this page was made from.", columns, tuple(rows), prose=True)]
+    blocks += [Words(f"Made by `{command}`.") for command in inputs.commands]
+    return Section("runs", "Runs", tuple(blocks))
 
 
 def _run_cells(run: RunResults) -> tuple[str, ...]:
