@@ -2,8 +2,9 @@
 
 Two roads lead to the same kernels (`_native_calls.py`):
 
-- eager: `torch.autograd.Function`s, called directly. A call through the dispatcher costs more than a small kernel: `relu_pool`
-  of (4, 8, 4, 4) takes 26 us of CPU time directly and 70 us as an operator, 115 and 219 us with its backward (AMD EPYC Milan);
+- eager: `torch.autograd.Function`s, called directly. A call through the dispatcher costs more than a small kernel:
+  `relu_pool` of (4, 8, 4, 4) takes 26 us of CPU time directly, 70 us as an operator, 115 and 219 us with its backward
+  (one core of an AMD EPYC Milan);
 - under `torch.compile`: the operators of `_native_ops.py`, which the compiler sees whole.
 
 Layouts: contiguous `(N, C, *spatial)`, neurons last in memory (channels_last, tokens), `(N, C)`; others are made
