@@ -136,7 +136,8 @@ def _table(title: str, parameter: str, points: Points, matches: Sequence[Match])
             if line.name in match.numbers
         ]
     said = "".join(f" {match.statement[0].upper()}{match.statement[1:]}" for match in matches)
-    caption = f"{title}. Accuracies, size and overlap in per cent, terms as they are.{said}"
+    terms = "" if parameter == "threshold" else ", terms as they are"
+    caption = f"{title}. Accuracies, size and overlap in per cent{terms}.{said}"
     return Table(caption, (parameter, *(f"{value:g}" for value in points)), tuple(rows), emphasis="reuse accuracy")
 
 
