@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from moda_kernels import distributed
 from moda_kernels.backends import select
 from moda_kernels.validation import check_batch, check_label_range, check_num_classes
+
+if TYPE_CHECKING:
+    from moda_kernels.distributed import Group
 
 
 class FiringCounter:
@@ -114,7 +116,7 @@ class FiringCounter:
             mine += theirs.to(device)
         self._class_sizes += other.class_sizes.to(device)
 
-    def all_reduce(self, group: distributed.Group) -> None:
+    def all_reduce(self, group: Group) -> None:
         """Replace the counts on every rank by their sums over the ranks of a process group.
 
         Integer sums have no order: every rank ends with the same counts, whatever the number of ranks that shared the
@@ -127,6 +129,8 @@ class FiringCounter:
             TypeError, ValueError: `group` is none, or the ranks' counters differ in classes, threshold or layers; then
                 on every rank, and nothing is added.
         """
+        from moda_kernels import distributed  # brings in torch's compiler, which is slow to import
+
         process_group = distributed.resolve_group(group)
         mine = (self.num_classes, self.threshold, tuple(count.shape[1] for count in self._counts))
         everyone = distributed.gather_objects(mine, process_group)

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from moda_kernels import distributed
 from moda_kernels.backends import select
 from moda_kernels.segments import Segments
 from moda_kernels.validation import check_batch, check_label_range, check_num_classes
+
+if TYPE_CHECKING:
+    from moda_kernels.distributed import Group
 
 
 class ModularLosses(NamedTuple):
@@ -36,7 +38,7 @@ def modular_losses(
     labels: Tensor,
     *,
     backend: str = "auto",
-    group: distributed.Group | None = None,
+    group: Group | None = None,
     num_classes: int | None = None,
 ) -> ModularLosses:
     """Affinity, dispersion and compactness of a batch, each the mean over layers.
@@ -79,8 +81,10 @@ def modular_losses(
 
 
 def _global_losses(
-    activations: Sequence[Tensor], labels: Tensor, backend: str, group: distributed.Group, num_classes: int | None
+    activations: Sequence[Tensor], labels: Tensor, backend: str, group: Group, num_classes: int | None
 ) -> ModularLosses:
+    from moda_kernels import distributed  # brings in torch's compiler, which is slow to import
+
     process_group = distributed.resolve_group(group)
     layers = check_batch(activations, labels, allow_empty=True)
     if num_classes is not None:
@@ -122,7 +126,7 @@ class ModularLoss(nn.Module):
         compactness: float = 0.3,
         *,
         backend: str = "auto",
-        group: distributed.Group | None = None,
+        group: Group | None = None,
         num_classes: int | None = None,
     ) -> None:
         super().__init__()
