@@ -15,6 +15,7 @@ demo: $(VENV)/installed
 
 test: $(VENV)/installed-dev
 	$(MAKE) --no-print-directory lint
+	./tests/browser.sh
 	$(BIN)/python -m pytest -n 2
 
 lint: $(VENV)/installed-dev
@@ -49,8 +50,7 @@ $(VENV)/installed: $(VENV)/torch $(SOURCES)
 
 # torchvision's models are test subjects. It goes beside the environment, where only the tests look: its wheel does not fit a
 # CPU build of PyTorch (tests/conftest.py), and it must not bring another PyTorch.
-$(VENV)/installed-dev: $(VENV)/installed
+$(VENV)/installed-dev: $(VENV)/torch $(SOURCES)
 	$(PIP) install --quiet --editable ".[train,dev]"
 	$(PIP) install --quiet --no-deps --upgrade --target $(VENV)/vision torchvision==0.28.0
-	$(PIP) install --quiet pillow
-	touch $@
+	touch $(VENV)/installed $@
