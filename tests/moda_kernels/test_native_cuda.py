@@ -12,7 +12,7 @@ import pytest
 import torch
 from firing_batches import DTYPES, batch_of_layers, count_emulated, counted, one_per_row
 
-from moda_kernels import closed_form, native
+from moda_kernels import _native_calls, closed_form, native
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -111,9 +111,15 @@ def test_loads_are_16_bytes_wide_and_pass_the_caches(tmp_path: Path):
     assert len(loads) >= 3 * (1 + 4 + 4)
 
 
-def test_a_build_without_cuda_says_so(monkeypatch: pytest.MonkeyPatch):
-    from moda_kernels import _native_calls
+def test_a_cuda_error_is_an_exception_with_its_name():
+    """A device that does not exist, or no driver at all: the extension imports either way."""
+    if not native.build_info()["cuda"]:
+        pytest.skip("the extension was built without CUDA")
+    with pytest.raises(RuntimeError, match=r"^cudaError(InvalidDevice|InsufficientDriver|NoDevice): "):
+        _native_calls.extension().count_firings_cuda([], (0, 1, 0, 1, 0, 0), 99, 0)
 
+
+def test_a_build_without_cuda_says_so(monkeypatch: pytest.MonkeyPatch):
     real = _native_calls.extension()
     cpu_only = {**real.build_info(), "cuda": False}
     monkeypatch.setattr(real, "build_info", lambda: cpu_only)
