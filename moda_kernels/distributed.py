@@ -147,7 +147,7 @@ class _GlobalLosses(torch.autograd.Function):
         inverse = torch.where(squares > 0, squares.clamp_min(EPS * EPS).rsqrt(), 0)
         local = _Local(
             index,
-            rows=values * inverse[:, columns],
+            rows=values * inverse.index_select(1, columns),
             own=(squares * inverse.square()).sum(1),
             magnitude=(values.abs().sum(0) * column_weight).sum(),
         )
@@ -180,12 +180,14 @@ class _GlobalLosses(torch.autograd.Function):
         of_diff = torch.where(diff_pairs > 0, dispersion * scale / diff_pairs.clamp_min(1), 0)
         of_magnitude = compactness * ctx.ranks / samples.clamp_min(1)
 
-        expanded = inverse[:, columns]
+        expanded = inverse.index_select(1, columns)
         rows = values * expanded
-        gradient = (sums[index] - rows) * of_same + others[index] * of_diff
+        gradient = (sums.index_select(0, index) - rows) * of_same + others.index_select(0, index) * of_diff
         # A row shorter than EPS is scaled by the constant 1 / EPS: no projection, as in closed_form.normalized_rows.
         along = torch.where(squares >= EPS * EPS, _sum_layers(gradient * rows, ctx.widths), 0)
-        gradient = (gradient - along[:, columns] * rows) * expanded + values.sign() * (column_weight * of_magnitude)
+        gradient = (gradient - along.index_select(1, columns) * rows) * expanded + values.sign() * (
+            column_weight * of_magnitude
+        )
         parts = torch.split(gradient, ctx.widths, 1)
         return (None, None, None, None, *(part.to(dtype) for part, dtype in zip(parts, ctx.dtypes, strict=True)))
 
@@ -275,7 +277,7 @@ def _by_owner(local: _Local, classes: int, owners: _Owners, group: ProcessGroup)
     dist.all_reduce(pairs, group=group)
 
     sums = torch.empty_like(mine)
-    dist.all_to_all_single(sums, owned[owners.received], owners.send, owners.receive, group=group)
+    dist.all_to_all_single(sums, owned.index_select(0, owners.received), owners.send, owners.receive, group=group)
     sums = sums[:, :neurons]
     others = (whole[:neurons] - sums).to(sums.dtype)
     same, different = pairs.unbind()
