@@ -9,11 +9,14 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from native_needed import needs_native
 from torch import Tensor
 
 import moda_kernels
 from moda_kernels import FiringCounter, _native_calls, closed_form, modular_losses, native
 from moda_kernels.segments import Segments
+
+pytestmark = needs_native
 
 ISAS = native.build_info()["cpu_isas"] if native.unavailable() is None else ["not built"]
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)

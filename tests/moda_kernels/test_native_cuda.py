@@ -11,8 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 from firing_batches import DTYPES, batch_of_layers, count_emulated, counted, one_per_row
+from native_needed import needs_native
 
 from moda_kernels import _native_calls, closed_form, native
+
+pytestmark = needs_native
 
 ROOT = Path(__file__).resolve().parents[2]
 

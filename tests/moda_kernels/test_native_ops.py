@@ -6,12 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from native_needed import needs_native
 from torch import Tensor
 from torch.library import opcheck
 
 from moda_kernels import _native_ops as ops
 from moda_kernels import closed_form, native
 from moda_kernels.segments import Segments
+
+pytestmark = needs_native
 
 LABELS = torch.tensor([0, 1, 0, 2])
 

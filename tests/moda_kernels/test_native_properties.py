@@ -6,10 +6,13 @@ import torch
 from firing_batches import DTYPES, count_emulated, counted, neurons_last
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from native_needed import needs_native
 from torch import Tensor
 
 from moda_kernels import closed_form, native
 from moda_kernels.segments import Segments
+
+pytestmark = needs_native
 
 QUICK = settings(max_examples=60, deadline=None, derandomize=True)
 

@@ -9,8 +9,11 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from native_needed import needs_native
 
 from moda_kernels import native
+
+pytestmark = needs_native
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ("csrc/parallel.cpp", "csrc/memory.cpp", "csrc/firing_emulated.cpp", "csrc/cpu_kernels.cpp")
