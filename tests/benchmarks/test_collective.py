@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 import torchvision
@@ -68,6 +70,15 @@ def test_the_fit_goes_through_its_two_ends():
     times = {str(size): collective.ring_seconds([link] * 4, size / 4, 6) for size in (0, 1 << 12, 1 << 24)}
     fitted = collective.fit(times, 4)
     assert (fitted.latency, fitted.bandwidth) == (pytest.approx(2e-4), pytest.approx(1e9))
+
+
+@pytest.mark.parametrize("path", sorted(collective.RESULTS.glob("*.json")), ids=lambda path: path.stem)
+def test_the_model_is_within_a_factor_of_2_of_the_measurement(path):
+    for ranks, run in json.loads(path.read_text())["runs"].items():
+        link = collective.fit(run["all_reduce"], int(ranks))
+        for size, seconds in run["all_reduce"].items():
+            model = collective.ring_seconds([link], int(size) / int(ranks), 2 * (int(ranks) - 1))
+            assert seconds / 2 < model < 2 * seconds
 
 
 def test_the_page_shows_what_the_script_gives():
