@@ -4,6 +4,7 @@ from moda_kernels._version import __version__
 from moda_kernels.backends import BackendUnavailableError, Status, backends
 from moda_kernels.firing import FiringCounter
 from moda_kernels.losses import ModularLoss, ModularLosses, modular_losses
+from moda_kernels.means import class_means
 from moda_kernels.pooling import pool, relu_pool
 from moda_kernels.similarity import ClassSimilarity, class_similarity
 
@@ -16,6 +17,7 @@ __all__ = [
     "Status",
     "__version__",
     "backends",
+    "class_means",
     "class_similarity",
     "modular_losses",
     "pool",

@@ -11,7 +11,7 @@ backend"):
     grouped_losses(activations, segments) -> (affinity, dispersion, compactness)
     pool(activations) -> [pooled activation of each layer]
     relu_pool(x, inplace) -> (relu(x), pooled)
-    class_sums(pooled, labels, num_classes) -> [(K, C) class sums of each layer]
+    class_sums(pooled, labels, num_classes, *, normalize=True) -> [(K, C) sums over each class of each layer's rows]
     count_firings(activations, labels, threshold, counts, class_sizes, invalid) -> None (in place)
 
 `auto` takes the first of `PREFERENCE` that can run the operation on the given tensors. The environment variable

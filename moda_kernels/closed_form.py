@@ -72,10 +72,11 @@ def normalized_rows(pooled: Tensor) -> Tensor:
     return pooled * torch.where(squares > 0, scale, 0)
 
 
-def class_sums(pooled: Sequence[Tensor], labels: Tensor, num_classes: int) -> list[Tensor]:
-    """Per layer the (K, C) sum over each class's samples of the normalised rows; `labels` in [0, K)."""
+def class_sums(pooled: Sequence[Tensor], labels: Tensor, num_classes: int, *, normalize: bool = True) -> list[Tensor]:
+    """Per layer the (K, C) sum over each class's samples of the rows, normalised by default; `labels` in [0, K)."""
     index = labels.long()
-    return [rows.new_zeros(num_classes, rows.shape[1]).index_add(0, index, normalized_rows(rows)) for rows in pooled]
+    rows = [normalized_rows(layer) for layer in pooled] if normalize else pooled
+    return [layer.new_zeros(num_classes, layer.shape[1]).index_add(0, index, layer) for layer in rows]
 
 
 def pair_sums(pooled: Tensor, segments: Segments) -> tuple[Tensor, Tensor]:

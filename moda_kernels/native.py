@@ -22,6 +22,7 @@ from torch import Tensor
 
 from moda_kernels import _native_calls as calls
 from moda_kernels import _native_ops as ops
+from moda_kernels import closed_form
 from moda_kernels.segments import Segments
 
 OPS = frozenset({"grouped_losses", "pool", "relu_pool", "class_sums", "count_firings"})
@@ -103,8 +104,10 @@ def _segment_tensors(segments: Segments) -> list[Tensor]:
     return [segments.order, segments.offsets, segments.segment, segments.same_pairs, segments.diff_pairs]
 
 
-def class_sums(pooled: Sequence[Tensor], labels: Tensor, num_classes: int) -> list[Tensor]:
-    """Per layer the (K, C) sum over each class's samples of the L2-normalised rows. Not differentiable."""
+def class_sums(pooled: Sequence[Tensor], labels: Tensor, num_classes: int, *, normalize: bool = True) -> list[Tensor]:
+    """Per layer the (K, C) sum over each class's samples of the rows, L2-normalised by default. Not differentiable."""
+    if not normalize:  # a sum of rows as they are is no work for a kernel of its own
+        return closed_form.class_sums(pooled, labels, num_classes, normalize=False)
     run = ops.class_sums if torch.compiler.is_compiling() else calls.class_sums
     sums: list[Tensor] = run([rows.detach() for rows in pooled], labels, num_classes)
     return sums
