@@ -110,9 +110,11 @@ def _contenders(about: LossInputs, phases: Sequence[str], compiling: bool) -> li
         problem = compile_problem(about.device.type)
         for backend in ("reference", "torch"):
             name = f"{backend}, compiled"
-            loss = compiled(ModularLoss(backend=backend)) if not problem else None
-            contender = loss and _contender(name, loss, activations, labels, oracle, phases)
-            found.append(contender or Contender(name, skipped=problem))
+            if problem:
+                found.append(Contender(name, skipped=problem))
+                continue
+            loss = compiled(ModularLoss(backend=backend))
+            found.append(_contender(name, loss, activations, labels, oracle, phases))
     return found
 
 
