@@ -79,11 +79,20 @@ def class_sums(pooled: Sequence[Tensor], labels: Tensor, num_classes: int, *, no
     return [layer.new_zeros(num_classes, layer.shape[1]).index_add(0, index, layer) for layer in rows]
 
 
+def _segment_add(rows: Tensor, segment: Tensor) -> Tensor:
+    if rows.device.type == "cpu" and torch.compiler.is_compiling():
+        from moda_kernels._segment_add import segment_add
+
+        summed: Tensor = segment_add(rows, segment)
+        return summed
+    return torch.zeros_like(rows).index_add(0, segment, rows)
+
+
 def pair_sums(pooled: Tensor, segments: Segments) -> tuple[Tensor, Tensor]:
     """Sums of n_i . n_j over same-class and over different-class pairs i < j of one layer; 0-d tensors."""
     rows = normalized_rows(pooled)
-    sums = torch.zeros_like(rows).index_add(0, segments.segment, rows)
-    own = rows.new_zeros(rows.shape[0]).index_add(0, segments.segment, rows.square().sum(1))
+    sums = _segment_add(rows, segments.segment)
+    own = _segment_add(rows.square().sum(1), segments.segment)
     same = (sums.square().sum(1) - own).sum() / 2
     different = (sums * (sums.sum(0) - sums)).sum() / 2
     return same, different

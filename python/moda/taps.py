@@ -48,9 +48,10 @@ from .recorder import Recorder, neurons_second
 from .tracing import TracingError, refusal, trace
 
 Route = Literal["grouped", "fused", "auto"]
-# Activations of at least this many bytes are pooled by their tap under route="auto". A guess, to be measured per
-# device: from here on a pass over memory should cost more than a launch.
-FUSED_FROM_BYTES = 16 * 2**20
+# Activations of at least this many bytes are pooled by their tap under route="auto", by type of device. On the CPU all:
+# fused was the cheaper and the leaner route for every model measured (docs/benchmarks.md). Elsewhere a guess, to be
+# measured: from here on a pass over memory should cost more than a launch.
+FUSED_FROM_BYTES = {"cpu": 0, "cuda": 16 << 20}
 
 __all__ = ["HookedModel", "InstrumentedModel", "Recorder", "Tap", "TracingError", "instrument"]
 
@@ -109,7 +110,8 @@ class Tap(nn.Module):
     @staticmethod
     def _is_large(x: Tensor) -> bool:
         # A compiler fuses the pass over memory by itself.
-        return not torch.compiler.is_compiling() and x.numel() * x.element_size() >= FUSED_FROM_BYTES
+        least = FUSED_FROM_BYTES.get(x.device.type, FUSED_FROM_BYTES["cuda"])
+        return not torch.compiler.is_compiling() and x.numel() * x.element_size() >= least
 
     @property
     def may_return_input(self) -> bool:

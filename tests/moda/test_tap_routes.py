@@ -89,7 +89,7 @@ def test_recording_gives_activations_whatever_the_route() -> None:
 
 def test_auto_goes_by_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     automatic = instrument(nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU()), route="auto")
-    monkeypatch.setattr(taps, "FUSED_FROM_BYTES", 6 * 6 * 6 * 6 * 4)
+    monkeypatch.setitem(taps.FUSED_FROM_BYTES, "cpu", 6 * 6 * 6 * 6 * 4)
     for n, expected in ((5, (5, 6, 6, 6)), (6, (6, 6)), (7, (7, 6))):
         automatic(images(n))
         assert shapes(automatic.activations()) == [expected]

@@ -239,6 +239,20 @@ def test_compiles_without_a_graph_break(backend):
     torch.testing.assert_close((got, *grads), expected, rtol=1e-6, atol=1e-7)
 
 
+def test_inductor_with_two_threads_on_the_cpu():
+    """Its own `index_add` of computed rows adds once per thread, for layers this wide (see _segment_add.py)."""
+    (act,), labels = make_batch([(1024, 2, 2)], samples=128, classes=10, dtype=torch.float32)
+    act.requires_grad_()
+    torch.set_num_threads(2)
+    loss = ModularLoss(backend="torch")
+    expected = loss([act], labels)
+    got = torch.compile(loss, fullgraph=True, dynamic=False)([act], labels)
+    assert got.item() == pytest.approx(expected.item(), rel=1e-5)
+    torch.testing.assert_close(
+        torch.autograd.grad(got, act)[0], torch.autograd.grad(expected, act)[0], rtol=1e-4, atol=1e-9
+    )
+
+
 def test_modular_loss_weights_and_last_terms():
     acts, labels = make_batch([(4, 3, 3), (6,)], samples=8, classes=3)
     acts = [act.requires_grad_() for act in acts]
