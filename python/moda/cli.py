@@ -476,9 +476,7 @@ def doctor() -> None:
 
 @app.command(epilog=_example("moda bench --quick", "moda bench --suite step --suite loss"))
 def bench(
-    quick: Annotated[
-        bool, typer.Option("--quick", help="Few cases and rounds: under two minutes on two cores.")
-    ] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Few cases and rounds.")] = False,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda; auto takes a GPU if there is one.")] = "auto",
     suite: Annotated[
         list[str] | None,

@@ -20,7 +20,7 @@ def bench(*, quick: bool, device: str, suites: Sequence[str], folder: Path | Non
     """Run the suites and print their table; False if a contender was wrong.
 
     Args:
-        quick: few cases and rounds, under two minutes on two cores.
+        quick: few cases and rounds.
         device: "auto" (a GPU if there is one), "cpu" or "cuda".
         suites: of `moda.bench.plan.SUITES`; none means all.
         folder: where `<device>.json` goes. None: `benchmarks/results` of a checkout or else the current folder for a
