@@ -248,6 +248,16 @@ def _firing_fields(x: Tensor, threshold: float, counts: Tensor) -> tuple[int, ..
     return address, dtype, placed, neurons, positions, _threshold_bits(threshold, x.dtype), counts.data_ptr()
 
 
+def _run_count(kernel: str, fields: list[int], batch: tuple[int, ...], device: torch.device) -> None:
+    """Call the extension's `kernel`, or its CUDA namesake on the current stream of a GPU."""
+    if device.type == "cpu":
+        getattr(extension(), kernel)(fields, batch, torch.get_num_threads())
+        return
+    with torch.cuda.device(device):  # the extension has a CUDA runtime of its own, which changes the thread's device
+        stream = torch.cuda.current_stream().cuda_stream
+        getattr(extension(), f"{kernel}_cuda")(fields, batch, device.index, stream)
+
+
 def count_firings(
     activations: Sequence[Tensor],
     labels: Tensor,
@@ -268,4 +278,4 @@ def count_firings(
         class_sizes.data_ptr(),
         invalid.data_ptr(),
     )
-    extension().count_firings(_flat(fields), batch, torch.get_num_threads())
+    _run_count("count_firings", _flat(fields), batch, labels.device)

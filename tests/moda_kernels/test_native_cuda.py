@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import runpy
 import shutil
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from firing_batches import DTYPES, batch_of_layers, count_emulated, counted, one_per_row
 from native_needed import needs_native
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from moda_kernels import _native_calls, closed_form, native
 
@@ -120,6 +123,35 @@ def test_a_cuda_error_is_an_exception_with_its_name():
         pytest.skip("the extension was built without CUDA")
     with pytest.raises(RuntimeError, match=r"^cudaError(InvalidDevice|InsufficientDriver|NoDevice): "):
         _native_calls.extension().count_firings_cuda([], (0, 1, 0, 1, 0, 0), 99, 0)
+
+
+class RecordedCalls:
+    """Stands in for the extension and remembers what it was called with."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[object, ...]] = []
+
+    def __getattr__(self, name: str):
+        return lambda fields, batch, *where: self.calls.append((name, len(fields), len(batch), *where))
+
+
+def test_cuda_tensors_go_to_the_cuda_kernel(monkeypatch: pytest.MonkeyPatch):
+    """With their device and the current stream of it; device addresses in a CPU kernel would be a crash."""
+    recorded = RecordedCalls()
+    monkeypatch.setattr(_native_calls, "extension", lambda: recorded)
+    monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=77))
+    monkeypatch.setattr(torch.Tensor, "data_ptr", lambda x: 4096)
+    with FakeTensorMode():
+        on = {"device": "cuda:1"}
+        layers, labels = (
+            [torch.empty(4, 3, 5, 5, **on), torch.empty(4, 6, **on)],
+            torch.zeros(4, dtype=torch.int64, **on),
+        )
+        counts = [torch.zeros(2, width, dtype=torch.int64, **on) for width in (3, 6)]
+        invalid = torch.zeros((), dtype=torch.int64, **on)
+        _native_calls.count_firings(layers, labels, 0.0, counts, torch.zeros(2, dtype=torch.int64, **on), invalid)
+    assert recorded.calls == [("count_firings_cuda", 2 * 7, 6, 1, 77)]
 
 
 def test_a_build_without_cuda_says_so(monkeypatch: pytest.MonkeyPatch):
