@@ -11,6 +11,7 @@
 #include "cpu.h"
 #include "firing.h"
 #include "parallel.h"
+#include "statistics.h"
 
 namespace py = pybind11;
 
@@ -23,11 +24,15 @@ using moda::FiringLayer;
 using moda::Layer;
 using moda::Layout;
 using moda::SegmentsView;
+using moda::StatisticsBatch;
+using moda::StatisticsLayer;
 using moda::Terms;
 using Integers = std::vector<std::int64_t>;
 
 constexpr std::size_t kLayerFields = 8;
 constexpr std::size_t kFiringLayerFields = 7;
+constexpr std::size_t kStatisticsLayerFields = kLayerFields + 2;
+constexpr std::size_t kFiringBatchFields = 6;
 
 const char* chosen_isa = nullptr;
 const CpuKernels* kernels = nullptr;
@@ -53,14 +58,17 @@ void check_fields(const Integers& fields, std::size_t per_layer) {
   if (fields.size() % per_layer != 0) throw std::invalid_argument("layers: fields are missing");
 }
 
+// Of eight fields from `f` on.
+Layer layer_of(Integers::const_iterator f) {
+  return {address<const void>(f[0]), static_cast<Dtype>(f[1]), static_cast<Layout>(f[2]), f[3], f[4], f[5],
+          address<void>(f[6]), address<void>(f[7])};
+}
+
 std::vector<Layer> layers_of(const Integers& fields) {
   check_fields(fields, kLayerFields);
   std::vector<Layer> layers;
   layers.reserve(fields.size() / kLayerFields);
-  for (auto f = fields.begin(); f != fields.end(); f += kLayerFields) {
-    layers.push_back({address<const void>(f[0]), static_cast<Dtype>(f[1]), static_cast<Layout>(f[2]), f[3], f[4], f[5],
-                      address<void>(f[6]), address<void>(f[7])});
-  }
+  for (auto f = fields.begin(); f != fields.end(); f += kLayerFields) layers.push_back(layer_of(f));
   return layers;
 }
 
@@ -77,8 +85,28 @@ std::vector<FiringLayer> firing_layers_of(const Integers& fields) {
 
 // Fields: labels, whether they are int64, samples, classes, class_sizes, invalid.
 FiringBatch firing_batch_of(const Integers& f) {
-  if (f.size() != 6) throw std::invalid_argument("batch: fields are missing");
+  if (f.size() != kFiringBatchFields) throw std::invalid_argument("batch: fields are missing");
   return {address<const void>(f[0]), f[1] != 0, f[2], f[3], address<std::int64_t>(f[4]), address<std::int64_t>(f[5])};
+}
+
+// Fields: those of a Layer, threshold, counts.
+std::vector<StatisticsLayer> statistics_layers_of(const Integers& fields) {
+  check_fields(fields, kStatisticsLayerFields);
+  std::vector<StatisticsLayer> layers;
+  layers.reserve(fields.size() / kStatisticsLayerFields);
+  for (auto f = fields.begin(); f != fields.end(); f += kStatisticsLayerFields) {
+    const auto rest = f + kLayerFields;
+    layers.push_back({layer_of(f), static_cast<std::uint64_t>(rest[0]), address<std::int64_t>(rest[1])});
+  }
+  return layers;
+}
+
+// Fields: those of a FiringBatch, with sorted labels; order.
+StatisticsBatch statistics_batch_of(Integers f) {
+  if (f.size() != kFiringBatchFields + 1) throw std::invalid_argument("batch: fields are missing");
+  const auto* order = address<const std::int64_t>(f.back());
+  f.pop_back();
+  return {firing_batch_of(f), order};
 }
 
 // Fields: order, offsets, segment, same_pairs, diff_pairs.
@@ -165,19 +193,41 @@ void count_firings(const Integers& fields, const Integers& batch_fields, int thr
   kernels->count_firings(layers.data(), static_cast<std::int64_t>(layers.size()), batch, threads);
 }
 
+void class_statistics(const Integers& fields, const Integers& batch_fields, int threads) {
+  const auto layers = statistics_layers_of(fields);
+  const StatisticsBatch batch = statistics_batch_of(batch_fields);
+  py::gil_scoped_release release;
+  kernels->class_statistics(layers.data(), static_cast<std::int64_t>(layers.size()), batch, threads);
+}
+
 #if MODA_CUDA
+void check_cuda(const moda::CudaError& error) {
+  if (error.name != nullptr) throw std::runtime_error(std::string(error.name) + ": " + error.meaning);
+}
+
 void count_firings_cuda(const Integers& fields, const Integers& batch_fields, int device, std::int64_t stream) {
   const auto layers = firing_layers_of(fields);
   const FiringBatch batch = firing_batch_of(batch_fields);
-  const moda::CudaError error = moda::count_firings_cuda(layers.data(), static_cast<std::int64_t>(layers.size()), batch,
-                                                         device, address<void>(stream));
-  if (error.name != nullptr) throw std::runtime_error(std::string(error.name) + ": " + error.meaning);
+  check_cuda(moda::count_firings_cuda(layers.data(), static_cast<std::int64_t>(layers.size()), batch, device,
+                                      address<void>(stream)));
+}
+
+void class_statistics_cuda(const Integers& fields, const Integers& batch_fields, int device, std::int64_t stream) {
+  const auto layers = statistics_layers_of(fields);
+  const StatisticsBatch batch = statistics_batch_of(batch_fields);
+  check_cuda(moda::class_statistics_cuda(layers.data(), static_cast<std::int64_t>(layers.size()), batch, device,
+                                         address<void>(stream)));
 }
 #endif
 
 void count_firings_emulated(const Integers& fields, const Integers& batch_fields) {
   const auto layers = firing_layers_of(fields);
   moda::count_firings_emulated(layers.data(), static_cast<std::int64_t>(layers.size()), firing_batch_of(batch_fields));
+}
+
+void class_statistics_emulated(const Integers& fields, const Integers& batch_fields) {
+  const auto layers = statistics_layers_of(fields);
+  moda::class_statistics_emulated(layers.data(), static_cast<std::int64_t>(layers.size()), statistics_batch_of(batch_fields));
 }
 
 }  // namespace
@@ -196,8 +246,12 @@ PYBIND11_MODULE(_native, module) {
   module.def("losses_backward", losses_backward);
   module.def("class_sums", class_sums);
   module.def("count_firings", count_firings);
+  module.def("class_statistics", class_statistics);
 #if MODA_CUDA
   module.def("count_firings_cuda", count_firings_cuda);
+  module.def("class_statistics_cuda", class_statistics_cuda);
 #endif
-  module.def("count_firings_emulated", count_firings_emulated);  // for tests: the CUDA kernel's walk, on the host
+  // For tests: what the CUDA kernels do, on the host.
+  module.def("count_firings_emulated", count_firings_emulated);
+  module.def("class_statistics_emulated", class_statistics_emulated);
 }

@@ -137,6 +137,13 @@ MODA_INLINE int64_t firing_tasks(const FiringLayer& layer, const FiringBatch& ba
   return batch.samples * divide_up(layer.neurons, kColumns);
 }
 
+MODA_INLINE void count_labels(const FiringBatch& batch) {
+  for (int64_t n = 0; n < batch.samples; ++n) {
+    const int64_t label = label_of(batch, n);
+    ++(is_class(batch, label) ? batch.class_sizes[label] : *batch.invalid);
+  }
+}
+
 static void count_firings(const FiringLayer* layers, int64_t count, const FiringBatch& batch, int threads) {
   over_layers(
       count, threads, [&](int64_t l) { return firing_tasks(layers[l], batch); },
@@ -148,10 +155,7 @@ static void count_firings(const FiringLayer* layers, int64_t count, const Firing
           count_columns<I>(layers[l], batch, task);
         });
       });
-  for (int64_t n = 0; n < batch.samples; ++n) {
-    const int64_t label = label_of(batch, n);
-    ++(is_class(batch, label) ? batch.class_sizes[label] : *batch.invalid);
-  }
+  count_labels(batch);
 }
 
 }  // namespace MODA_ISA

@@ -4,13 +4,14 @@
 #include "cpu_losses.h"
 #include "cpu_pool.h"
 #include "cpu_relu_pool.h"
+#include "cpu_statistics.h"
 
 namespace moda {
 namespace MODA_ISA {
 
 extern const CpuKernels kKernels;
-const CpuKernels kKernels{pool_forward,   pool_backward,   relu_pool_forward, relu_pool_backward,
-                          losses_forward, losses_backward, class_sums,        count_firings};
+const CpuKernels kKernels{pool_forward,    pool_backward, relu_pool_forward, relu_pool_backward, losses_forward,
+                          losses_backward, class_sums,    count_firings,     class_statistics};
 
 }  // namespace MODA_ISA
 }  // namespace moda

@@ -13,28 +13,42 @@ namespace MODA_ISA {
 constexpr int64_t kBlock = 4096;        // positions of a block of the layout (N, C, S)
 constexpr int64_t kColumnBlock = 64;    // positions of a block of the layout (N, S, C)
 
-// Sum of |x| over `count` elements.
-template <class T>
-MODA_INLINE AccOf<T> sum_absolute(const T* x, int64_t count) {
+// Sum of |x| over `count` elements, each of which is shown to see(vector) or see1(element) on the way.
+template <class T, class See, class See1>
+MODA_INLINE AccOf<T> sum_absolute(const T* x, int64_t count, See see, See1 see1) {
   using Acc = AccOf<T>;
   constexpr int64_t lanes = kLanes<Acc>;
+  const auto magnitude = [&](int64_t i) {
+    const Vector<Acc> of = absolute<Acc>(Element<T>::load(x + i));
+    see(of);
+    return of;
+  };
   Acc total = 0;
   for (int64_t begin = 0; begin < count; begin += kBlock) {
     const int64_t end = smaller(begin + kBlock, count);
     Vector<Acc> sum0{}, sum1{}, sum2{}, sum3{};
     int64_t i = begin;
     for (; i + 4 * lanes <= end; i += 4 * lanes) {
-      sum0 += absolute<Acc>(Element<T>::load(x + i));
-      sum1 += absolute<Acc>(Element<T>::load(x + i + lanes));
-      sum2 += absolute<Acc>(Element<T>::load(x + i + 2 * lanes));
-      sum3 += absolute<Acc>(Element<T>::load(x + i + 3 * lanes));
+      sum0 += magnitude(i);
+      sum1 += magnitude(i + lanes);
+      sum2 += magnitude(i + 2 * lanes);
+      sum3 += magnitude(i + 3 * lanes);
     }
-    for (; i + lanes <= end; i += lanes) sum0 += absolute<Acc>(Element<T>::load(x + i));
+    for (; i + lanes <= end; i += lanes) sum0 += magnitude(i);
     Acc rest = 0;
-    for (; i < end; ++i) rest += absolute(Element<T>::load1(x + i));
+    for (; i < end; ++i) {
+      const Acc of = absolute(Element<T>::load1(x + i));
+      see1(of);
+      rest += of;
+    }
     total += sum_lanes<Acc>((sum0 + sum1) + (sum2 + sum3)) + rest;
   }
   return total;
+}
+
+template <class T>
+MODA_INLINE AccOf<T> sum_absolute(const T* x, int64_t count) {
+  return sum_absolute(x, count, [](Vector<AccOf<T>>) {}, [](AccOf<T>) {});
 }
 
 // Column sums of f(x) over positions, for up to kColumns neurons: `add(p, sums)` adds position p to `sums`.

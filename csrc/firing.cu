@@ -1,18 +1,9 @@
 // Firing counts on CUDA: one launch for all layers of a batch. csrc/firing_logic.h has the walk; here is what needs a GPU.
-#include <cuda_runtime.h>
-
-#include "firing.h"
-#include "firing_logic.h"
+#include "device.cuh"
 
 namespace moda {
 namespace firing {
 namespace {
-
-constexpr unsigned kFull = 0xffffffffu;
-
-__device__ __forceinline__ void add(int64_t* counter, int64_t amount) {
-  atomicAdd(reinterpret_cast<unsigned long long*>(counter), static_cast<unsigned long long>(amount));
-}
 
 // Where a block's counts go: its table in shared memory, or the layer's counts. Integer additions have no order.
 struct Counters {
@@ -40,7 +31,7 @@ __device__ __forceinline__ void count_rows(const Task& task, const FiringBatch& 
   for (int64_t sample = work.first_sample; sample < work.end_sample; ++sample) {
     const int64_t label = class_of(batch, sample);
     if (label < 0) continue;  // the same for all lanes
-    const Row row = some ? row_of<width>(task, sample, neuron) : Row{nullptr, 0, 0, 0};
+    const Row row = some ? row_of<width>(task, sample * task.neurons + neuron) : Row{nullptr, 0, 0, 0};
     const int64_t steps = row_steps(row, task.lanes);
     bool fired = false;
     // Rows of a layer may differ by a step, as their alignments do; a group that has finished waits for the others.
@@ -82,13 +73,6 @@ __device__ __forceinline__ void count_layer(const Task& task, const FiringBatch&
   }
 }
 
-__device__ __forceinline__ void count_labels(const FiringBatch& batch) {
-  for (int64_t sample = threadIdx.x; sample < batch.samples; sample += blockDim.x) {
-    const int64_t label = class_of(batch, sample);
-    add(label < 0 ? batch.invalid : batch.class_sizes + label, 1);
-  }
-}
-
 // The block after the layers' counts the labels, if asked to. Three blocks per multiprocessor: with the default aim of four the
 // compiler spills on sm_100 and sm_120, and 24 warps of four 16-byte loads a lane are enough to fill the memory's pipeline.
 __global__ void __launch_bounds__(kWarp* kWarps, 3) count_kernel(const __grid_constant__ Launch launch) {
@@ -122,11 +106,6 @@ size_t table_bytes(const Launch& launch) {
     if (has_table(launch.tasks[l], launch.batch.classes) && needed > length) length = needed;
   }
   return static_cast<size_t>(length) * sizeof(int);
-}
-
-CudaError described(cudaError_t error) {
-  if (error == cudaSuccess) return {nullptr, nullptr};
-  return {cudaGetErrorName(error), cudaGetErrorString(error)};
 }
 
 }  // namespace

@@ -14,7 +14,7 @@ void emulate_rows(const Task& task, int64_t label, int64_t sample, int warp, con
   for (int group = 0; group < rows; ++group) {
     const int64_t neuron = work.first_neuron + int64_t(warp) * rows + group;
     if (neuron >= task.neurons) continue;
-    const Row row = row_of<width>(task, sample, neuron);
+    const Row row = row_of<width>(task, sample * task.neurons + neuron);
     bool fired = false;
     for (int64_t step = 0; step < row_steps(row, task.lanes) && !fired; ++step) {
       for (int lane = 0; lane < task.lanes; ++lane) fired |= row_step<width>(row, step, lane, task.lanes, task.threshold);

@@ -28,18 +28,22 @@ constexpr int kUnroll = 4;             // loads of a lane that are under way at 
 constexpr int64_t kTableLength = 6144;  // counters of a block, 24 KiB: two blocks and more fit a multiprocessor everywhere
 constexpr int kMaxLayers = 60;         // of a launch: its parameters stay below the 4 KiB that every GPU takes
 
-// A layer as a launch takes it.
-struct Task {
+// How lanes walk an activation.
+struct Walk {
   const void* data;
-  int64_t* counts;
   int64_t neurons;
   int64_t positions;
-  uint64_t threshold;
-  int64_t first_block;
   int32_t width;       // bytes of an element
   int32_t across;      // 1: layout (N, S, C) or (N, C); 0: layout (N, C, S)
   int32_t lanes;       // that share a row, or a row of neurons: a power of two
   int32_t per_vector;  // elements of a lane's load: of 16 bytes, or 1 where those would not be aligned
+};
+
+// A layer as a launch takes it.
+struct Task : Walk {
+  int64_t* counts;
+  uint64_t threshold;
+  int64_t first_block;
 };
 
 struct Launch {
@@ -76,7 +80,9 @@ struct Work {
   int64_t end_sample;
 };
 
-MODA_HOST_DEVICE Work work_of(const Launch& launch, int64_t block) {
+// The layer that a block belongs to.
+template <class Launched>
+MODA_HOST_DEVICE int64_t layer_of(const Launched& launch, int64_t block) {
   int64_t low = 0, high = launch.layers - 1;
   while (low < high) {
     const int64_t middle = (low + high + 1) / 2;
@@ -86,16 +92,25 @@ MODA_HOST_DEVICE Work work_of(const Launch& launch, int64_t block) {
       high = middle - 1;
     }
   }
-  const Task& task = launch.tasks[low];
+  return low;
+}
+
+MODA_HOST_DEVICE Work work_of(const Launch& launch, int64_t block) {
+  const int64_t layer = layer_of(launch, block);
+  const Task& task = launch.tasks[layer];
   const int64_t within = block - task.first_block, tiles = divide_up(task.neurons, tile(task));
   const int64_t first_sample = within / tiles * kChunk, end = first_sample + kChunk;
-  return {low, within % tiles * tile(task), first_sample, end < launch.batch.samples ? end : launch.batch.samples};
+  return {layer, within % tiles * tile(task), first_sample, end < launch.batch.samples ? end : launch.batch.samples};
+}
+
+MODA_HOST_DEVICE int64_t label_of(const FiringBatch& batch, int64_t sample) {
+  return batch.wide_labels ? static_cast<const int64_t*>(batch.labels)[sample]
+                           : static_cast<const int32_t*>(batch.labels)[sample];
 }
 
 // The class of a sample, or -1 if its label is none.
 MODA_HOST_DEVICE int64_t class_of(const FiringBatch& batch, int64_t sample) {
-  const int64_t label = batch.wide_labels ? static_cast<const int64_t*>(batch.labels)[sample]
-                                          : static_cast<const int32_t*>(batch.labels)[sample];
+  const int64_t label = label_of(batch, sample);
   return label >= 0 && label < batch.classes ? label : -1;
 }
 
@@ -146,14 +161,15 @@ struct Row {
   int64_t tail;
 };
 
+// Row n C + c is that of sample n and neuron c.
 template <int width>
-MODA_HOST_DEVICE Row row_of(const Task& task, int64_t sample, int64_t neuron) {
+MODA_HOST_DEVICE Row row_of(const Walk& walk, int64_t row) {
   constexpr int64_t per_vector = 16 / width;
-  const char* data = static_cast<const char*>(task.data) + (sample * task.neurons + neuron) * task.positions * width;
+  const char* data = static_cast<const char*>(walk.data) + row * walk.positions * width;
   const int64_t to_aligned = int64_t((16 - reinterpret_cast<uintptr_t>(data) % 16) % 16) / width;
-  const int64_t head = to_aligned < task.positions ? to_aligned : task.positions;
-  const int64_t vectors = (task.positions - head) / per_vector;
-  return {data, head, vectors, task.positions - head - vectors * per_vector};
+  const int64_t head = to_aligned < walk.positions ? to_aligned : walk.positions;
+  const int64_t vectors = (walk.positions - head) / per_vector;
+  return {data, head, vectors, walk.positions - head - vectors * per_vector};
 }
 
 // Steps until a group of lanes has read the whole row: one vector each, then kUnroll at a time.
@@ -162,19 +178,18 @@ MODA_HOST_DEVICE int64_t row_steps(const Row& row, int lanes) {
   return 1 + (after_first > 0 ? divide_up(after_first, int64_t(lanes) * kUnroll) : 0);
 }
 
-// Whether what one lane of a group reads in one step fires.
-template <int width>
-MODA_HOST_DEVICE bool row_step(const Row& row, int64_t step, int lane, int lanes, uint64_t threshold) {
+// Gives what one lane of a group reads in one step to see.element(address) and see.vector(vector); vectors beyond the row are 0.
+template <int width, class See>
+MODA_HOST_DEVICE void see_row_step(const Row& row, int64_t step, int lane, int lanes, See& see) {
   constexpr int64_t per_vector = 16 / width;
   const char* const vectors = row.data + row.head * width;
   if (step == 0) {
-    bool fires = false;
     for (int64_t i = lane; i < row.head + row.tail; i += lanes) {
       const int64_t at = i < row.head ? i : i + row.vectors * per_vector;
-      fires |= element_exceeds<width>(row.data + at * width, threshold);
+      see.element(row.data + at * width);
     }
-    if (lane < row.vectors) fires |= exceeding<width>(load_vector(vectors + int64_t(lane) * 16), threshold) != 0;
-    return fires;
+    if (lane < row.vectors) see.vector(load_vector(vectors + int64_t(lane) * 16));
+    return;
   }
   const int64_t first = lanes + (step - 1) * lanes * kUnroll + lane;
   Vector loaded[kUnroll];
@@ -183,10 +198,25 @@ MODA_HOST_DEVICE bool row_step(const Row& row, int64_t step, int lane, int lanes
     const int64_t at = first + int64_t(i) * lanes;
     loaded[i] = at < row.vectors ? load_vector(vectors + at * 16) : Vector{{0, 0, 0, 0}};
   }
-  uint32_t bits = 0;
   MODA_UNROLL
-  for (int i = 0; i < kUnroll; ++i) bits |= exceeding<width>(loaded[i], threshold);
-  return bits != 0;
+  for (int i = 0; i < kUnroll; ++i) see.vector(loaded[i]);
+}
+
+// Which of a vector's elements have exceeded the threshold.
+template <int width>
+struct Exceeding {
+  uint64_t threshold;
+  uint32_t bits;
+  MODA_HOST_DEVICE void element(const char* from) { bits |= uint32_t(element_exceeds<width>(from, threshold)); }
+  MODA_HOST_DEVICE void vector(const Vector& v) { bits |= exceeding<width>(v, threshold); }
+};
+
+// Whether what one lane of a group reads in one step fires.
+template <int width>
+MODA_HOST_DEVICE bool row_step(const Row& row, int64_t step, int lane, int lanes, uint64_t threshold) {
+  Exceeding<width> seen{threshold, 0};
+  see_row_step<width>(row, step, lane, lanes, seen);
+  return seen.bits != 0;
 }
 
 // What one lane holds in the layout (N, S, C): `per_vector` neurons, every `stride`-th position from `offset` on.
@@ -198,41 +228,48 @@ struct Columns {
   uint32_t all;  // the mask of all its neurons
 };
 
+// One of `team` lanes that share a row of neurons, and the positions of a sample.
 template <int width>
-MODA_HOST_DEVICE Columns columns_of(const Task& task, int64_t sample, int64_t first_neuron, int lane) {
-  const int64_t neuron = first_neuron + int64_t(lane % task.lanes) * task.per_vector;
-  const char* data = static_cast<const char*>(task.data) + (sample * task.positions * task.neurons + neuron) * width;
-  const bool some = neuron < task.neurons;
-  return {some ? data : nullptr, neuron, lane / task.lanes, kWarp / task.lanes, some ? (1u << task.per_vector) - 1 : 0};
+MODA_HOST_DEVICE Columns columns_of(const Walk& walk, int64_t sample, int64_t first_neuron, int lane, int team = kWarp) {
+  const int64_t neuron = first_neuron + int64_t(lane % walk.lanes) * walk.per_vector;
+  const char* data = static_cast<const char*>(walk.data) + (sample * walk.positions * walk.neurons + neuron) * width;
+  const bool some = neuron < walk.neurons;
+  return {some ? data : nullptr, neuron, lane / walk.lanes, team / walk.lanes, some ? (1u << walk.per_vector) - 1 : 0};
 }
 
-MODA_HOST_DEVICE int64_t column_steps(const Task& task) {
-  return divide_up(task.positions, int64_t(kWarp / task.lanes) * kUnroll);
+MODA_HOST_DEVICE int64_t column_steps(const Walk& walk, int team = kWarp) {
+  return divide_up(walk.positions, int64_t(team / walk.lanes) * kUnroll);
 }
 
-// Which of a lane's neurons fire in one step.
-template <int width>
-MODA_HOST_DEVICE uint32_t column_step(const Task& task, const Columns& columns, int64_t step) {
-  if (columns.data == nullptr) return 0;
-  const int64_t first = step * columns.stride * kUnroll + columns.offset, row = task.neurons * width;
-  uint32_t fired = 0;
-  if (task.per_vector == 1) {
-  MODA_UNROLL
+// Gives what one lane reads in one step to see.element(address) or see.vector(vector); vectors beyond the last position are 0.
+template <int width, class See>
+MODA_HOST_DEVICE void see_column_step(const Walk& walk, const Columns& columns, int64_t step, See& see) {
+  if (columns.data == nullptr) return;
+  const int64_t first = step * columns.stride * kUnroll + columns.offset, row = walk.neurons * width;
+  if (walk.per_vector == 1) {
+    MODA_UNROLL
     for (int i = 0; i < kUnroll; ++i) {
       const int64_t at = first + int64_t(i) * columns.stride;
-      if (at < task.positions) fired |= element_exceeds<width>(columns.data + at * row, task.threshold);
+      if (at < walk.positions) see.element(columns.data + at * row);
     }
-    return fired;
+    return;
   }
   Vector loaded[kUnroll];
   MODA_UNROLL
   for (int i = 0; i < kUnroll; ++i) {
     const int64_t at = first + int64_t(i) * columns.stride;
-    loaded[i] = at < task.positions ? load_vector(columns.data + at * row) : Vector{{0, 0, 0, 0}};
+    loaded[i] = at < walk.positions ? load_vector(columns.data + at * row) : Vector{{0, 0, 0, 0}};
   }
   MODA_UNROLL
-  for (int i = 0; i < kUnroll; ++i) fired |= exceeding<width>(loaded[i], task.threshold);
-  return fired;
+  for (int i = 0; i < kUnroll; ++i) see.vector(loaded[i]);
+}
+
+// Which of a lane's neurons fire in one step.
+template <int width>
+MODA_HOST_DEVICE uint32_t column_step(const Task& task, const Columns& columns, int64_t step) {
+  Exceeding<width> seen{task.threshold, 0};
+  see_column_step<width>(task, columns, step, seen);
+  return seen.bits;
 }
 
 MODA_HOST_DEVICE int32_t power_of_two_from(int64_t number, int32_t at_most) {
@@ -241,21 +278,25 @@ MODA_HOST_DEVICE int32_t power_of_two_from(int64_t number, int32_t at_most) {
   return power;
 }
 
-// A layer as a launch takes it; `first_block` is left to the launch.
-inline Task task_of(const FiringLayer& layer) {
+// The walk of a layer, or of whatever has the same fields.
+template <class Of>
+inline Walk walk_of(const Of& layer) {
   const auto bytes = static_cast<int32_t>(width(layer.dtype));
   const bool across = layer.layout == Layout::kNeuronsLast || layer.positions == 1;
   const int32_t per_vector = 16 / bytes;
-  Task task{layer.data, layer.counts, layer.neurons, layer.positions, layer.threshold, 0, bytes, across, 1, per_vector};
+  Walk walk{layer.data, layer.neurons, layer.positions, bytes, across, 1, per_vector};
   if (across) {
     const bool aligned = reinterpret_cast<uintptr_t>(layer.data) % 16 == 0 && layer.neurons % per_vector == 0;
-    task.per_vector = aligned ? per_vector : 1;
-    task.lanes = power_of_two_from(divide_up(layer.neurons, task.per_vector), kWarp);
+    walk.per_vector = aligned ? per_vector : 1;
+    walk.lanes = power_of_two_from(divide_up(layer.neurons, walk.per_vector), kWarp);
   } else {
-    task.lanes = power_of_two_from(divide_up(layer.positions, per_vector), kWarp);
+    walk.lanes = power_of_two_from(divide_up(layer.positions, per_vector), kWarp);
   }
-  return task;
+  return walk;
 }
+
+// A layer as a launch takes it; `first_block` is left to the launch.
+inline Task task_of(const FiringLayer& layer) { return {walk_of(layer), layer.counts, layer.threshold, 0}; }
 
 // The launch of up to kMaxLayers layers.
 inline Launch launch_of(const FiringLayer* layers, int64_t count, const FiringBatch& batch) {

@@ -76,4 +76,17 @@ struct FiringBatch {
   int64_t* invalid;      // samples with a label outside of [0, K)
 };
 
+// One layer of class statistics: firing counts, and sums of the pooled activations.
+struct StatisticsLayer {
+  Layer layer;         // rows: (N, C) to work in, the activation itself if it is its own pool; out: (K, C) sums, typed as rows
+  uint64_t threshold;  // bits of the threshold in the accumulation dtype
+  int64_t* counts;     // (K, C)
+};
+
+// The batch that class statistics are taken over. Its labels are sorted.
+struct StatisticsBatch {
+  FiringBatch sorted;
+  const int64_t* order;  // (N,) the sample of each sorted label; equal labels in the order of the batch
+};
+
 }  // namespace moda

@@ -237,15 +237,27 @@ def class_sums(pooled: Sequence[Tensor], labels: Tensor, num_classes: int) -> li
 
 
 @functools.lru_cache(maxsize=64)
-def _threshold_bits(threshold: float, dtype: torch.dtype) -> int:
-    """The bits of `threshold`, rounded to `dtype`."""
-    return int(torch.tensor(threshold, dtype=dtype).view(_BITS[dtype]))
+def _threshold_bits(threshold: float, dtype: torch.dtype, compared: torch.dtype) -> int:
+    """The bits, in dtype `compared`, of `threshold` rounded to `dtype`."""
+    return int(torch.tensor(threshold, dtype=dtype).to(compared).view(_BITS[compared]))
 
 
 def _firing_fields(x: Tensor, threshold: float, counts: Tensor) -> tuple[int, ...]:
     """A `FiringLayer` of csrc/types.h."""
     address, dtype, placed, _, neurons, positions, _, _ = _fields(x)
-    return address, dtype, placed, neurons, positions, _threshold_bits(threshold, x.dtype), counts.data_ptr()
+    return address, dtype, placed, neurons, positions, _threshold_bits(threshold, x.dtype, x.dtype), counts.data_ptr()
+
+
+def _firing_batch(labels: Tensor, class_sizes: Tensor, invalid: Tensor) -> tuple[int, ...]:
+    """A `FiringBatch` of csrc/types.h."""
+    return (
+        labels.data_ptr(),
+        int(labels.dtype == torch.int64),
+        labels.shape[0],
+        class_sizes.shape[0],
+        class_sizes.data_ptr(),
+        invalid.data_ptr(),
+    )
 
 
 def _run_count(kernel: str, fields: list[int], batch: tuple[int, ...], device: torch.device) -> None:
@@ -270,12 +282,37 @@ def count_firings(
     layers = [dense(x) for x in activations]
     labels = labels.contiguous()
     fields = [_firing_fields(x, threshold, count) for x, count in zip(layers, counts, strict=True)]
-    batch = (
-        labels.data_ptr(),
-        int(labels.dtype == torch.int64),
-        labels.shape[0],
-        class_sizes.shape[0],
-        class_sizes.data_ptr(),
-        invalid.data_ptr(),
-    )
-    _run_count("count_firings", _flat(fields), batch, labels.device)
+    _run_count("count_firings", _flat(fields), _firing_batch(labels, class_sizes, invalid), labels.device)
+
+
+def _statistics_rows(x: Tensor) -> Tensor:
+    """Room for the pooled activation of a dense layer; an (N, C) layer is its own."""
+    dtype = accumulation(x.dtype)
+    return x.to(dtype) if x.dim() == 2 else x.new_empty(x.shape[:2], dtype=dtype)
+
+
+def _statistics_fields(x: Tensor, rows: Tensor, threshold: float, count: Tensor, total: Tensor) -> tuple[int, ...]:
+    """A `StatisticsLayer` of csrc/types.h."""
+    bits = _threshold_bits(threshold, x.dtype, rows.dtype)
+    return *_fields(x, rows.data_ptr(), total.data_ptr()), bits, count.data_ptr()
+
+
+def class_statistics(
+    activations: Sequence[Tensor],
+    labels: Tensor,
+    threshold: float,
+    counts: Sequence[Tensor],
+    class_sizes: Tensor,
+    invalid: Tensor,
+    sums: Sequence[Tensor],
+) -> None:
+    """Add to counts, class_sizes, invalid and sums in place; activations of any layout."""
+    layers = [dense(x) for x in activations]
+    rows = [_statistics_rows(x) for x in layers]
+    ordered, order = labels.sort(stable=True)
+    fields = [
+        _statistics_fields(x, row, threshold, count, total)
+        for x, row, count, total in zip(layers, rows, counts, sums, strict=True)
+    ]
+    batch = (*_firing_batch(ordered, class_sizes, invalid), order.data_ptr())
+    _run_count("class_statistics", _flat(fields), batch, labels.device)

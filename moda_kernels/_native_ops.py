@@ -173,7 +173,7 @@ grouped_losses.register_autograd(_differentiate_losses, setup_context=_save_loss
 grouped_losses_backward.register_autograd(_refuse_second_backward)
 
 
-# Class sums, firing counts.
+# Class sums, firing counts, class statistics.
 
 
 @torch.library.custom_op("moda_kernels::native_class_sums", mutates_args=())
@@ -208,5 +208,34 @@ def _(
     counts: Sequence[Tensor],
     class_sizes: Tensor,
     invalid: Tensor,
+) -> None:
+    return None
+
+
+@torch.library.custom_op(
+    "moda_kernels::native_class_statistics", mutates_args=("counts", "class_sizes", "invalid", "sums")
+)
+def class_statistics(
+    activations: Sequence[Tensor],
+    labels: Tensor,
+    threshold: float,
+    counts: Sequence[Tensor],
+    class_sizes: Tensor,
+    invalid: Tensor,
+    sums: Sequence[Tensor],
+) -> None:
+    """Add to counts, class_sizes, invalid and sums in place."""
+    calls.class_statistics(activations, labels, threshold, counts, class_sizes, invalid, sums)
+
+
+@class_statistics.register_fake
+def _(
+    activations: Sequence[Tensor],
+    labels: Tensor,
+    threshold: float,
+    counts: Sequence[Tensor],
+    class_sizes: Tensor,
+    invalid: Tensor,
+    sums: Sequence[Tensor],
 ) -> None:
     return None

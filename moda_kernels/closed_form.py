@@ -121,11 +121,13 @@ def count_firings(
     counts: Sequence[Tensor],
     class_sizes: Tensor,
     invalid: Tensor,
+    sums: Sequence[Tensor] = (),
 ) -> None:
     """Add the batch's firings to `counts` ((K, C) int64 each), `class_sizes` and `invalid`, in place.
 
     A neuron fires for a sample when any of its positions exceeds `threshold` in magnitude; NaN counts as firing.
-    Samples whose label is outside [0, K) are counted in `invalid` alone.
+    Samples whose label is outside [0, K) are counted in `invalid` alone. With `sums` ((K, C) each, in the accumulation
+    dtype) also add the pooled activations to each class's.
     """
     valid = (labels >= 0) & (labels < class_sizes.shape[0])
     index = torch.where(valid, labels, 0).long()
@@ -137,5 +139,9 @@ def count_firings(
         smallest = activation.amin(positions) if positions else activation
         fired = ~((largest <= threshold) & (smallest >= -threshold))
         count.index_add_(0, index, fired.long() * weight[:, None])
+    if sums:
+        pooled = [torch.where(valid[:, None], rows, 0) for rows in pool(activations)]
+        for total, batch in zip(sums, class_sums(pooled, index, class_sizes.shape[0], normalize=False), strict=True):
+            total += batch
     class_sizes.index_add_(0, index, weight)
     invalid.add_((~valid).sum())

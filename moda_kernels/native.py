@@ -1,4 +1,4 @@
-"""The compiled extension: backend "native". C++ kernels for the CPU, and firing counts in CUDA.
+"""The compiled extension: backend "native". C++ kernels for the CPU, and the firing counter in CUDA.
 
 Two roads lead to the same kernels (`_native_calls.py`):
 
@@ -120,14 +120,23 @@ def count_firings(
     counts: Sequence[Tensor],
     class_sizes: Tensor,
     invalid: Tensor,
+    sums: Sequence[Tensor] = (),
 ) -> None:
     """Add the batch's firings to `counts` ((K, C) int64 each), `class_sizes` and `invalid`, in place.
 
     A neuron fires for a sample when any of its positions exceeds `threshold` (rounded to the layer's dtype, as PyTorch
     compares) in magnitude; NaN counts as firing. Samples whose label is outside [0, K) are counted in `invalid` alone.
+
+    With `sums` ((K, C) float64 for float64 layers, else float32) also the pooled activations, from the same read. A
+    class's samples are added in the order of the batch, in the accumulation dtype, and then to the running sum:
+    bitwise equal from run to run and for any number of threads; on CUDA also given the same alignment to 16 bytes.
     """
-    count = ops.count_firings if torch.compiler.is_compiling() else calls.count_firings
-    count([x.detach() for x in activations], labels, threshold, list(counts), class_sizes, invalid)
+    module = ops if torch.compiler.is_compiling() else calls
+    layers = [x.detach() for x in activations]
+    if sums:
+        module.class_statistics(layers, labels, threshold, list(counts), class_sizes, invalid, list(sums))
+    else:
+        module.count_firings(layers, labels, threshold, list(counts), class_sizes, invalid)
 
 
 def _once_only(gradients: Sequence[Tensor | None], inputs: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:

@@ -62,6 +62,7 @@ def count_firings(
     counts: Sequence[Tensor],
     class_sizes: Tensor,
     invalid: Tensor,
+    sums: Sequence[Tensor] = (),
 ) -> None:
     """The published counting loop, a boolean selection per class and layer; contract of `closed_form.count_firings`."""
     num_classes = class_sizes.shape[0]
@@ -73,6 +74,9 @@ def count_firings(
             fired = ~((magnitude if magnitude.dim() == 2 else magnitude.flatten(2).amax(2)) <= threshold)
         for k in range(num_classes):
             count[k] += fired[labels == k].sum(0)
+    for rows, total in zip(pool(activations) if sums else (), sums, strict=True):
+        for k in range(num_classes):
+            total[k] += rows[labels == k].sum(0)
     for k in range(num_classes):
         class_sizes[k] += (labels == k).sum()
     invalid.add_(((labels < 0) | (labels >= num_classes)).sum())

@@ -1,15 +1,18 @@
-// Runs every CPU kernel over shapes, layouts, dtypes and thread counts, for the sanitizers to watch, and checks the counts and the
-// means against plain loops. Built without Python by tests/moda_kernels/test_native_sanitizers.py, threads are std::thread here.
+// Runs every CPU kernel over shapes, layouts, dtypes and thread counts, for the sanitizers to watch, and checks the counts, the sums
+// and the means against plain loops. Built without Python by tests/moda_kernels/test_native_sanitizers.py, threads are std::thread here.
 // Buffers have exactly the bytes they need: a read or write beside them is an error of AddressSanitizer.
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
+#include <numeric>
 #include <vector>
 
 #include "../../csrc/cpu.h"
 #include "../../csrc/firing.h"
+#include "../../csrc/statistics.h"
 
 #ifndef MODA_ISA
 #error "MODA_ISA: the instruction set that csrc/cpu_kernels.cpp was compiled for"
@@ -170,6 +173,68 @@ void check_firing(const CpuKernels* kernels, const Shape& s, Dtype dtype, const 
   require(total == s.samples, "class sizes", s, dtype);
 }
 
+// Two layers of the same activation, so that tasks of several layers run at once.
+template <class Label>
+void check_statistics(const CpuKernels* kernels, const Shape& s, Dtype dtype, const Buffer& x, const std::vector<double>& plain) {
+  const int64_t N = s.samples, C = s.neurons, acc = dtype == Dtype::kFloat64 ? 8 : 4;
+  const bool own_pool = s.layout == Layout::kNoPositions;
+  std::vector<int64_t> order(static_cast<size_t>(N));
+  std::iota(order.begin(), order.end(), 0);
+  const auto label_of = [](int64_t n) { return static_cast<Label>(n * 5 % (kClasses + 2) - 1); };
+  std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return label_of(a) < label_of(b); });
+  std::vector<Label> sorted;
+  for (int64_t n : order) sorted.push_back(label_of(n));
+
+  std::vector<int64_t> expected(static_cast<size_t>(kClasses * C), 5), sizes(kClasses, 0);
+  std::vector<double> expected_sums(expected.size(), 0.0);
+  for (int64_t n = 0; n < N; ++n) {
+    const auto label = static_cast<int64_t>(label_of(n));
+    for (int64_t c = 0; c < C && label >= 0 && label < kClasses; ++c) {
+      bool fires = false;
+      double sum = 0;
+      for (int64_t p = 0; p < s.positions; ++p) {
+        const double value = plain[static_cast<size_t>((n * C + c) * s.positions + p)];
+        fires |= value != 0;
+        sum += own_pool ? value : std::fabs(value);
+      }
+      expected[static_cast<size_t>(label * C + c)] += fires;
+      expected_sums[static_cast<size_t>(label * C + c)] += sum / double(s.positions);
+    }
+  }
+
+  struct Target {
+    Buffer rows, sums;
+    std::vector<int64_t> counts;
+  };
+  std::vector<Target> targets;
+  std::vector<StatisticsLayer> layers;
+  for (int l = 0; l < 2; ++l) {
+    targets.push_back({Buffer(N * C * acc), Buffer(kClasses * C * acc), std::vector<int64_t>(expected.size(), 5)});
+    std::memset(targets.back().sums.as(), 0, targets.back().sums.bytes);
+  }
+  for (Target& target : targets) {
+    for (int64_t i = 0; i < N * C && own_pool; ++i) {
+      set(target.rows.as(), acc == 8 ? Dtype::kFloat64 : Dtype::kFloat32, i, plain[static_cast<size_t>(i)]);
+    }
+    layers.push_back({{x.as(), dtype, s.layout, N, C, s.positions, target.rows.as(), target.sums.as()}, 0, target.counts.data()});
+  }
+  int64_t invalid = 0;
+  const FiringBatch firing{sorted.data(), sizeof(Label) == 8, N, kClasses, sizes.data(), &invalid};
+  if (kernels != nullptr) {
+    kernels->class_statistics(layers.data(), 2, {firing, order.data()}, kThreads);
+  } else {
+    class_statistics_emulated(layers.data(), 2, {firing, order.data()});
+  }
+  for (const Target& target : targets) {
+    require(target.counts == expected, "class_statistics", s, dtype);
+    for (int64_t i = 0; i < kClasses * C; ++i) {
+      const double sum = row_mean(target.sums, dtype, i);
+      require(std::fabs(sum - expected_sums[static_cast<size_t>(i)]) < 1e-4, "sums", s, dtype);
+    }
+  }
+  require(std::accumulate(sizes.begin(), sizes.end(), invalid) == N, "class sizes beside sums", s, dtype);
+}
+
 void check(const CpuKernels* kernels, const Shape& s, Dtype dtype) {
   const std::vector<double> plain = values(s);
   Buffer x(s.samples * s.neurons * s.positions * width(dtype));
@@ -182,7 +247,9 @@ void check(const CpuKernels* kernels, const Shape& s, Dtype dtype) {
   }
   check_firing<int64_t>(kernels, s, dtype, x, plain);
   check_firing<int32_t>(kernels, s, dtype, x, plain);
-  if (kernels == nullptr) return;  // the walk of the CUDA kernel: firing counts alone
+  check_statistics<int64_t>(kernels, s, dtype, x, plain);
+  check_statistics<int32_t>(kernels, s, dtype, x, plain);
+  if (kernels == nullptr) return;  // the walk of the CUDA kernels: the firing counter alone
   check_losses(*kernels, s, dtype, x);
   if (s.layout != Layout::kNoPositions) return check_pooling(*kernels, s, dtype, x, plain);
   if (width(dtype) >= 4) check_class_sums(*kernels, s, dtype, x);

@@ -1,15 +1,16 @@
-"""Batches for the tests of firing counts, and how a backend counts them. No hypothesis here: the GPU tests import this."""
+"""Batches for the tests of the firing counter, and how a backend counts them. No hypothesis here: the GPU tests import this."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from moda_kernels import _native_calls
+from moda_kernels import _native_calls, closed_form
 
-Count = Callable[[Sequence[Tensor], Tensor, float, Sequence[Tensor], Tensor, Tensor], None]
+Count = Callable[..., None]  # the contract of closed_form.count_firings
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # (C, *spatial): fewer neurons than a vector, rows of fewer than 16 bytes, of a warp's first step, of several steps and a rest;
@@ -50,6 +51,33 @@ def counted(count: Count, layers: Sequence[Tensor], labels: Tensor, classes: int
     return [*(x - 7 for x in counts), sizes - 3, invalid - 11]
 
 
+def summed(
+    count: Count, layers: Sequence[Tensor], labels: Tensor, classes: int, threshold: float
+) -> tuple[list[Tensor], list[Tensor]]:
+    """What `counted` gives, from the kernels that also sum; and the sums, added to ones so that an overwrite shows."""
+    sums = [
+        torch.ones(classes, x.shape[1], dtype=closed_form.accumulation_dtype(x.dtype), device=x.device) for x in layers
+    ]
+    counts = counted(partial(count, sums=sums), layers, labels, classes, threshold)
+    return counts, [x - 1 for x in sums]
+
+
+def exact_sums(layers: Sequence[Tensor], labels: Tensor, classes: int) -> list[Tensor]:
+    """The sums in float64, class after class."""
+    sums = []
+    for x in layers:
+        rows = x.double() if x.dim() == 2 else x.double().abs().flatten(2).mean(2)
+        sums.append(torch.stack([rows[labels == k].sum(0) for k in range(classes)]))
+    return sums
+
+
+def assert_sums(mine: Sequence[Tensor], layers: Sequence[Tensor], labels: Tensor, classes: int) -> None:
+    for total, expected in zip(mine, exact_sums(layers, labels, classes), strict=True):
+        # The ones that `summed` begins with are 1e-7 of rounding; an own pool's positive and negative values cancel out.
+        tolerance = {"rtol": 1e-12, "atol": 1e-13} if total.dtype == torch.float64 else {"rtol": 4e-6, "atol": 1e-6}
+        torch.testing.assert_close(total.double(), expected, **tolerance, equal_nan=True)
+
+
 def count_emulated(
     activations: Sequence[Tensor],
     labels: Tensor,
@@ -57,10 +85,20 @@ def count_emulated(
     counts: Sequence[Tensor],
     class_sizes: Tensor,
     invalid: Tensor,
+    sums: Sequence[Tensor] = (),
 ) -> None:
-    """The CUDA kernel's walk, on the host."""
-    layers = [_native_calls.dense(x) for x in activations]
-    fields = [_native_calls._firing_fields(x, threshold, count) for x, count in zip(layers, counts, strict=True)]
-    wide = int(labels.dtype == torch.int64)
-    batch = (labels.data_ptr(), wide, len(labels), len(class_sizes), class_sizes.data_ptr(), invalid.data_ptr())
-    _native_calls.extension().count_firings_emulated(_native_calls._flat(fields), batch)
+    """What the CUDA kernels do, on the host."""
+    calls = _native_calls
+    layers = [calls.dense(x) for x in activations]
+    if not sums:
+        fields = [calls._firing_fields(x, threshold, count) for x, count in zip(layers, counts, strict=True)]
+        calls.extension().count_firings_emulated(calls._flat(fields), calls._firing_batch(labels, class_sizes, invalid))
+        return
+    rows = [calls._statistics_rows(x) for x in layers]
+    ordered, order = labels.sort(stable=True)
+    fields = [
+        calls._statistics_fields(x, row, threshold, count, total)
+        for x, row, count, total in zip(layers, rows, counts, sums, strict=True)
+    ]
+    batch = (*calls._firing_batch(ordered, class_sizes, invalid), order.data_ptr())
+    calls.extension().class_statistics_emulated(calls._flat(fields), batch)

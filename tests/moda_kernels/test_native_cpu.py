@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from firing_batches import assert_sums, batch_of_layers, summed
 from native_needed import needs_native
 from torch import Tensor
 
@@ -288,6 +289,38 @@ def test_what_fires(isa: str, dtype: torch.dtype):
     assert fires.tolist() == [[0, 0, 0, 0, 1, 1, 0, 0]]
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("threshold", [0.0, 0.1])
+@pytest.mark.parametrize(("samples", "classes"), [(1, 1), (13, 5), (40, 300)])
+def test_class_statistics(isa: str, dtype: torch.dtype, threshold: float, samples: int, classes: int):
+    """Counts and sums from one read, of fewer classes than samples and of more; labels that are none add nothing."""
+    generator = torch.Generator().manual_seed(samples)
+    layers = batch_of_layers(samples, dtype, generator)
+    layers.append(torch.randn(samples, 3, 65, 64, generator=generator).to(dtype))  # more than a block of positions
+    labels = torch.randint(-1, classes + 1, (samples,), generator=generator)
+    before = [*[7] * len(layers), 3, 11]
+    expected = [x - y for x, y in zip(counted(closed_form, layers, labels, classes, threshold), before, strict=True)]
+    for kind in (labels, labels.int()):
+        counts, sums = summed(native.count_firings, layers, kind, classes, threshold)
+        assert all(map(torch.equal, counts, expected))
+        assert_sums(sums, layers, labels, classes)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_fires_beside_a_sum(isa: str, dtype: torch.dtype):
+    """A mean of the smallest subnormal is 0 and fires all the same; NaN fires, and its class's sum is NaN."""
+    smallest = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+    values = torch.tensor([0.0, -0.0, smallest, -smallest, float("nan"), -float("inf"), 0.1, -0.1], dtype=dtype)
+    x = torch.zeros(1, 8, 33, dtype=dtype)
+    x[0, :, 20] = values
+    for layer in (values[None], x, neurons_last(x)):
+        for threshold, fires in ((0.0, [0, 0, 1, 1, 1, 1, 1, 1]), (0.1, [0, 0, 0, 0, 1, 1, 0, 0])):
+            (counts, _, _), (sums,) = summed(native.count_firings, [layer], torch.tensor([0]), 1, threshold)
+            assert counts.tolist() == [fires]
+            assert sums.isnan().tolist() == [[False] * 4 + [True] + [False] * 3]
+            assert sums[0, 5].item() == (float("inf") if layer.dim() > 2 else -float("inf"))
+
+
 @pytest.mark.parametrize("name", ["firing_basic", "firing_signed", "firing_exact_rates"])
 def test_published_counts(isa: str, name: str, golden):
     data = golden(name)
@@ -328,14 +361,16 @@ def test_results_do_not_depend_on_the_number_of_threads():
     generator = torch.Generator().manual_seed(8)
     layers = [torch.randn(24, *s, generator=generator) for s in [(700,), (64, 17, 17), (96, 5, 5)]]
     layers.append(neurons_last(layers[1]))
-    segments = Segments.from_labels(torch.randint(0, 4, (24,), generator=generator))
+    labels = torch.randint(0, 4, (24,), generator=generator)
+    segments = Segments.from_labels(labels)
 
     def results(threads: int) -> list[Tensor]:
         torch.set_num_threads(threads)
         inputs = [x.clone().requires_grad_() for x in layers]
         terms = native.grouped_losses(inputs, segments)
         gradients = torch.autograd.grad(sum(terms), inputs)
-        return [*terms, *gradients, *native.pool(layers), native.relu_pool(layers[1], False)[1]]
+        counts, sums = summed(native.count_firings, layers, labels, 3, 0.5)  # samples of class 3 count nowhere
+        return [*terms, *gradients, *native.pool(layers), native.relu_pool(layers[1], False)[1], *counts, *sums]
 
     first = results(1)
     for threads in (1, 2, 3, 8):

@@ -12,7 +12,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from firing_batches import DTYPES, batch_of_layers, count_emulated, counted, one_per_row
+from firing_batches import (
+    DTYPES,
+    assert_sums,
+    batch_of_layers,
+    count_emulated,
+    counted,
+    neurons_last,
+    one_per_row,
+    summed,
+)
 from native_needed import needs_native
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -38,6 +47,48 @@ def test_the_walk_counts_as_the_oracle(dtype: torch.dtype, samples: int, classes
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("samples", "classes"), [(1, 1), (5, 3), (70, 3), (70, 1000)])
+def test_the_sums_are_the_oracle_s(dtype: torch.dtype, samples: int, classes: int):
+    """Fewer samples than a block's teams and more, classes of one sample and of many; the counts beside the sums."""
+    generator = torch.Generator().manual_seed(samples)
+    layers = batch_of_layers(samples, dtype, generator)
+    long = torch.randn(2 * samples, 5, 1111, generator=generator).to(dtype)[
+        ::2
+    ]  # many steps of a row; of a team of warps
+    layers += [long.contiguous(), neurons_last(long)]
+    labels = torch.randint(-1, classes + 1, (samples,), generator=generator)
+    expected = counted(closed_form.count_firings, layers, labels, classes, 0.1)
+    for kind in (labels, labels.int()):
+        counts, sums = summed(count_emulated, layers, kind, classes, 0.1)
+        assert all(map(torch.equal, counts, expected))
+        assert_sums(sums, layers, labels, classes)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_fires_beside_a_sum(dtype: torch.dtype):
+    smallest = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+    values = torch.tensor([0.0, -0.0, smallest, -smallest, float("nan"), -float("inf"), 0.1, -0.1], dtype=dtype)
+    x = torch.zeros(1, 8, 33, dtype=dtype)
+    x[0, :, 20] = values
+    for layer in (values[None], x, neurons_last(x)):
+        for threshold, fires in ((0.0, [0, 0, 1, 1, 1, 1, 1, 1]), (0.1, [0, 0, 0, 0, 1, 1, 0, 0])):
+            (counts, _, _), (sums,) = summed(count_emulated, [layer], torch.tensor([0]), 1, threshold)
+            assert counts.tolist() == [fires]
+            assert sums.isnan().tolist() == [[False] * 4 + [True] + [False] * 3]
+            assert sums[0, 5].item() == (float("inf") if layer.dim() > 2 else -float("inf"))
+
+
+def test_every_half_is_converted_as_in_torch():
+    """All 65536 bit patterns of the two half-precision formats, each as a class of its own."""
+    for dtype in (torch.float16, torch.bfloat16):
+        x = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype).view(1, -1, 1)
+        counts, sums = summed(count_emulated, [x], torch.zeros(1, dtype=torch.int64), 1, 0.0)
+        expected = (x.float().abs()[:, :, 0] + 1) - 1
+        assert torch.equal(counts[0][0] == 0, x[0, :, 0] == 0)
+        torch.testing.assert_close(sums[0], expected, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_every_position_is_read_and_none_beside_the_row(dtype: torch.dtype):
     """One firing position at a time, between neighbours that fire: rows of every alignment and length around a warp's steps."""
     width = torch.empty((), dtype=dtype).itemsize
@@ -58,9 +109,11 @@ def test_more_layers_than_a_launch_takes():
     generator = torch.Generator().manual_seed(0)
     layers = [one_per_row(9, (5 + i % 7, 3, 4), generator) for i in range(130)]
     labels = torch.randint(0, 4, (9,), generator=generator)
-    mine = counted(count_emulated, layers, labels, 4, 0.0)
-    for a, b in zip(mine, counted(closed_form.count_firings, layers, labels, 4, 0.0), strict=True):
-        assert torch.equal(a, b)
+    expected = counted(closed_form.count_firings, layers, labels, 4, 0.0)
+    assert all(map(torch.equal, counted(count_emulated, layers, labels, 4, 0.0), expected))
+    counts, sums = summed(count_emulated, layers, labels, 4, 0.0)
+    assert all(map(torch.equal, counts, expected))
+    assert_sums(sums, layers, labels, 4)
 
 
 @pytest.mark.parametrize("name", ["firing_basic", "firing_signed", "firing_exact_rates"])
@@ -83,38 +136,40 @@ needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc
 
 
 @needs_nvcc
-def test_no_architecture_spills(tmp_path: Path):
+@pytest.mark.parametrize(("source", "kernels"), [("firing.cu", 1), ("statistics.cu", 2)])
+def test_no_architecture_spills(tmp_path: Path, source: str, kernels: int):
     """Every architecture of the default list, and the PTX of the newest, as setup.py builds them."""
     setup = runpy.run_path(str(ROOT / "setup.py"), run_name="setup")
     chosen = setup["architectures"](shutil.which("nvcc")).split(";")
     assert chosen == ["80-real", "86-real", "89-real", "90-real", "100-real", "120-real", "120-virtual"]
     numbers = [arch.removesuffix("-real") for arch in chosen if arch.endswith("-real")]
-    command = ["nvcc", "-std=c++17", "-O3", "-c", str(ROOT / "csrc" / "firing.cu"), "-o", str(tmp_path / "firing.o")]
+    command = ["nvcc", "-std=c++17", "-O3", "-c", str(ROOT / "csrc" / source), "-o", str(tmp_path / "kernels.o")]
     command += [f"-gencode=arch=compute_{number},code=sm_{number}" for number in numbers]
     done = subprocess.run([*command, "-Xptxas", "-v"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert re.findall(r"for 'sm_(\d+)a?'", done.stderr) == numbers
+    assert re.findall(r"for 'sm_(\d+)a?'", done.stderr) == [number for number in numbers for _ in range(kernels)]
     spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", done.stderr)
-    assert spills == [("0", "0", "0")] * len(numbers)
+    assert spills == [("0", "0", "0")] * len(numbers) * kernels
 
 
 @needs_nvcc
-def test_loads_are_16_bytes_wide_and_pass_the_caches(tmp_path: Path):
-    ptx = tmp_path / "firing.ptx"
+@pytest.mark.parametrize(("source", "types"), [("firing.cu", 3), ("statistics.cu", 4)])
+def test_loads_are_16_bytes_wide_and_pass_the_caches(tmp_path: Path, source: str, types: int):
+    ptx = tmp_path / "kernels.ptx"
     command = [
         "nvcc",
         "-std=c++17",
         "-O3",
         "-ptx",
         "-arch=compute_90",
-        str(ROOT / "csrc" / "firing.cu"),
+        str(ROOT / "csrc" / source),
         "-o",
         str(ptx),
     ]
     subprocess.run(command, check=True)
     loads = re.findall(r"ld\.global\.cs\.v4\.\w+", ptx.read_text())
-    # Per width: the first step's, kUnroll of a later step's and kUnroll of a column's.
-    assert len(loads) >= 3 * (1 + 4 + 4)
+    # Per width or element type: the first step's, kUnroll of a later step's and kUnroll of a column's.
+    assert len(loads) >= types * (1 + 4 + 4)
 
 
 def test_a_cuda_error_is_an_exception_with_its_name():
@@ -123,6 +178,8 @@ def test_a_cuda_error_is_an_exception_with_its_name():
         pytest.skip("the extension was built without CUDA")
     with pytest.raises(RuntimeError, match=r"^cudaError(InvalidDevice|InsufficientDriver|NoDevice): "):
         _native_calls.extension().count_firings_cuda([], (0, 1, 0, 1, 0, 0), 99, 0)
+    with pytest.raises(RuntimeError, match=r"^cudaError(InvalidDevice|InsufficientDriver|NoDevice): "):
+        _native_calls.extension().class_statistics_cuda([], (0, 1, 0, 1, 0, 0, 0), 99, 0)
 
 
 class RecordedCalls:
@@ -149,9 +206,10 @@ def test_cuda_tensors_go_to_the_cuda_kernel(monkeypatch: pytest.MonkeyPatch):
             torch.zeros(4, dtype=torch.int64, **on),
         )
         counts = [torch.zeros(2, width, dtype=torch.int64, **on) for width in (3, 6)]
-        invalid = torch.zeros((), dtype=torch.int64, **on)
-        _native_calls.count_firings(layers, labels, 0.0, counts, torch.zeros(2, dtype=torch.int64, **on), invalid)
-    assert recorded.calls == [("count_firings_cuda", 2 * 7, 6, 1, 77)]
+        sizes, invalid = torch.zeros(2, dtype=torch.int64, **on), torch.zeros((), dtype=torch.int64, **on)
+        _native_calls.count_firings(layers, labels, 0.0, counts, sizes, invalid)
+        _native_calls.class_statistics(layers, labels, 0.0, counts, sizes, invalid, [x.float() for x in counts])
+    assert recorded.calls == [("count_firings_cuda", 2 * 7, 6, 1, 77), ("class_statistics_cuda", 2 * 10, 7, 1, 77)]
 
 
 def test_a_build_without_cuda_says_so(monkeypatch: pytest.MonkeyPatch):

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from firing_batches import DTYPES, batch_of_layers, counted, one_per_row
+from firing_batches import DTYPES, assert_sums, batch_of_layers, counted, exact_sums, one_per_row, summed
 from torch import Tensor
 
 from moda_kernels import FiringCounter, closed_form, native
@@ -43,6 +43,22 @@ def test_counts_are_the_oracle_s(dtype: torch.dtype, samples: int, classes: int,
         mine = counted(native.count_firings, on_device(layers), kind.cuda(), classes, threshold)
         for a, b in zip(mine, expected, strict=True):
             assert torch.equal(a.cpu(), b)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("samples", "classes"), [(1, 1), (5, 3), (70, 3), (70, 1000), (300, 10)])
+def test_sums_are_the_oracle_s(dtype: torch.dtype, samples: int, classes: int):
+    """And bitwise the same a second time; the counts beside them are those without sums."""
+    generator = torch.Generator().manual_seed(samples)
+    layers = batch_of_layers(samples, dtype, generator)
+    labels = torch.randint(-1, classes + 1, (samples,), generator=generator)
+    expected = counted(closed_form.count_firings, layers, labels, classes, 0.1)
+    for kind in (labels, labels.int()):
+        counts, sums = summed(native.count_firings, on_device(layers), kind.cuda(), classes, 0.1)
+        assert all(torch.equal(a.cpu(), b) for a, b in zip(counts, expected, strict=True))
+        assert_sums([x.cpu() for x in sums], layers, labels, classes)
+        again = summed(native.count_firings, on_device(layers), kind.cuda(), classes, 0.1)[1]
+        assert all(map(torch.equal, sums, again))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -82,11 +98,15 @@ def test_more_layers_than_a_launch_takes():
     expected = counted(closed_form.count_firings, layers, labels, 4, 0.0)
     mine = counted(native.count_firings, on_device(layers), labels.cuda(), 4, 0.0)
     assert all(torch.equal(a.cpu(), b) for a, b in zip(mine, expected, strict=True))
+    counts, sums = summed(native.count_firings, on_device(layers), labels.cuda(), 4, 0.0)
+    assert all(torch.equal(a.cpu(), b) for a, b in zip(counts, expected, strict=True))
+    assert_sums([x.cpu() for x in sums], layers, labels, 4)
 
 
-def test_no_synchronisation():
+@pytest.mark.parametrize("sums", [False, True], ids=["counts", "sums"])
+def test_no_synchronisation(sums: bool):
     layers, labels = small_batch()
-    counter = FiringCounter(4, backend="native")
+    counter = FiringCounter(4, backend="native", sums=sums)
     counter.update(layers, labels)  # makes the counts
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -108,8 +128,10 @@ def test_runs_on_the_current_stream():
         for target, x in zip(targets, layers, strict=True):
             target.copy_(x)
         mine = counted(native.count_firings, targets, labels, 4, 0.0)
+        sums = summed(native.count_firings, targets, labels, 4, 0.0)[1]
     stream.synchronize()
     assert all(torch.equal(a, b) for a, b in zip(mine, expected, strict=True))
+    assert_sums(sums, layers, labels, 4)
 
 
 def test_captured_in_a_graph():
@@ -126,6 +148,33 @@ def test_captured_in_a_graph():
     assert torch.equal(sizes, 3 * expected[-2])
     for count, once in zip(counts, expected, strict=False):
         assert torch.equal(count, 3 * once)
+
+
+def test_sums_captured_in_a_graph():
+    """Sorting, the room for the rows and both kernels; replayed on other activations and labels."""
+    layers, labels = small_batch()
+    counts = [torch.zeros(4, x.shape[1], dtype=torch.int64, device="cuda") for x in layers]
+    sums = [count.float() for count in counts]
+    sizes, invalid = torch.zeros(4, dtype=torch.int64, device="cuda"), torch.zeros((), dtype=torch.int64, device="cuda")
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # what a first call allocates, it allocates outside of the graph
+        summed(native.count_firings, layers, labels, 4, 0.0)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        native.count_firings(layers, labels, 0.0, counts, sizes, invalid, sums)
+    assert sizes.sum() == 0  # captured, not run
+    expected = [torch.zeros_like(total, dtype=torch.float64) for total in sums]
+    for _ in range(3):
+        labels.copy_(labels.roll(1))
+        layers[0].mul_(2)
+        graph.replay()
+        for total, batch in zip(expected, exact_sums(layers, labels, 4), strict=True):
+            total += batch
+    assert sizes.sum() == 3 * len(labels)
+    for total, exact in zip(sums, expected, strict=True):
+        torch.testing.assert_close(total.double(), exact, rtol=1e-5, atol=1e-6)
 
 
 def test_labels_out_of_range_are_reported_at_the_next_read():
@@ -176,9 +225,9 @@ def test_compute_sanitizer_finds_nothing(tmp_path):
 
     if shutil.which("compute-sanitizer") is None:
         pytest.skip("needs compute-sanitizer")
-    test = f"{__file__}::test_counts_are_the_oracle_s"
+    tests = [f"{__file__}::test_{name}_are_the_oracle_s" for name in ("counts", "sums")]
     command = ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9", sys.executable, "-m", "pytest"]
     done = subprocess.run(
-        [*command, "-q", "-n0", test, "-k", "70-3"], capture_output=True, text=True, env=os.environ, check=False
+        [*command, "-q", "-n0", *tests, "-k", "70-3"], capture_output=True, text=True, env=os.environ, check=False
     )
     assert done.returncode == 0, done.stdout[-3000:]

@@ -44,7 +44,9 @@ def test_opcheck():
     opcheck(ops.pool, ([x, last],))
     opcheck(ops.grouped_losses, ([x, last, flat], segment_tensors()))
     opcheck(ops.class_sums, ([flat.detach()], LABELS, 3))
-    opcheck(ops.count_firings, ([x.detach(), flat.detach()], LABELS, 0.0, *zero_counts([3, 6])))
+    counting = ([x.detach(), flat.detach()], LABELS, 0.0, *zero_counts([3, 6]))
+    opcheck(ops.count_firings, counting)
+    opcheck(ops.class_statistics, (*counting, [torch.zeros(3, 3), torch.zeros(3, 6)]))
 
 
 def losses(x: list[Tensor]) -> Tensor:
@@ -80,6 +82,22 @@ def test_counts_are_added_to_in_place_when_compiled():
     assert torch.equal(sizes, 2 * expected_sizes)
     for count, once in zip(counts, expected, strict=True):
         assert torch.equal(count, 2 * once)
+
+
+def test_sums_are_added_to_in_place_when_compiled():
+    x = [layer.detach() for layer in layers()]
+    counts, sizes, invalid = zero_counts([3, 8, 6])
+    sums = [torch.zeros(3, layer.shape[1]) for layer in x]
+    count = torch.compile(native.count_firings, fullgraph=True, backend="aot_eager")
+    count(x, LABELS, 0.5, counts, sizes, invalid, sums)
+    count(x, LABELS, 0.5, counts, sizes, invalid, sums)
+    expected, expected_sizes, _ = zero_counts([3, 8, 6])
+    once = [torch.zeros_like(total) for total in sums]
+    closed_form.count_firings(x, LABELS, 0.5, expected, expected_sizes, invalid, once)
+    assert torch.equal(sizes, 2 * expected_sizes)
+    assert all(torch.equal(count, 2 * of_one) for count, of_one in zip(counts, expected, strict=True))
+    for total, of_one in zip(sums, once, strict=True):
+        torch.testing.assert_close(total, 2 * of_one)
 
 
 def test_double_backward_of_an_operator_is_the_same_error():

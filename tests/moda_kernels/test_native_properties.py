@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from firing_batches import DTYPES, count_emulated, counted, neurons_last
+from firing_batches import DTYPES, assert_sums, count_emulated, counted, neurons_last, summed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from native_needed import needs_native
@@ -75,6 +75,41 @@ def test_counts_add_up(drawn: tuple[list[Tensor], Tensor, int, float], random):
     for i, total in enumerate(whole):
         assert torch.equal(shuffled[i], total)
         assert torch.equal(first[i] + second[i], total)
+
+
+@QUICK
+@given(batch())
+def test_sums_are_the_oracle_s_on_every_road(drawn: tuple[list[Tensor], Tensor, int, float]):
+    """And the counts beside them are those without sums."""
+    layers, labels, classes, _ = drawn
+    expected = counted(closed_form.count_firings, *drawn)
+    for count in (native.count_firings, count_emulated, closed_form.count_firings):
+        counts, sums = summed(count, *drawn)
+        assert all(map(torch.equal, counts, expected))
+        assert_sums(sums, layers, labels, classes)
+
+
+@QUICK
+@given(batch(), st.randoms(use_true_random=False))
+def test_sums_add_up(drawn: tuple[list[Tensor], Tensor, int, float], random):
+    """A permuted batch and two halves give the same sums but for rounding; the same batch gives the same bits."""
+    layers, labels, classes, threshold = drawn
+    whole = summed(native.count_firings, *drawn)[1]
+    for again, total in zip(summed(native.count_firings, *drawn)[1], whole, strict=True):
+        torch.testing.assert_close(again, total, rtol=0, atol=0, equal_nan=True)
+    order = list(range(len(labels)))
+    random.shuffle(order)
+    shuffled = summed(native.count_firings, [x[order] for x in layers], labels[order], classes, threshold)[1]
+    cut = random.randint(0, len(order))
+    halves = [
+        summed(native.count_firings, [x[part] for x in layers], labels[part], classes, threshold)[1]
+        for part in (order[:cut], order[cut:])
+        if part
+    ]
+    for i, total in enumerate(whole):
+        close = {"rtol": 1e-5, "atol": 1e-5, "equal_nan": True}
+        torch.testing.assert_close(shuffled[i], total, **close)
+        torch.testing.assert_close(sum(half[i] for half in halves), total, **close)
 
 
 @QUICK

@@ -16,7 +16,13 @@ from moda_kernels import native
 pytestmark = needs_native
 
 ROOT = Path(__file__).resolve().parents[2]
-SOURCES = ("csrc/parallel.cpp", "csrc/memory.cpp", "csrc/firing_emulated.cpp", "csrc/cpu_kernels.cpp")
+SOURCES = (
+    "csrc/parallel.cpp",
+    "csrc/memory.cpp",
+    "csrc/firing_emulated.cpp",
+    "csrc/statistics_emulated.cpp",
+    "csrc/cpu_kernels.cpp",
+)
 COMPILER = shutil.which("g++")
 OPTIONS = {"portable": [], "avx2": ["-mavx2", "-mfma", "-mf16c"]}  # as in CMakeLists.txt
 
