@@ -491,10 +491,13 @@ def describe(by_rank: Sequence[Any]) -> str:
     return "; ".join(f"{value} on rank {', '.join(which)}" for value, which in ranks.items())
 
 
-def sum_counts(counts: Sequence[Tensor], group: ProcessGroup) -> list[Tensor]:
-    """Sums over the ranks of int64 tensors, in one collective; each on the device it came from."""
+def sum_tensors(tensors: Sequence[Tensor], dtype: torch.dtype, group: ProcessGroup) -> list[Tensor]:
+    """Sums over the ranks, added in `dtype` in one collective; each of the dtype and on the device it came from."""
     device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend(group) == "nccl" else None
-    buffer = torch.cat([count.flatten().to(device or counts[0].device) for count in counts])
+    buffer = torch.cat([tensor.flatten().to(device or tensors[0].device, dtype) for tensor in tensors])
     dist.all_reduce(buffer, group=group)
-    parts = torch.split(buffer, [count.numel() for count in counts])
-    return [part.view(count.shape).to(count.device, copy=True) for part, count in zip(parts, counts, strict=True)]
+    parts = torch.split(buffer, [tensor.numel() for tensor in tensors])
+    return [
+        part.view(tensor.shape).to(tensor.device, tensor.dtype, copy=True)
+        for part, tensor in zip(parts, tensors, strict=True)
+    ]

@@ -1,4 +1,4 @@
-"""Firing counts per class and neuron: the statistic behind a decomposition."""
+"""Class statistics per neuron: firing counts, which are behind a decomposition, and sums of pooled activations."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from moda_kernels.backends import select
+from moda_kernels.closed_form import accumulation_dtype
+from moda_kernels.means import mean_of_classes
 from moda_kernels.validation import check_batch, check_label_range, check_num_classes
 
 if TYPE_CHECKING:
@@ -23,6 +25,12 @@ class FiringCounter:
     in the published code. Counts are int64 and live on the device of the activations; integer sums have no order, so
     they are bitwise equal from run to run.
 
+    With `sums=True` the pooled activations (mean over positions of the absolute value; an (N, C) layer is its own,
+    signed) are added up per class and neuron as well, from the same read of each activation: how strongly a neuron
+    fires, beside how often. Without, reading stops at a neuron's first firing position. Sums of the same batches in the
+    same order are bitwise equal from run to run, with backend "native" on any device, and for any number of threads;
+    another order of samples or batches rounds differently.
+
     Labels outside [0, num_classes) are an error: at once on the CPU; on a GPU, where looking would be a synchronisation
     per batch, at the next read of a result.
 
@@ -30,6 +38,7 @@ class FiringCounter:
         num_classes: K, at least 1.
         threshold: magnitude that a position must exceed, finite and >= 0; the published code uses 0.
         backend: see `moda_kernels.backends`.
+        sums: also add up pooled activations.
 
     Raises:
         TypeError, ValueError: an argument is not as above.
@@ -42,14 +51,18 @@ class FiringCounter:
         >>> counter.rates[0].shape     # (10, neurons of the first layer)
     """
 
-    def __init__(self, num_classes: int, *, threshold: float = 0.0, backend: str = "auto") -> None:
+    def __init__(self, num_classes: int, *, threshold: float = 0.0, backend: str = "auto", sums: bool = False) -> None:
         check_num_classes(num_classes)
         if not (math.isfinite(threshold) and threshold >= 0):
             raise ValueError(f"threshold: expected a finite number of at least 0, got {threshold}")
+        if not isinstance(sums, bool):
+            raise TypeError(f"sums: expected True or False, got {type(sums).__name__}")
         self.num_classes = num_classes
         self.threshold = float(threshold)
         self.backend = backend
+        self._with_sums = sums
         self._counts: list[Tensor] = []
+        self._sums: list[Tensor] = []
         self._class_sizes = torch.zeros(num_classes, dtype=torch.int64)
         self._invalid = torch.zeros((), dtype=torch.int64)
 
@@ -63,16 +76,19 @@ class FiringCounter:
             labels: (N,) int64 or int32, in [0, num_classes).
 
         Raises:
-            TypeError, ValueError: an argument is not as above, or the layers differ from earlier batches'; nothing
-                is counted.
+            TypeError, ValueError: an argument is not as above, or the layers differ from earlier batches' in number,
+                neurons or, with sums, between float64 and narrower; nothing is counted.
         """
         layers = check_batch(activations, labels)
-        self._check_widths([layer.shape[1] for layer in layers])
+        widths, dtypes = [layer.shape[1] for layer in layers], [accumulation_dtype(layer.dtype) for layer in layers]
+        self._check_layers(widths, dtypes)
         if labels.device.type == "cpu":
             check_label_range(labels, self.num_classes)
         implementation = select("count_firings", self.backend, layers)
-        self._place(layers)
-        implementation.count_firings(layers, labels, self.threshold, self._counts, self._class_sizes, self._invalid)
+        self._place(widths, dtypes, labels.device)
+        implementation.count_firings(
+            layers, labels, self.threshold, self._counts, self._class_sizes, self._invalid, self._sums
+        )
 
     @property
     def counts(self) -> list[Tensor]:
@@ -93,65 +109,95 @@ class FiringCounter:
         return [(count.double() / sizes).float() for count in self._counts]
 
     @property
+    def sums(self) -> list[Tensor]:
+        """One (K, C) tensor per layer: pooled activations added over the class's samples.
+
+        float64 for float64 layers and float32 otherwise.
+
+        Raises:
+            ValueError: the counter was made without `sums=True`.
+        """
+        if not self._with_sums:
+            raise ValueError("sums: expected a counter made with FiringCounter(..., sums=True), got one made without")
+        self._check_invalid()
+        return self._sums
+
+    @property
+    def means(self) -> list[Tensor]:
+        """One (K, C) tensor per layer, of the dtype of its sums: sums / class size; 0 for those of `empty_classes`.
+
+        Raises:
+            ValueError: the counter was made without `sums=True`.
+        """
+        return [mean_of_classes(total, self._class_sizes) for total in self.sums]
+
+    @property
     def empty_classes(self) -> list[int]:
         """Classes of which no sample was seen; their rates of 0 say nothing. Reads the sizes on the host."""
         return (self.class_sizes == 0).nonzero().flatten().tolist()
 
     def merge(self, other: FiringCounter) -> None:
-        """Add the counts of another counter of the same classes, threshold and layers.
+        """Add the counts, and sums if there are, of another counter of the same classes, threshold and layers.
 
         Raises:
             ValueError: the counters differ in one of these; nothing is added.
         """
-        for name in ("num_classes", "threshold"):
-            mine, theirs = getattr(self, name), getattr(other, name)
-            if mine != theirs:
-                raise ValueError(f"other: expected {name}={mine} as here, got {theirs}")
+        given = other._settings()
+        for name, mine in self._settings().items():
+            if mine != given[name]:
+                raise ValueError(f"other: expected {name}={mine} as here, got {given[name]}")
         if not other.counts:
             return
-        self._check_widths([count.shape[1] for count in other.counts])
-        self._place(other.counts)
-        device = self._class_sizes.device
-        for mine, theirs in zip(self._counts, other.counts, strict=True):
+        widths, dtypes = other._widths(), other._sum_dtypes()
+        self._check_layers(widths, dtypes)
+        device = other._class_sizes.device
+        self._place(widths, dtypes, device)
+        for mine, theirs in zip([*self._counts, *self._sums], [*other._counts, *other._sums], strict=True):
             mine += theirs.to(device)
         self._class_sizes += other.class_sizes.to(device)
 
     def all_reduce(self, group: Group) -> None:
-        """Replace the counts on every rank by their sums over the ranks of a process group.
+        """Replace the counts, and sums if there are, on every rank by those of all ranks of a process group together.
 
         Integer sums have no order: every rank ends with the same counts, whatever the number of ranks that shared the
-        samples. A rank that counted no batch takes part. Calling it twice counts twice.
+        samples. Sums of activations are added over the ranks in float64; they are the same on every rank, and from run
+        to run given a deterministic all-reduce. A rank that counted no batch takes part. Calling it twice counts twice.
 
         Args:
             group: a process group that this process is in, or "world" for the default one.
 
         Raises:
-            TypeError, ValueError: `group` is none, or the ranks' counters differ in classes, threshold or layers; then
-                on every rank, and nothing is added.
+            TypeError, ValueError: `group` is none, or the ranks' counters differ in classes, threshold, sums or layers;
+                then on every rank, and nothing is added.
         """
         from moda_kernels import distributed  # brings in torch's compiler, which is slow to import
 
         process_group = distributed.resolve_group(group)
-        mine = (self.num_classes, self.threshold, tuple(count.shape[1] for count in self._counts))
+        mine = (self._settings(), self._widths(), self._sum_dtypes())
         everyone = distributed.gather_objects(mine, process_group)
-        widths = max(theirs for _, _, theirs in everyone)
-        if {(*settings, seen or widths) for *settings, seen in everyone} != {(*mine[:2], widths)}:
-            described = [f"num_classes={k}, threshold={t:g}, neurons {list(seen)}" for k, t, seen in everyone]
+        counted = [layers for _, *layers in everyone if layers[0]]
+        if any(theirs != mine[0] for theirs, *_ in everyone) or any(layers != counted[0] for layers in counted):
+            described = [_describe(settings, *layers) for settings, *layers in everyone]
             raise ValueError(
-                f"group: expected the same classes, threshold and layers on every rank, got "
+                f"group: expected the same classes, threshold, sums and layers on every rank, got "
                 f"{distributed.describe(described)}"
             )
-        device = self._class_sizes.device
-        counts = self._counts or [
-            torch.zeros(self.num_classes, width, dtype=torch.int64, device=device) for width in widths
-        ]
-        *self._counts, self._class_sizes, self._invalid = distributed.sum_counts(
-            [*counts, self._class_sizes, self._invalid], process_group
+        if counted:
+            widths, dtypes = counted[0]
+            self._place(widths, dtypes, self._class_sizes.device)
+        *self._counts, self._class_sizes, self._invalid = distributed.sum_tensors(
+            [*self._counts, self._class_sizes, self._invalid], torch.int64, process_group
         )
+        if self._sums:
+            self._sums = distributed.sum_tensors(self._sums, torch.float64, process_group)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Counts, sizes and settings as tensors; `load_state_dict` takes it back, safetensors can hold it."""
+        """Counts, sums if there are, sizes and settings as tensors.
+
+        `load_state_dict` takes it back, safetensors can hold it.
+        """
         state = {f"counts.{index}": count for index, count in enumerate(self.counts)}
+        state |= {f"sums.{index}": total for index, total in enumerate(self._sums)}
         state["class_sizes"] = self._class_sizes
         state["threshold"] = torch.tensor(self.threshold, dtype=torch.float64)
         return state
@@ -162,37 +208,62 @@ class FiringCounter:
         Raises:
             ValueError: entries are missing, unknown or of another shape or dtype; the counter stays as it was.
         """
-        layers = len(state) - 2
-        names = [f"counts.{index}" for index in range(layers)]
-        if set(state) != {*names, "class_sizes", "threshold"}:
-            raise ValueError(f"state: expected class_sizes, threshold and counts.0, counts.1, ..., got {sorted(state)}")
-        for name in [*names, "class_sizes"]:
-            _check_count_tensor(name, state[name], self.num_classes)
+        layers = range(sum(name.startswith("counts.") for name in state))
+        counts, sums = [f"counts.{index}" for index in layers], [f"sums.{index}" for index in layers]
+        if set(state) != {"class_sizes", "threshold", *counts, *(sums if self._with_sums else ())}:
+            per_layer = "counts.0, sums.0, counts.1, sums.1" if self._with_sums else "counts.0, counts.1"
+            raise ValueError(
+                f"state: expected class_sizes, threshold and {per_layer}, ..., as of a counter made with "
+                f"sums={self._with_sums}, got {sorted(state)}"
+            )
+        for name in [*counts, "class_sizes"]:
+            _check_state_tensor(name, state[name], (torch.int64,), self.num_classes)
+        for name, count in zip(sums, counts, strict=True) if self._with_sums else ():
+            _check_state_tensor(
+                name, state[name], (torch.float32, torch.float64), self.num_classes, state[count].shape[1]
+            )
         threshold = float(state["threshold"])
         if threshold != self.threshold:
             raise ValueError(f"state['threshold']: expected {self.threshold} as here, got {threshold}")
-        self._counts = [state[name].clone() for name in names]
-        self._class_sizes = state["class_sizes"].clone()
+        self._counts = [_own(state[name]) for name in counts]
+        self._sums = [_own(state[name]) for name in sums] if self._with_sums else []
+        self._class_sizes = _own(state["class_sizes"])
         self._invalid = torch.zeros((), dtype=torch.int64, device=self._class_sizes.device)
 
     def __repr__(self) -> str:
-        widths = [count.shape[1] for count in self._counts]
-        return f"FiringCounter(num_classes={self.num_classes}, threshold={self.threshold:g}, neurons={widths})"
+        settings = f"num_classes={self.num_classes}, threshold={self.threshold:g}, neurons={self._widths()}"
+        return f"FiringCounter({settings}{', sums=True' if self._with_sums else ''})"
 
-    def _check_widths(self, widths: list[int]) -> None:
-        counted = [count.shape[1] for count in self._counts]
+    def _settings(self) -> dict[str, Any]:
+        return {"num_classes": self.num_classes, "threshold": self.threshold, "sums": self._with_sums}
+
+    def _widths(self) -> list[int]:
+        return [count.shape[1] for count in self._counts]
+
+    def _sum_dtypes(self) -> list[torch.dtype]:
+        """Per layer, of its sums; none without sums."""
+        return [total.dtype for total in self._sums]
+
+    def _check_layers(self, widths: list[int], dtypes: list[torch.dtype]) -> None:
+        counted, summed = self._widths(), self._sum_dtypes()
         if counted and counted != widths:
             raise ValueError(f"activations: expected layers of {counted} neurons as counted so far, got {widths}")
+        if summed and summed != dtypes:
+            raise ValueError(
+                f"activations: expected layers whose sums are {_names(summed)} as so far, got {_names(dtypes)}"
+            )
 
-    def _place(self, layers: Sequence[Tensor]) -> None:
-        """Counts for `layers`, made at the first batch, on the device of the layers."""
-        device = layers[0].device
+    def _place(self, widths: list[int], dtypes: list[torch.dtype], device: torch.device) -> None:
+        """Counts, and sums if asked for, on the device; made at the first batch. `dtypes` are those of the sums."""
         if not self._counts:
-            self._counts = [
-                torch.zeros(self.num_classes, layer.shape[1], dtype=torch.int64, device=device) for layer in layers
+            self._counts = [torch.zeros(self.num_classes, width, dtype=torch.int64, device=device) for width in widths]
+            self._sums = [
+                torch.zeros(self.num_classes, width, dtype=dtype, device=device)
+                for width, dtype in zip(widths, dtypes if self._with_sums else (), strict=False)
             ]
         if self._class_sizes.device != device:
             self._counts = [count.to(device) for count in self._counts]
+            self._sums = [total.to(device) for total in self._sums]
             self._class_sizes, self._invalid = self._class_sizes.to(device), self._invalid.to(device)
 
     def _check_invalid(self) -> None:
@@ -203,8 +274,30 @@ class FiringCounter:
             )
 
 
-def _check_count_tensor(name: str, tensor: Any, num_classes: int) -> None:
+def _names(dtypes: Sequence[torch.dtype]) -> list[str]:
+    return [str(dtype).removeprefix("torch.") for dtype in dtypes]
+
+
+def _describe(settings: Mapping[str, Any], widths: list[int], dtypes: list[torch.dtype]) -> str:
+    """A rank's counter, in an error."""
+    sums = f", sums {_names(dtypes)}" if settings["sums"] else ""
+    return f"num_classes={settings['num_classes']}, threshold={settings['threshold']:g}, neurons {widths}{sums}"
+
+
+def _own(tensor: Tensor) -> Tensor:
+    """A copy that kernels may add to."""
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
+def _check_state_tensor(
+    name: str, tensor: Any, dtypes: Sequence[torch.dtype], num_classes: int, neurons: int | None = None
+) -> None:
+    """A tensor of a state: (K,) class sizes, or (K, C) for any C unless `neurons` says which."""
     dims = 1 if name == "class_sizes" else 2
-    if tensor.dtype != torch.int64 or tensor.dim() != dims or tensor.shape[0] != num_classes:
-        shape = f"({num_classes},)" if dims == 1 else f"({num_classes}, C)"
-        raise ValueError(f"state[{name!r}]: expected int64 of shape {shape}, got {tensor.dtype} {tuple(tensor.shape)}")
+    right = tensor.dtype in dtypes and tensor.dim() == dims and tensor.shape[0] == num_classes
+    if not right or (neurons is not None and tensor.shape[1] != neurons):
+        shape = f"({num_classes},)" if dims == 1 else f"({num_classes}, {neurons or 'C'})"
+        expected = " or ".join(_names(dtypes))
+        raise ValueError(
+            f"state[{name!r}]: expected {expected} of shape {shape}, got {tensor.dtype} {tuple(tensor.shape)}"
+        )

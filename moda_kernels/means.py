@@ -42,4 +42,9 @@ def class_means(
     sizes = torch.zeros(num_classes, dtype=torch.int64, device=labels.device).index_add(
         0, index, torch.ones_like(index)
     )
-    return [total / sizes.clamp_min(1)[:, None] for total in sums]
+    return [mean_of_classes(total, sizes) for total in sums]
+
+
+def mean_of_classes(total: Tensor, sizes: Tensor) -> Tensor:
+    """(K, C) means from sums over each class and the (K,) class sizes; 0 for a class without samples."""
+    return total / sizes.clamp_min(1)[:, None]

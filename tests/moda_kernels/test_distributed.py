@@ -639,20 +639,25 @@ def firing_batches():
 
 
 def rank_counts(rank, share):
-    counter = FiringCounter(6)
+    counter = FiringCounter(6, sums=True)
     for index, (acts, labels) in enumerate(firing_batches()):
         if index in share:
             counter.update(acts, labels)
     counter.all_reduce("world")
-    return counter.counts, counter.class_sizes, counter.rates
+    return counter.counts, counter.class_sizes, counter.rates, counter.sums, counter.means
 
 
 @pytest.mark.parametrize("shares", [[[0, 4], [1], [2], [3]], [[], [0, 1, 2, 3, 4], [], []]], ids=str)
 def test_counts_over_ranks(ranks, shares):
-    counter = FiringCounter(6)
+    counter = FiringCounter(6, sums=True)
     for acts, labels in firing_batches():
         counter.update(acts, labels)
-    for counts, sizes, rates in ranks(rank_counts, by_rank=shares):
+    results = ranks(rank_counts, by_rank=shares)
+    for counts, sizes, rates, sums, means in results:
+        assert all(map(torch.equal, sums, results[0][3]))  # bit by bit on every rank
+        for mine, total in zip([*sums, *means], [*counter.sums, *counter.means], strict=True):
+            assert mine.dtype == total.dtype
+            torch.testing.assert_close(mine, total)
         assert all(map(torch.equal, counts, counter.counts))
         assert torch.equal(sizes, counter.class_sizes)
         assert all(map(torch.equal, rates, counter.rates))
@@ -660,10 +665,13 @@ def test_counts_over_ranks(ranks, shares):
 
 def rank_counter_disagreement(rank, what):
     counter = FiringCounter(
-        5 if what == "classes" and rank == 1 else 4, threshold=0.5 * (what == "threshold" and rank == 1)
+        5 if what == "classes" and rank == 1 else 4,
+        threshold=0.5 * (what == "threshold" and rank == 1),
+        sums=what == "dtypes" or (what == "sums" and rank == 1),
     )
     widths = [3] if what == "layers" and rank == 1 else [3, 2]
-    counter.update([torch.ones(2, width) for width in widths], torch.tensor([0, 1]))
+    dtype = torch.float64 if what == "dtypes" and rank == 1 else torch.float32
+    counter.update([torch.ones(2, width, dtype=dtype) for width in widths], torch.tensor([0, 1]))
     try:
         counter.all_reduce("world")
     except ValueError as error:
@@ -677,11 +685,13 @@ def rank_counter_disagreement(rank, what):
         ("classes", "num_classes=5, threshold=0, neurons [3, 2] on rank 1"),
         ("threshold", "num_classes=4, threshold=0.5, neurons [3, 2] on rank 1"),
         ("layers", "num_classes=4, threshold=0, neurons [3] on rank 1"),
+        ("sums", "num_classes=4, threshold=0, neurons [3, 2], sums ['float32', 'float32'] on rank 1"),
+        ("dtypes", "num_classes=4, threshold=0, neurons [3, 2], sums ['float64', 'float64'] on rank 1"),
     ],
 )
 def test_counters_that_disagree(ranks, what, message):
     for text, seen in ranks(rank_counter_disagreement, what):
-        assert text.startswith("group: expected the same classes, threshold and layers on every rank, got ")
+        assert text.startswith("group: expected the same classes, threshold, sums and layers on every rank, got ")
         assert message in text
         assert seen == 2
 
@@ -744,12 +754,14 @@ def test_nccl_does_not_synchronise(nccl):
 
 @pytest.mark.gpu
 def test_nccl_counts(nccl):
-    counter, expected = FiringCounter(6), FiringCounter(6)
+    counter, expected = FiringCounter(6, sums=True), FiringCounter(6, sums=True)
     for acts, labels in firing_batches():
         expected.update(acts, labels)
         counter.update([act.cuda() for act in acts], labels.cuda())
     counter.all_reduce(nccl)
     assert all(torch.equal(ours.cpu(), theirs) for ours, theirs in zip(counter.counts, expected.counts, strict=True))
+    for mine, total in zip(counter.sums, expected.sums, strict=True):
+        torch.testing.assert_close(mine.cpu(), total)
     empty = FiringCounter(6)
     empty.all_reduce(nccl)
     assert empty.counts == []

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moda_kernels import FiringCounter
+from moda_kernels import FiringCounter, class_means
 from moda_kernels.reference import published_masks, published_rates
 
 BACKENDS = ["torch", "reference", "auto"]
@@ -102,6 +102,94 @@ def test_invariants(backend):
     assert all((count <= whole.class_sizes[:, None]).all() for count in whole.counts)
 
 
+def exact_means(activation, labels, classes):
+    """Float64, class by class; NaN where there is no sample."""
+    rows = activation.double() if activation.dim() == 2 else activation.double().abs().flatten(2).mean(2)
+    return torch.stack([rows[labels == k].mean(0) for k in range(classes)])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
+def test_sums_and_means_by_hand(backend, dtype):
+    """Two batches of every kind of layer, a signed (N, C) one among them; class 3 is empty. Counts are those without sums."""
+    torch.manual_seed(0)
+    acts = [torch.randn(20, *shape).to(dtype) for shape in [(4, 3, 3), (5,), (6, 7), (3, 2, 2, 2), (7, 1, 1)]]
+    acts[0] = acts[0].contiguous(memory_format=torch.channels_last)
+    labels = torch.randint(3, (20,))
+    counter, without = FiringCounter(4, threshold=0.3, backend=backend, sums=True), FiringCounter(4, threshold=0.3)
+    for part in (slice(0, 13), slice(13, None)):
+        counter.update([act[part] for act in acts], labels[part])
+        without.update([act[part] for act in acts], labels[part])
+    assert all(map(torch.equal, counter.counts, without.counts))
+    assert torch.equal(counter.class_sizes, without.class_sizes)
+    wide = dtype == torch.float64
+    for act, total, mean, alone in zip(acts, counter.sums, counter.means, class_means(acts, labels, 4), strict=True):
+        assert total.dtype == mean.dtype == (torch.float64 if wide else torch.float32)
+        exact = exact_means(act, labels, 4).nan_to_num()
+        tolerance = {"rtol": 1e-12, "atol": 1e-13} if wide else {"rtol": 2e-6, "atol": 1e-6}
+        torch.testing.assert_close(mean.double(), exact, **tolerance)
+        torch.testing.assert_close(mean, alone, **tolerance)
+        torch.testing.assert_close(mean * counter.class_sizes[:, None], total, **tolerance)
+        assert not mean[3].any()
+
+
+def test_long_runs_of_sums_lose_little():
+    """4000 batches of 64: each is summed before it joins, so that there are 4000 roundings of a large sum and not 256000."""
+    counter = FiringCounter(1, sums=True)
+    batch = [torch.full((64, 2), 0.1)], torch.zeros(64, dtype=torch.int64)
+    for _ in range(4000):
+        counter.update(*batch)
+    exact = float(np.float32(0.1)) * 64 * 4000
+    one_by_one = float(np.full(64 * 4000, 0.1, np.float32).cumsum()[-1])
+    error = abs(counter.sums[0][0, 0].item() - exact)
+    assert error < 1e-4 * exact
+    assert error < abs(one_by_one - exact) / 10
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_labels_out_of_range_are_in_no_sum(backend, monkeypatch):
+    monkeypatch.setattr("moda_kernels.firing.check_label_range", lambda labels, classes: None)  # as on a GPU
+    counter = FiringCounter(3, backend=backend, sums=True)
+    wrong = torch.full((2, 2, 3), float("nan"))  # not even as NaN
+    counter.update([torch.cat([torch.ones(2, 2, 3), wrong])], torch.tensor([0, 2, 3, -1]))
+    assert counter._sums[0].tolist() == [[1, 1], [0, 0], [1, 1]]
+    for read in ("sums", "means"):
+        with pytest.raises(ValueError, match="got 2 samples with a class outside of it"):
+            getattr(counter, read)
+
+
+def test_sums_merge_and_round_trip():
+    one, two, both = (FiringCounter(3, sums=True) for _ in range(3))
+    for counter, seed in [(one, 0), (two, 1), (both, 0), (both, 1)]:
+        counter.update(*random_batch(seed=seed))
+    fresh = FiringCounter(3, sums=True)
+    fresh.merge(one)
+    fresh.merge(FiringCounter(3, sums=True))
+    assert set(fresh.state_dict()) == {"counts.0", "counts.1", "sums.0", "sums.1", "class_sizes", "threshold"}
+    fresh.load_state_dict(fresh.state_dict())
+    fresh.merge(two)
+    assert all(map(torch.equal, fresh.sums, both.sums))
+    assert all(map(torch.equal, fresh.counts, both.counts))
+    assert repr(fresh) == "FiringCounter(num_classes=3, threshold=0, neurons=[4, 5], sums=True)"
+    state = {name: value.T.contiguous().T if value.dim() == 2 else value for name, value in fresh.state_dict().items()}
+    fresh.load_state_dict(state)  # of other strides
+    fresh.update(*random_batch())
+    both.update(*random_batch())
+    assert all(map(torch.equal, fresh.sums, both.sums))
+    assert all(map(torch.equal, fresh.counts, both.counts))
+
+
+def test_a_state_from_before_there_were_sums_loads():
+    state = {
+        "counts.0": torch.tensor([[1, 2], [3, 4]]),
+        "class_sizes": torch.tensor([4, 4]),
+        "threshold": torch.tensor(0.0, dtype=torch.float64),
+    }
+    counter = FiringCounter(2)
+    counter.load_state_dict(state)
+    assert counter.rates[0].tolist() == [[0.25, 0.5], [0.75, 1]]
+
+
 def test_merge_and_state_round_trip():
     one, two, both = FiringCounter(3), FiringCounter(3), FiringCounter(3)
     for counter, seed in [(one, 0), (two, 1), (both, 0), (both, 1)]:
@@ -159,6 +247,21 @@ def test_invalid_labels_found_by_a_backend_are_reported_at_the_read(backend, mon
          "state['class_sizes']: expected int64 of shape (3,), got torch.float32 (3,)"),
         (lambda: filled().load_state_dict(FiringCounter(3, threshold=2).state_dict()), ValueError,
          "state['threshold']: expected 0.0 as here, got 2.0"),
+        (lambda: FiringCounter(2, sums=1), TypeError, "sums: expected True or False, got int"),
+        (lambda: filled().sums, ValueError, "sums: expected a counter made with FiringCounter(..., sums=True), got one made without"),
+        (lambda: filled().means, ValueError, "sums: expected a counter made with FiringCounter(..., sums=True), got one made without"),
+        (lambda: filled().merge(filled(sums=True)), ValueError, "other: expected sums=False as here, got True"),
+        (lambda: filled(sums=True).merge(FiringCounter(3)), ValueError, "other: expected sums=True as here, got False"),
+        (lambda: filled().load_state_dict(filled(sums=True).state_dict()), ValueError,
+         "state: expected class_sizes, threshold and counts.0, counts.1, ..., as of a counter made with sums=False, got ["),
+        (lambda: filled(sums=True).load_state_dict(filled().state_dict()), ValueError,
+         "state: expected class_sizes, threshold and counts.0, sums.0, counts.1, sums.1, ..., as of a counter made with sums=True, got ["),
+        (lambda: filled(sums=True).load_state_dict(filled(sums=True).state_dict() | {"sums.0": torch.zeros(3, 5)}), ValueError,
+         "state['sums.0']: expected float32 or float64 of shape (3, 4), got torch.float32 (3, 5)"),
+        (lambda: filled(sums=True).load_state_dict(filled(sums=True).state_dict() | {"sums.0": torch.zeros(3, 4).half()}), ValueError,
+         "state['sums.0']: expected float32 or float64 of shape (3, 4), got torch.float16 (3, 4)"),
+        (lambda: filled(sums=True).update([x.double() for x in random_batch()[0]], random_batch()[1]), ValueError,
+         "activations: expected layers whose sums are ['float32', 'float32'] as so far, got ['float64', 'float64']"),
     ],
 )  # fmt: skip
 def test_bad_input_is_named(make, error, message):
@@ -166,7 +269,7 @@ def test_bad_input_is_named(make, error, message):
         make()
 
 
-def filled():
-    counter = FiringCounter(3)
+def filled(**options):
+    counter = FiringCounter(3, **options)
     counter.update(*random_batch())
     return counter
