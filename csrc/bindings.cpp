@@ -109,10 +109,10 @@ StatisticsBatch statistics_batch_of(Integers f) {
   return {firing_batch_of(f), order};
 }
 
-// Fields: order, offsets, segment, same_pairs, diff_pairs.
+// Fields: order, offsets, segment, same_pairs, diff_pairs, room.
 SegmentsView segments_of(const Integers& f) {
-  if (f.size() != 5) throw std::invalid_argument("segments: fields are missing");
-  return {address<const std::int64_t>(f[0]), address<const std::int64_t>(f[1]), address<const std::int64_t>(f[2]), f[3], f[4]};
+  if (f.size() != 6) throw std::invalid_argument("segments: fields are missing");
+  return {address<const std::int64_t>(f[0]), address<const std::int64_t>(f[1]), address<const std::int64_t>(f[2]), f[3], f[4], f[5]};
 }
 
 py::dict build_info() {

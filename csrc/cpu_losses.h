@@ -23,7 +23,7 @@ template <class Acc>
 struct LayerSums {
   Acc* rows;          // (N, C)
   Acc* inverse;       // (N,): 1 / max(|a|, 1e-12), 0 for a row of zeros
-  Acc* class_sums;    // (segments, C), room for N
+  Acc* class_sums;    // (room, C)
   Acc* total;         // (C,)
 };
 
@@ -45,14 +45,15 @@ MODA_INLINE bool is_own_pool(const Layer& layer) {
 }
 
 // Bytes of one layer's LayerSums; moda_kernels/_native_calls.py allocates them.
-MODA_INLINE int64_t sums_bytes(const Layer& layer) {
+MODA_INLINE int64_t sums_bytes(const Layer& layer, int64_t room) {
   const int64_t N = layer.samples, C = layer.neurons, acc = layer.dtype == Dtype::kFloat64 ? 8 : 4;
-  return (is_own_pool(layer) ? 0 : up_to_line(N * C * acc)) + up_to_line(N * acc) + up_to_line(N * C * acc) + up_to_line(C * acc);
+  return (is_own_pool(layer) ? 0 : up_to_line(N * C * acc)) + up_to_line(N * acc) + up_to_line(room * C * acc) +
+         up_to_line(C * acc);
 }
 
 template <class Acc>
-MODA_INLINE LayerSums<Acc> sums_of(const Layer* layers, int64_t l, char* workspace) {
-  for (int64_t before = 0; before < l; ++before) workspace += sums_bytes(layers[before]);
+MODA_INLINE LayerSums<Acc> sums_of(const Layer* layers, int64_t l, int64_t room, char* workspace) {
+  for (int64_t before = 0; before < l; ++before) workspace += sums_bytes(layers[before], room);
   const Layer& layer = layers[l];
   const int64_t N = layer.samples, C = layer.neurons, acc = sizeof(Acc);
   LayerSums<Acc> sums;
@@ -64,7 +65,7 @@ MODA_INLINE LayerSums<Acc> sums_of(const Layer* layers, int64_t l, char* workspa
   }
   sums.inverse = reinterpret_cast<Acc*>(workspace);
   sums.class_sums = reinterpret_cast<Acc*>(workspace + up_to_line(N * acc));
-  sums.total = reinterpret_cast<Acc*>(workspace + up_to_line(N * acc) + up_to_line(N * C * acc));
+  sums.total = reinterpret_cast<Acc*>(workspace + up_to_line(N * acc) + up_to_line(room * C * acc));
   return sums;
 }
 
@@ -192,7 +193,7 @@ static Terms losses_forward(const Layer* layers, int64_t count, const SegmentsVi
       [&](int64_t l, int64_t sample) {
         with_element(layers[l].dtype, [&](auto element) {
           using T = decltype(element);
-          row_shares[l * N + sample] = row_share<T>(layers[l], sums_of<AccOf<T>>(layers, l, base), sample);
+          row_shares[l * N + sample] = row_share<T>(layers[l], sums_of<AccOf<T>>(layers, l, segments.room, base), sample);
         });
       });
   over_layers(
@@ -202,7 +203,7 @@ static Terms losses_forward(const Layer* layers, int64_t count, const SegmentsVi
         for (int64_t i = 0; i < l; ++i) before += sum_blocks(layers[i]);
         with_element(layers[l].dtype, [&](auto element) {
           using Acc = AccOf<decltype(element)>;
-          const LayerSums<Acc> sums = sums_of<Acc>(layers, l, base);
+          const LayerSums<Acc> sums = sums_of<Acc>(layers, l, segments.room, base);
           block_shares[before] = block_share(sums, segments, N, layers[l].neurons, block);
         });
       });
@@ -293,7 +294,7 @@ static void losses_backward(const Layer* layers, int64_t count, const SegmentsVi
                                       upstream.compactness / (L * double(N) * double(layers[l].neurons))};
         with_element(layers[l].dtype, [&](auto element) {
           using T = decltype(element);
-          const LayerSums<AccOf<T>> sums = sums_of<AccOf<T>>(layers, l, static_cast<char*>(workspace));
+          const LayerSums<AccOf<T>> sums = sums_of<AccOf<T>>(layers, l, segments.room, static_cast<char*>(workspace));
           sample_gradient<T>(layers[l], sums, factors, segments.segment, sample);
         });
       });

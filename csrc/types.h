@@ -46,6 +46,7 @@ struct SegmentsView {
   const int64_t* segment;
   int64_t same_pairs;
   int64_t diff_pairs;
+  int64_t room;  // for so many segments' class sums in a workspace; at least as many as there are
 };
 
 // Gradients that flow into the three terms, or the terms themselves.

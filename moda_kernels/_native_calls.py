@@ -160,9 +160,9 @@ def relu_pool_backward(y: Tensor, dy: Tensor | None, dpooled: Tensor | None) -> 
     return dx
 
 
-def _segment_fields(segments: Sequence[Tensor]) -> tuple[int, ...]:
+def _segment_fields(segments: Sequence[Tensor], room: int) -> tuple[int, ...]:
     order, offsets, segment, same_pairs, diff_pairs = segments
-    return order.data_ptr(), offsets.data_ptr(), segment.data_ptr(), int(same_pairs), int(diff_pairs)
+    return order.data_ptr(), offsets.data_ptr(), segment.data_ptr(), int(same_pairs), int(diff_pairs), room
 
 
 def _losses_fields(layers: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> list[int]:
@@ -184,23 +184,29 @@ def losses_dtype(layers: Sequence[Tensor]) -> torch.dtype:
     return torch.float64 if any(x.dtype == torch.float64 for x in layers) else torch.float32
 
 
-def losses_workspace_bytes(layers: Sequence[Tensor]) -> int:
-    """Room for every layer's rows (unless the layer is its own pool), norms and class sums."""
+def segment_count(segments: Sequence[Tensor]) -> int:
+    """How many segments there are; reads a value, which on the CPU costs nothing."""
+    order, _, segment, _, _ = segments
+    return int(segment[order[-1]]) + 1
+
+
+def losses_workspace_bytes(layers: Sequence[Tensor], room: int) -> int:
+    """Room for every layer's rows (unless the layer is its own pool), norms and class sums of `room` segments."""
     total = 0
     for x in layers:
         samples, neurons = x.shape[:2]
         width = accumulation(x.dtype).itemsize
         own_pool = x.dim() == 2 and x.dtype == accumulation(x.dtype)
-        parts = [samples, samples * neurons, neurons] + ([] if own_pool else [samples * neurons])
+        parts = [samples, room * neurons, neurons] + ([] if own_pool else [samples * neurons])
         total += sum((part * width + 63) // 64 * 64 for part in parts)
     return total
 
 
-def losses_forward(layers: Sequence[Tensor], segments: Sequence[Tensor], workspace: Tensor) -> list[float]:
+def losses_forward(layers: Sequence[Tensor], segments: Sequence[Tensor], workspace: Tensor, room: int) -> list[float]:
     """The three terms. Writes to the workspace what the backward pass reads."""
     terms: list[float] = extension().losses_forward(
         _losses_fields(layers, [None] * len(layers)),
-        _segment_fields(segments),
+        _segment_fields(segments, room),
         workspace.data_ptr(),
         torch.get_num_threads(),
     )
@@ -213,12 +219,13 @@ def losses_backward(
     needed: Sequence[bool],
     segments: Sequence[Tensor],
     workspace: Tensor,
+    room: int,
 ) -> list[Tensor | None]:
     """The gradient of every dense layer that needs one."""
     gradients = [torch.empty_like(x) if need else None for x, need in zip(layers, needed, strict=True)]
     extension().losses_backward(
         _losses_fields(layers, gradients),
-        _segment_fields(segments),
+        _segment_fields(segments, room),
         [0.0 if gradient is None else float(gradient) for gradient in upstream],
         workspace.data_ptr(),
         torch.get_num_threads(),

@@ -123,8 +123,10 @@ relu_pool_backward.register_autograd(_refuse_second_backward)
 def grouped_losses(activations: Sequence[Tensor], segments: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Affinity, dispersion, compactness, and the workspace of the backward pass."""
     # Zeros, because an output of an operator must not differ from call to call.
-    workspace = activations[0].new_zeros(calls.losses_workspace_bytes(activations), dtype=torch.uint8)
-    terms = calls.losses_forward(activations, segments, workspace)
+    workspace = activations[0].new_zeros(
+        calls.losses_workspace_bytes(activations, len(activations[0])), dtype=torch.uint8
+    )
+    terms = calls.losses_forward(activations, segments, workspace, len(activations[0]))
     dtype = calls.losses_dtype(activations)
     affinity, dispersion, compactness = (workspace.new_tensor(term, dtype=dtype) for term in terms)
     return affinity, dispersion, compactness, workspace
@@ -134,7 +136,7 @@ def grouped_losses(activations: Sequence[Tensor], segments: Sequence[Tensor]) ->
 def _(activations: Sequence[Tensor], segments: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     first, dtype = activations[0], calls.losses_dtype(activations)
     affinity, dispersion, compactness = (first.new_empty((), dtype=dtype) for _ in range(3))
-    workspace = first.new_empty(calls.losses_workspace_bytes(activations), dtype=torch.uint8)
+    workspace = first.new_empty(calls.losses_workspace_bytes(activations, len(activations[0])), dtype=torch.uint8)
     return affinity, dispersion, compactness, workspace
 
 
@@ -144,7 +146,7 @@ def grouped_losses_backward(
 ) -> list[Tensor]:
     """The gradient of every layer."""
     needed = [True] * len(activations)
-    gradients = calls.losses_backward(upstream, activations, needed, segments, workspace)
+    gradients = calls.losses_backward(upstream, activations, needed, segments, workspace, len(activations[0]))
     return [gradient for gradient in gradients if gradient is not None]
 
 

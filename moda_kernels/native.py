@@ -196,8 +196,10 @@ class _GroupedLosses(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, segments: list[Tensor], *layers: Tensor) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
-        workspace = layers[0].new_empty(calls.losses_workspace_bytes(layers), dtype=torch.uint8)
-        terms = calls.losses_forward(layers, segments, workspace)
+        # How many segments there are is the labels' affair; a compiler, which sees no values, has to allow for N.
+        ctx.room = calls.segment_count(segments)
+        workspace = layers[0].new_empty(calls.losses_workspace_bytes(layers, ctx.room), dtype=torch.uint8)
+        terms = calls.losses_forward(layers, segments, workspace, ctx.room)
         ctx.save_for_backward(workspace, *segments, *layers)
         dtype = calls.losses_dtype(layers)
         return tuple(layers[0].new_tensor(term, dtype=dtype) for term in terms)
@@ -206,5 +208,5 @@ class _GroupedLosses(torch.autograd.Function):
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
         workspace, *tensors = ctx.saved_tensors
         segments, layers = tensors[: ops.SEGMENT_TENSORS], tensors[ops.SEGMENT_TENSORS :]
-        gradients = calls.losses_backward(upstream, layers, ctx.needs_input_grad[1:], segments, workspace)
+        gradients = calls.losses_backward(upstream, layers, ctx.needs_input_grad[1:], segments, workspace, ctx.room)
         return None, *_once_only(gradients, [*layers, *upstream])

@@ -127,10 +127,11 @@ void check_losses(const CpuKernels& kernels, const Shape& s, Dtype dtype, const 
     same_pairs += size * (size - 1) / 2;
     if (size > 0) offsets.push_back(static_cast<int64_t>(order.size()));
   }
+  const auto room = static_cast<int64_t>(offsets.size()) - 1;
   offsets.resize(static_cast<size_t>(N + 1), N);
-  const SegmentsView segments{order.data(), offsets.data(), segment.data(), same_pairs, N * (N - 1) / 2 - same_pairs};
+  const SegmentsView segments{order.data(), offsets.data(), segment.data(), same_pairs, N * (N - 1) / 2 - same_pairs, room};
   Buffer out(N * C * s.positions * width(dtype)), other(N * C * s.positions * width(dtype));
-  Buffer workspace(2 * (2 * up_to_line(N * C * acc) + up_to_line(N * acc) + up_to_line(C * acc)));
+  Buffer workspace(2 * (up_to_line(N * C * acc) + up_to_line(room * C * acc) + up_to_line(N * acc) + up_to_line(C * acc)));
   const Layer layer{x.as(), dtype, s.layout, N, C, s.positions, nullptr, out.as()};
   const Layer layers[] = {layer, {x.as(), dtype, s.layout, N, C, s.positions, nullptr, other.as()}};
   const Terms terms = kernels.losses_forward(layers, 2, segments, workspace.as(), kThreads);
