@@ -508,7 +508,8 @@ def bench(
 def demo(
     folder: Annotated[Path, typer.Argument(help="Where to write runs and figures.")] = Path("demo"),
     seeds: Annotated[int, typer.Option(help="Repeat with so many seeds and show means.", min=1)] = 1,
-    epochs: Annotated[int, typer.Option(help="Of each training.", min=1)] = 60,
+    epochs: Annotated[int, typer.Option(help="Of each training.", min=1)] = 40,
+    batch_size: Annotated[int, typer.Option(help="Samples per step.", min=2)] = 64,
 ) -> None:
     """Train a small network on handwritten digits, cut it into modules, recombine them, and show what came of it.
 
@@ -516,7 +517,7 @@ def demo(
     """
     from moda.demo import DemoSettings, run_demo
 
-    run_demo(folder, DemoSettings(seeds=tuple(range(seeds)), epochs=epochs), _console())
+    run_demo(folder, DemoSettings(tuple(range(seeds)), epochs, batch_size), _console())
 
 
 def _console() -> Console:

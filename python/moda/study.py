@@ -65,6 +65,7 @@ class StudySettings:
         models: of `ARCHITECTURES`; sweeps are made of the first.
         seeds: at least one.
         epochs: of each training.
+        batch_size: samples per step: half the paper's, as the digits are few.
         per_size: at most so many sub-tasks of each size; None: all.
         replacement: whether to make the replacement study.
         sweeps: whether to make the sweeps.
@@ -73,6 +74,7 @@ class StudySettings:
     models: tuple[str, ...] = tuple(ARCHITECTURES)
     seeds: tuple[int, ...] = (0, 1, 2)
     epochs: int = 40
+    batch_size: int = 64
     per_size: int | None = None
     replacement: bool = True
     sweeps: bool = True
@@ -93,6 +95,7 @@ class StudySettings:
             width=architecture.width,
             data_options={"image_size": architecture.image_size},
             epochs=self.epochs,
+            batch_size=self.batch_size,
             seed=seed,
             accelerator="cpu",
         )
@@ -212,7 +215,7 @@ def _study_replacement(out: Path, settings: StudySettings, strong_model: str) ->
         device="cpu",
     )
     folder = out / "repair" / strong_model
-    config = study.strong_config().changed(epochs=settings.epochs, batch_size=128)
+    config = study.strong_config().changed(epochs=settings.epochs, batch_size=settings.batch_size)
     strong = trained(folder / "strong", config, "cpu", progress=False)
     results = run_repair_study(folder, study, strong, progress=False)
     gains = [after - before for before, after in (result.target for result in results if result.strategy == "moda")]
@@ -235,6 +238,7 @@ def _describe(out: Path, settings: StudySettings, *, finished: bool) -> None:
         "format_version": FORMAT_VERSION,
         "library_version": __version__,
         "epochs": settings.epochs,
+        "batch_size": settings.batch_size,
         "per_size": settings.per_size,
         "runs": runs,
         "repairs": [f"repair/{model}" for model in _strong_models(settings)] if settings.replacement else [],

@@ -331,6 +331,7 @@ def study(
     ),
     seeds: Annotated[str, typer.Option(help="Separated by commas.")] = "0,1,2",
     epochs: Annotated[int, typer.Option(help="Of each training.", min=1)] = 40,
+    batch_size: Annotated[int, typer.Option(help="Samples per step.", min=2)] = 64,
     jobs: Annotated[int, typer.Option(help="Processes side by side, each with one thread.", min=1)] = 2,
     per_size: _PerSize = None,
 ) -> None:
@@ -342,7 +343,7 @@ def study(
     from moda.study import StudySettings, run_study
 
     names = tuple(word.strip() for word in models.split(",") if word.strip())
-    settings = StudySettings(names, tuple(_integers("seeds", seeds) or ()), epochs, per_size)
+    settings = StudySettings(names, tuple(_integers("seeds", seeds) or ()), epochs, batch_size, per_size)
     run_study(out, settings, jobs=jobs)
     _say(f"The study: {out / 'study.json'}")
 

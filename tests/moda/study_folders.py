@@ -208,6 +208,7 @@ def write_study(
         "format_version": 1,
         "library_version": "0",
         "epochs": epochs,
+        "batch_size": 128,
         "per_size": None,
         "runs": runs,
         "repairs": ["repair/small_vgg"],

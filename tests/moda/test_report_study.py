@@ -135,7 +135,7 @@ def test_a_study_is_its_runs_and_replacements(tmp_path: Path) -> None:
     ]
     assert [r.label for r in inputs.runs][:2] == ["study/small_vgg/seed-0/modular", "study/small_vgg/seed-1/modular"]
     assert len(inputs.replacements[0].results) == 20
-    assert inputs.commands == ("moda study study --models small_vgg,resnet18 --seeds 0,1 --epochs 8",)
+    assert inputs.commands == ("moda study study --models small_vgg,resnet18 --seeds 0,1 --epochs 8 --batch-size 128",)
 
 
 @pytest.mark.parametrize("kind", ["none", "empty", "modules", "study"])

@@ -223,7 +223,7 @@ def _description(folder: Path) -> dict[str, Any]:
     description = read_json(folder / DESCRIPTION, FORMAT, FORMAT_VERSION)
     try:
         runs = [{name: run[name] for name in ("model", "seed", "modular", "standard")} for run in description["runs"]]
-        return {"runs": runs, **{name: description[name] for name in ("repairs", "epochs", "per_size")}}
+        return {"runs": runs, **{name: description[name] for name in ("repairs", "epochs", "batch_size", "per_size")}}
     except (KeyError, TypeError) as error:
         raise FormatError(f"{folder / DESCRIPTION}: malformed: {error}") from None
 
@@ -233,7 +233,8 @@ def _command(folder: Path, label: str) -> str:
     description = _description(folder)
     models, seeds = (dict.fromkeys(str(run[name]) for run in description["runs"]) for name in ("model", "seed"))
     command = (
-        f"moda study {label} --models {','.join(models)} --seeds {','.join(seeds)} --epochs {description['epochs']}"
+        f"moda study {label} --models {','.join(models)} --seeds {','.join(seeds)} --epochs {description['epochs']} "
+        f"--batch-size {description['batch_size']}"
     )
     return command + (f" --per-size {description['per_size']}" if description["per_size"] else "")
 
