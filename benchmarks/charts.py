@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 from moda.bench.results import MEASURED, Results, Row
+from moda.bench.scaling import FRESH_MEMORY
 
 INK = "#7d7d7d"  # contrast above 4 on white and on black
 # Okabe and Ito's palette; the marker tells the same as the hue.
@@ -199,7 +200,7 @@ def _roof(results: Results, rows: Sequence[Row], figure: Figure) -> None:
 
 
 def _scaling(results: Results) -> Figure | None:
-    rows = _measured(results, "scaling", "both")
+    rows = [row for row in _measured(results, "scaling", "both") if row.parameters["axis"] != FRESH_MEMORY]
     axes_names = list(dict.fromkeys(str(row.parameters["axis"]) for row in rows))
     if not axes_names:
         return None

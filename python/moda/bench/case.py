@@ -44,6 +44,8 @@ class Case:
         build: makes the inputs and the contenders; what they hold is freed when they are dropped.
         budget: how often to sample each phase.
         moved: bytes that an ideal implementation must read and write, by phase; none where that says nothing.
+        keeps_memory: whether freed memory stays with the process (`allocator.kept_memory`): it does in a question about
+            kernels at sizes where fresh memory would be most of what is timed.
         parameters: numbers and words that describe the case (shapes, classes, ...), as stored in the results.
     """
 
@@ -53,4 +55,5 @@ class Case:
     build: Callable[[], Sequence[Contender]]
     budget: Budget
     moved: Mapping[str, int] = field(default_factory=dict)
+    keeps_memory: bool = False
     parameters: Mapping[str, int | float | str] = field(default_factory=dict)

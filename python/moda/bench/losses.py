@@ -76,6 +76,7 @@ def loss_case(
     *,
     phases: Sequence[str] = PHASES,
     compiling: bool = False,
+    keeps_memory: bool = False,
     parameters: dict[str, int | float | str] | None = None,
 ) -> Case:
     """Every backend, and with `compiling` also torch.compile of the plain ones, at the given shapes."""
@@ -92,6 +93,7 @@ def loss_case(
         build=lambda: _contenders(about, phases, compiling),
         budget=budget,
         moved={phase: moved for phase, moved in about.moved().items() if phase in phases},
+        keeps_memory=keeps_memory,
         parameters={**described, **(parameters or {})},
     )
 

@@ -150,6 +150,8 @@ class Plan:
 
     def _scaling(self) -> Iterator[Case]:
         axes = {"batch": scaling.BATCHES, "classes": scaling.CLASSES, "layers": scaling.LAYERS}
+        if not self.gpu:  # where PyTorch's allocator keeps memory itself
+            axes[scaling.FRESH_MEMORY] = scaling.FRESH_BATCHES
         if self.quick:
             axes = {"batch": (128, 512, 2048)}
         yield from scaling.scaling_cases(self.device, self.budget, dict(axes))

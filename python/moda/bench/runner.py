@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 
 from moda.bench import machine
+from moda.bench.allocator import kept_memory
 from moda.bench.case import Case, Contender
 from moda.bench.clock import Budget, Clock, Quartiles, interleave, ratios
 from moda.bench.plan import SUITES, Plan
@@ -35,6 +37,11 @@ def run(
 
 def run_case(case: Case, clock: Clock) -> list[Row]:
     """Rows of one case: contenders that are right are timed, the others are noted with the reason."""
+    with kept_memory() if case.keeps_memory else nullcontext():
+        return _run_case(case, clock)
+
+
+def _run_case(case: Case, clock: Clock) -> list[Row]:
     rows, right = [], []
     for contender in case.build():
         reason = contender.skipped or _problem(contender)

@@ -13,13 +13,19 @@ from moda.bench.losses import LossInputs, loss_case
 BATCHES = (64, 128, 256, 512, 1024, 2048, 4096, 8192)
 CLASSES = (2, 10, 100, 1000)
 LAYERS = (1, 2, 4, 8, 16, 32, 64)
+FRESH_MEMORY, FRESH_BATCHES = "fresh memory", (1024, 4096, 8192)
+"""The axis of batch sizes at which memory comes from the operating system anew, as it does by default."""
 
 _LAYER = (64, 8, 8)
 """Neurons and positions of a layer: small enough that 8192 samples fit on any machine."""
 
 
 def scaling_cases(device: torch.device, budget: Budget, axes: dict[str, Sequence[int]]) -> list[Case]:
-    """Forward and backward of the losses along each axis: `axes` gives the points of "batch", "classes", "layers"."""
+    """Forward and backward of the losses along each axis.
+
+    `axes` gives the points of "batch", "classes", "layers", and of "fresh memory": batch sizes again, but without
+    keeping memory, as the other axes do.
+    """
     return [_case(axis, point, device, budget) for axis, points in axes.items() for point in points]
 
 
@@ -28,7 +34,9 @@ def _case(axis: str, point: int, device: torch.device, budget: Budget) -> Case:
     value = {"batch": 1024, "classes": 10, "layers": 2}
     if axis == "layers":
         value["batch"] = 128
-    value[axis] = point
+    value["batch" if axis == FRESH_MEMORY else axis] = point
     about = LossInputs(((value["batch"], *_LAYER),) * value["layers"], value["classes"], device)
     parameters: dict[str, int | float | str] = {"axis": axis, "value": point}
-    return loss_case("scaling", f"{axis} {point}", about, budget, phases=("both",), parameters=parameters)
+    keeps = axis != FRESH_MEMORY
+    name = f"{axis} {point}" if keeps else f"batch {point}, {axis}"
+    return loss_case("scaling", name, about, budget, phases=("both",), keeps_memory=keeps, parameters=parameters)

@@ -104,7 +104,8 @@ def _subtitle(result: DemoResult) -> str:
     repeated = f"; numbers are means of {seeds} seeds, maps show seed {result.seeds[0].seed}" if seeds > 1 else ""
     return (
         f"A VGG of {result.parameters:,} parameters on 1797 handwritten digits (8x8), "
-        f"{result.settings.epochs} epochs in batches of {result.settings.batch_size}, trained twice from the same weights: the standard way, and modular "
+        f"{result.settings.epochs} epochs in batches of {result.settings.batch_size}, trained twice from the same "
+        f"weights: the standard way, and modular "
         f"(affinity, dispersion, compactness). A class keeps the neurons that fire for at least "
         f"{100 * result.settings.threshold:.0f} % of its samples{repeated}."
     )
