@@ -19,6 +19,7 @@ from moda.study_cli import register
 
 if TYPE_CHECKING:
     from moda.data import DataSplits
+    from moda.finished import FinishedRun
     from moda.runs import RunFolder
 
 DEFAULTS = TrainingConfig()
@@ -271,13 +272,6 @@ def _print_modules(model: Any, decomposition: Any, data: DataSplits) -> None:
     )
 
 
-def _loader(dataset: Any, batch_size: int) -> Any:
-    """Batches in ascending order."""
-    from moda.batches import BatchLoader, EpochOrder
-
-    return BatchLoader(dataset, EpochOrder(len(dataset), batch_size, None))
-
-
 # ---- compose, evaluate --------------------------------------------------------------------------------------------
 
 _Classes = Annotated[
@@ -299,17 +293,19 @@ def compose(
     """Build the smaller model of some classes from their modules."""
     from moda.compose import compose as build
     from moda.composed_files import save_composed
+    from moda.finished import FinishedRun
 
     if classes is None:
         raise typer.BadParameter("--classes: name the classes that the model is to tell apart, e.g. --classes 1,7")
-    trained = _Trained.open(folder)
-    chosen = trained.classes(classes)
-    model = build(trained.model, trained.decomposition(), chosen)
-    names = [trained.data.class_names[index] for index in chosen]
-    target = output or trained.run.path / f"composed-{'-'.join(map(str, chosen))}"
-    metadata = {"source_run": str(trained.run.path), "class_names": names, "training": trained.run.config.to_dict()}
+    finished = FinishedRun.open(folder, "cpu")
+    run, data = finished.run, finished.data
+    chosen = parse_classes(classes, data.class_names)
+    model = build(finished.model, finished.decomposition(), chosen)
+    names = [data.class_names[index] for index in chosen]
+    target = output or run.path / f"composed-{'-'.join(map(str, chosen))}"
+    metadata = {"source_run": str(run.path), "class_names": names, "training": run.config.to_dict()}
     save_composed(model, target, metadata)
-    trained.print_accuracies(chosen, model)
+    _print_accuracies(finished, chosen, model)
     _console().print(f"The composed model: {target}/", highlight=False)
     _console().print(f"Next: moda evaluate {target}", highlight=False)
 
@@ -331,21 +327,23 @@ def evaluate(
     of them is tested beside the whole one.
     """
     from moda import measure
+    from moda.finished import FinishedRun
 
     if (folder / "composed.json").exists():
         _evaluate_composed(folder, classes)
         return
-    trained = _Trained.open(folder)
+    finished = FinishedRun.open(folder, "cpu")
     if classes is not None:
-        chosen = trained.classes(classes)
-        trained.print_accuracies(chosen, trained.composed(chosen))
+        chosen = parse_classes(classes, finished.data.class_names)
+        _print_accuracies(finished, chosen, _composed(finished, chosen))
         return
-    share = measure.accuracy(trained.model, trained.test_loader())
-    _console().print(f"{trained.run.config.model}: {100 * share:.2f} % of the test samples", highlight=False)
+    share = measure.accuracy(finished.model, finished.loader(finished.data.test))
+    _console().print(f"{finished.run.config.model}: {100 * share:.2f} % of the test samples", highlight=False)
 
 
 def _evaluate_composed(folder: Path, classes: str | None) -> None:
     from moda import measure
+    from moda.batches import BatchLoader, EpochOrder
     from moda.composed_files import DESCRIPTION_FILE, FORMAT, FORMAT_VERSION, load_composed
     from moda.files import FormatError, read_json
     from moda.runs import create_model, load_data
@@ -361,7 +359,8 @@ def _evaluate_composed(folder: Path, classes: str | None) -> None:
     data = load_data(config)
     model = load_composed(folder, instrument(create_model(config, data)))
     chosen = list(model.classes) if classes is None else parse_classes(classes, data.class_names)
-    share = measure.accuracy(model, _loader(data.test, config.batch_size), chosen)
+    loader = BatchLoader(data.test, EpochOrder(len(data.test), config.batch_size, None))  # type: ignore[arg-type]
+    share = measure.accuracy(model, loader, chosen)
     names = ", ".join(data.class_names[index] for index in chosen)
     _console().print(
         f"composed of {names}: {100 * share:.2f} % of their test samples, "
@@ -370,67 +369,36 @@ def _evaluate_composed(folder: Path, classes: str | None) -> None:
     )
 
 
-class _Trained:
-    """A finished run with its data and model."""
+def _composed(finished: FinishedRun, classes: list[int]) -> Any:
+    """The model of these classes, or None where the run is not decomposed."""
+    from moda.compose import compose as build
 
-    def __init__(self, run: RunFolder, data: DataSplits, model: Any) -> None:
-        self.run = run
-        self.data = data
-        self.model = model
+    if not finished.run.decomposition.exists():
+        return None
+    return build(finished.model, finished.decomposition(), classes)
 
-    @classmethod
-    def open(cls, folder: Path) -> _Trained:
-        from moda.runs import RunFolder, load_data
-        from moda.taps import instrument
 
-        run = RunFolder.open(folder)
-        run.load_weights()  # before the data: a run that is not finished is the likelier mistake
-        data = load_data(run.config)
-        return cls(run, data, instrument(run.load_model(data)))
+def _print_accuracies(finished: FinishedRun, classes: list[int], composed: Any) -> None:
+    """The whole model and the composed one on the test samples of some classes."""
+    import torch
 
-    def classes(self, text: str) -> list[int]:
-        return parse_classes(text, self.data.class_names)
+    from moda import measure
 
-    def test_loader(self) -> Any:
-        return _loader(self.data.test, self.run.config.batch_size)
-
-    def decomposition(self) -> Any:
-        from moda.decompose import Decomposition
-        from moda.files import FormatError
-
-        if not self.run.decomposition.exists():
-            raise FormatError(f"{self.run.path}: is not decomposed yet; do it with: moda decompose {self.run.path}")
-        return Decomposition.load(self.run.decomposition)
-
-    def composed(self, classes: list[int]) -> Any:
-        """The model of these classes, or None where the run is not decomposed."""
-        from moda.compose import compose as build
-
-        if not self.run.decomposition.exists():
-            return None
-        return build(self.model, self.decomposition(), classes)
-
-    def print_accuracies(self, classes: list[int], composed: Any) -> None:
-        """The whole model and the composed one on the test samples of some classes."""
-        import torch
-
-        from moda import measure
-
-        names = ", ".join(self.data.class_names[index] for index in classes)
-        table = Table(title=f"On the test samples of {names}", title_justify="left")
-        for name in ("model", "accuracy", "parameters", "FLOPs"):
-            table.add_column(name, justify="left" if name == "model" else "right")
-        example = torch.zeros(1, *self.data.input_shape)
-        whole = None
-        for title, model in (("whole", self.model), ("composed", composed)):
-            if model is None:
-                continue
-            share = measure.accuracy(model, self.test_loader(), classes)
-            cost = sum(parameter.numel() for parameter in model.parameters()), measure.flops(model, example)
-            whole = whole or cost
-            cells = [f"{value:,} ({100 * value / total:.0f} %)" for value, total in zip(cost, whole, strict=True)]
-            table.add_row(title, f"{100 * share:.2f} %", *cells)
-        _console().print(table)
+    names = ", ".join(finished.data.class_names[index] for index in classes)
+    table = Table(title=f"On the test samples of {names}", title_justify="left")
+    for name in ("model", "accuracy", "parameters", "FLOPs"):
+        table.add_column(name, justify="left" if name == "model" else "right")
+    example = torch.zeros(1, *finished.data.input_shape)
+    whole = None
+    for title, model in (("whole", finished.model), ("composed", composed)):
+        if model is None:
+            continue
+        share = measure.accuracy(model, finished.loader(finished.data.test), classes)
+        cost = sum(parameter.numel() for parameter in model.parameters()), measure.flops(model, example)
+        whole = whole or cost
+        cells = [f"{value:,} ({100 * value / total:.0f} %)" for value, total in zip(cost, whole, strict=True)]
+        table.add_row(title, f"{100 * share:.2f} %", *cells)
+    _console().print(table)
 
 
 def parse_classes(text: str, names: tuple[str, ...]) -> list[int]:
