@@ -8,10 +8,11 @@ from __future__ import annotations
 import json
 import math
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from rich.console import Console
@@ -24,13 +25,15 @@ from moda.modes import device_of, evaluating
 from moda_kernels import FiringCounter, __version__
 
 if TYPE_CHECKING:
-    from moda.taps import InstrumentedModel
+    from moda.taps import HookedModel, InstrumentedModel
     from moda_kernels.distributed import Group
 
 FORMAT = "moda-decomposition"
 FORMAT_VERSION = 1
 MASKS_FILE = "masks.safetensors"
 METADATA_FILE = "decomposition.json"
+
+_Batch: TypeAlias = "tuple[Tensor, Tensor, int]"
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,7 +72,7 @@ class FiringRates:
 
 
 def count_firings(
-    model: InstrumentedModel,
+    model: InstrumentedModel | HookedModel,
     loader: Iterable[Any],
     num_classes: int,
     *,
@@ -81,8 +84,9 @@ def count_firings(
     """Firing rates of an instrumented model over the batches of a loader.
 
     Runs in evaluation mode without gradients, on the device of the model; every submodule's train/eval mode is put
-    back afterwards. The samples that a `DistributedSampler` repeats to give every process the same number are run but
-    not counted, so that with `group` the rates are those of one process over the whole data set.
+    back afterwards. On the CPU every activation is counted while the model runs and then forgotten, which takes the
+    memory of a plain pass. The samples that a `DistributedSampler` repeats to give every process the same number are
+    run but not counted, so that with `group` the rates are those of one process over the whole data set.
 
     Args:
         model: `moda.instrument(model)`.
@@ -98,11 +102,12 @@ def count_firings(
         TypeError: `model` is not instrumented, or a batch is not a pair.
         ValueError: the loader gives no batch, or labels are outside [0, num_classes).
     """
-    if not all(hasattr(model, name) for name in ("taps", "activations", "recording")):
+    if not all(hasattr(type(model), name) for name in ("taps", "activations", "recording")):
         raise TypeError(f"model: expected an instrumented model, moda.instrument(model), got {type(model).__name__}")
     counter = FiringCounter(num_classes, threshold=threshold, backend=backend)
-    with evaluating(model), model.recording(), torch.no_grad():
-        _count_batches(model, loader, counter, progress)
+    count = _count_while_running if device_of(model).type == "cpu" else _count_when_run
+    with evaluating(model), torch.no_grad():
+        count(model, _batches(loader, progress), counter)
     if group is not None:
         counter.all_reduce(group)
     if not counter.counts:
@@ -117,21 +122,51 @@ def count_firings(
     )
 
 
-def _count_batches(model: InstrumentedModel, loader: Iterable[Any], counter: FiringCounter, progress: bool) -> None:
+def _count_when_run(model: InstrumentedModel | HookedModel, batches: Iterable[_Batch], counter: FiringCounter) -> None:
+    """All layers of a batch together: one launch."""
     device = device_of(model)
+    with model.recording():
+        for inputs, labels, own in batches:
+            model(inputs.to(device))
+            activations = model.activations()
+            if own:
+                counter.update([activation[:own] for activation in activations], labels[:own].to(device))
+
+
+def _count_while_running(
+    model: InstrumentedModel | HookedModel, batches: Iterable[_Batch], counter: FiringCounter
+) -> None:
+    """Every layer as soon as it is there: still in cache, and its memory free for the layers after the next."""
+    layers: list[FiringCounter] = []
+
+    def count(labels: Tensor, index: int, activation: Tensor) -> None:
+        if index == len(layers):
+            layers.append(FiringCounter(counter.num_classes, threshold=counter.threshold, backend=counter.backend))
+        if len(labels):
+            layers[index].update([activation[: len(labels)]], labels)
+
+    for inputs, labels, own in batches:
+        with model.recording(partial(count, labels[:own].cpu())):
+            model(inputs.cpu())
+    if not layers or not layers[0].counts:
+        return
+    sizes = layers[0].class_sizes
+    if any(not torch.equal(layer.class_sizes, sizes) for layer in layers):
+        raise ValueError("model: expected the same activations in every forward pass, got some in a part of them only")
+    state = {f"counts.{index}": layer.counts[0] for index, layer in enumerate(layers)}
+    counter.load_state_dict({**layers[0].state_dict(), **state})
+
+
+def _batches(loader: Iterable[Any], progress: bool) -> Iterator[_Batch]:
+    """Inputs, labels, and how many of the samples, the first ones, are to be counted."""
     console = Console(stderr=True)
     hidden = not (progress and console.is_terminal)  # a log file wants no bar
     uncounted = _own_samples(loader)
     for batch in track(loader, "Counting firings", console=console, transient=True, disable=hidden):
         inputs, labels = _inputs_and_labels(batch)
-        model(inputs.to(device))
-        activations = model.activations()
         own = int(min(len(labels), uncounted))
         uncounted -= own
-        if own < len(labels):
-            activations, labels = [activation[:own] for activation in activations], labels[:own]
-        if own:
-            counter.update(activations, labels.to(device))
+        yield inputs, labels, own
 
 
 def _own_samples(loader: Iterable[Any]) -> float:

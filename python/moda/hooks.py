@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from .calls import ACTIVATION_MODULES
 from .names import NO_ACTIVATION, unique_name
 from .neuron_axis import module_neuron_dim
-from .recorder import Recorder, inside_backward, neurons_second
+from .recorder import Receiver, Recorder, inside_backward, neurons_second
 
 
 class _VersionedRecorder(Recorder):
@@ -76,9 +76,9 @@ class HookedModel(nn.Module):
         return self._recorder.take()
 
     @contextmanager
-    def recording(self) -> Iterator[None]:
-        """Record inside this block also under `torch.no_grad()`."""
-        with self._recorder.forcing():
+    def recording(self, receiver: Receiver | None = None) -> Iterator[None]:
+        """As `InstrumentedModel.recording`."""
+        with self._recorder.forcing(receiver):
             yield
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

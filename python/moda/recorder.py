@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
+
+Receiver: TypeAlias = "Callable[[int, Tensor], None]"  # of an activation's place in execution order, and the activation
 
 
 class Recorder:
@@ -18,6 +21,7 @@ class Recorder:
 
     def __init__(self) -> None:
         self.forced = 0
+        self._receiver: Receiver | None = None
         self._values: dict[int, Tensor] = {}
 
     def __deepcopy__(self, memo: dict[int, object]) -> Recorder:
@@ -32,7 +36,9 @@ class Recorder:
         """Keep `value` as activation `index` of this forward pass, or forget the one of an earlier pass."""
         if inside_backward():  # gradient checkpointing runs the forward again; its activations are nobody's
             return
-        if self.recording:
+        if self._receiver is not None:
+            self._receiver(index, value)
+        elif self.recording:
             self._values[index] = value
         else:
             self._values.pop(index, None)
@@ -53,13 +59,15 @@ class Recorder:
         self._values.clear()
 
     @contextmanager
-    def forcing(self) -> Iterator[None]:
-        """Record also where gradients are disabled."""
+    def forcing(self, receiver: Receiver | None = None) -> Iterator[None]:
+        """Record also where gradients are disabled; with a receiver, hand over at once instead and keep nothing."""
+        outer, self._receiver = self._receiver, receiver
         self.forced += 1
         try:
             yield
         finally:
             self.forced -= 1
+            self._receiver = outer
 
 
 def inside_backward() -> bool:

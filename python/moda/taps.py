@@ -44,7 +44,7 @@ from .hooks import HookedModel, hooked
 from .names import NO_ACTIVATION, unique_name
 from .neuron_axis import neuron_dim
 from .overwrites import protect, users_after
-from .recorder import Recorder, neurons_second
+from .recorder import Receiver, Recorder, neurons_second
 from .tracing import TracingError, refusal, trace
 
 Route = Literal["grouped", "fused", "auto"]
@@ -169,9 +169,14 @@ class InstrumentedModel(fx.GraphModule):
         return self._recorder.take()
 
     @contextmanager
-    def recording(self) -> Iterator[None]:
-        """Record inside this block also under `torch.no_grad()`."""
-        with self._recorder.forcing():
+    def recording(self, receiver: Receiver | None = None) -> Iterator[None]:
+        """Record inside this block also under `torch.no_grad()`.
+
+        Args:
+            receiver: called with every activation while the model runs, `receiver(index, activation)`, index in
+                execution order; nothing is kept for `activations()`, so that memory is that of a plain forward pass.
+        """
+        with self._recorder.forcing(receiver):
             yield
 
 

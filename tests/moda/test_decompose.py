@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from moda.bench.memory import peak_bytes
 from moda.decompose import Decomposition, FiringRates, check_classes, count_firings, decompose, masks_from_rates
 from moda.files import FormatError
 from moda.models.mobilenet import MobileNet
@@ -180,6 +181,41 @@ def test_rates_are_those_of_the_activations_in_evaluation_mode():
     assert rates.class_sizes.tolist() == [8, 8, 7]
     assert rates.num_classes == 3
     assert rates.threshold == 0
+
+
+def test_counting_needs_the_memory_of_a_plain_pass():
+    layers = [layer for _ in range(8) for layer in (nn.Conv2d(8, 8, 3, padding=1), nn.ReLU())]
+    model, images = instrument(nn.Sequential(*layers)), torch.randn(4, 8, 32, 32)
+    batches = [(images, torch.arange(4))]
+    with torch.no_grad():
+        plain = peak_bytes(lambda: model(images), torch.device("cpu"))
+    counted = peak_bytes(lambda: count_firings(model, batches, 4, progress=False), torch.device("cpu"))
+    assert counted < plain + images.nbytes  # eight activations of that size would be kept otherwise
+
+
+def test_a_hooked_model_is_counted_as_a_traced_one():
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2), nn.ReLU()).eval()
+    batches = [(torch.randn(5, 3), torch.tensor([0, 1, 0, 1, 1])) for _ in range(2)]
+    traced = count_firings(instrument(model), batches, 2, progress=False)
+    hooked = count_firings(instrument(model, method="hooks"), batches, 2, progress=False)
+    assert hooked.taps == traced.taps
+    assert all(torch.equal(hooked.counts[tap], traced.counts[tap]) for tap in traced.taps)
+    assert torch.equal(hooked.class_sizes, torch.tensor([4, 6]))
+
+
+def test_a_model_whose_activations_come_and_go_is_named():
+    class Skips(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.relu, self.last, self.calls = nn.ReLU(), nn.ReLU(), 0
+
+        def forward(self, x):
+            self.calls += 1
+            return self.last(self.relu(x)) if self.calls % 2 else self.relu(x)
+
+    model = instrument(Skips(), method="hooks")
+    with pytest.raises(ValueError, match="model: expected the same activations in every forward pass"):
+        count_firings(model, [(torch.randn(2, 3), torch.tensor([0, 1]))] * 2, 2, progress=False)
 
 
 def test_the_firing_threshold_is_passed_on():

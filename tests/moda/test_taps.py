@@ -483,3 +483,18 @@ def test_a_compiled_model_records_in_the_model_it_was_made_of() -> None:
         with tapped.recording():
             compiled(x)
         assert len(tapped.activations()) == 3
+
+
+@pytest.mark.parametrize("method", ["fx", "hooks"])
+def test_a_receiver_gets_every_activation_at_once_and_nothing_is_kept(method):
+    model = instrument(nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2), nn.ReLU()), method=method)
+    x, received = torch.randn(5, 3), []
+    with torch.no_grad(), model.recording(lambda index, activation: received.append((index, activation))):
+        model(x)
+        with model.recording():  # an inner block keeps again
+            model(x)
+        expected = model.activations()
+        with pytest.raises(RuntimeError, match="no activations recorded"):
+            model.activations()
+    assert [index for index, _ in received] == [0, 1]
+    assert all(torch.equal(mine, theirs) for (_, mine), theirs in zip(received, expected, strict=True))
