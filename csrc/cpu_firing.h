@@ -9,7 +9,8 @@
 namespace moda {
 namespace MODA_ISA {
 
-constexpr int64_t kFiringNeurons = 16;  // neurons of a task of the layout (N, C, S)
+constexpr int64_t kFiringNeurons = 16;  // neurons of a task of the layout (N, C, S), at least
+constexpr int64_t kStretch = 32 << 10;  // bytes of each sample that it reads, at least, so that the processor fetches ahead
 
 // An integer as wide as an element.
 template <class T> struct IntegerOf;
@@ -58,17 +59,65 @@ MODA_INLINE bool row_fires(const I* x, int64_t count, I threshold) {
   return false;
 }
 
+// Whether a row's positions fit a cache line, and their bits a word that is read from any byte. Such a row is fetched whole
+// whichever of its positions are looked at, and whether it fires at its first is a coin toss to the branch predictor.
+MODA_INLINE bool has_short_rows(const FiringLayer& layer) {
+  const int64_t bytes = width(layer.dtype);
+  return MODA_X86 && layer.positions * bytes <= kLine && layer.positions * mask_bits_per_lane(bytes) <= 57;
+}
+
+// Neurons of a task of the layout (N, C, S).
+MODA_INLINE int64_t neurons_per_task(const FiringLayer& layer) {
+  return larger(kFiringNeurons, kStretch / (layer.positions * width(layer.dtype)));
+}
+
 // Layout (N, C, S): a few neurons of every sample; no other task has these neurons' counts.
 template <class I>
 MODA_INLINE void count_rows(const FiringLayer& layer, const FiringBatch& batch, int64_t task) {
-  const int64_t C = layer.neurons, S = layer.positions;
-  const Range neurons{task * kFiringNeurons, smaller((task + 1) * kFiringNeurons, C)};
+  const int64_t C = layer.neurons, S = layer.positions, rows = neurons_per_task(layer);
+  const Range neurons{task * rows, smaller((task + 1) * rows, C)};
   for (int64_t n = 0; n < batch.samples; ++n) {
     const int64_t label = label_of(batch, n);
     if (!is_class(batch, label)) continue;
     for (int64_t c = neurons.begin; c < neurons.end; ++c) {
       const I* x = static_cast<const I*>(layer.data) + (n * C + c) * S;
+      __builtin_prefetch(x + C * S);  // the next sample's row: too far away for the processor to guess
       layer.counts[label * C + c] += row_fires<I>(x, S, static_cast<I>(layer.threshold));
+    }
+  }
+}
+
+// Layout (N, C, S), short rows: some neurons of every sample, without a branch on their values. One comparison for all positions
+// of many rows gives their bits; a row fires if one of its bits is set.
+template <class I>
+MODA_INLINE void count_short_rows(const FiringLayer& layer, const FiringBatch& batch, int64_t task) {
+  constexpr int64_t lanes = MODA_VECTOR_BYTES / sizeof(I), per_lane = mask_bits_per_lane(sizeof(I)), per_word = 64 / per_lane;
+  const int64_t C = layer.neurons, S = layer.positions, rows = neurons_per_task(layer);
+  const Range neurons{task * rows, smaller((task + 1) * rows, C)};
+  const int64_t count = (neurons.end - neurons.begin) * S, bits = S * per_lane;
+  const uint64_t row_mask = (uint64_t{1} << bits) - 1;
+  const I threshold = static_cast<I>(layer.threshold);
+  uint64_t words[kStretch / sizeof(I) / per_word + 2];  // and one that the last rows' words reach into
+  for (int64_t n = 0; n < batch.samples; ++n) {
+    const int64_t label = label_of(batch, n);
+    if (!is_class(batch, label)) continue;
+    const I* x = static_cast<const I*>(layer.data) + (n * C + neurons.begin) * S;
+    int64_t i = 0, word = 0;
+    for (; i + per_word <= count; i += per_word) {
+      uint64_t fired = 0;
+      for (int64_t at = 0; at < per_word; at += lanes) fired |= mask_bits<I>(exceeds(x + i + at, threshold)) << (at * per_lane);
+      words[word++] = fired;
+    }
+    uint64_t fired = 0;
+    int64_t at = 0;
+    for (; i + lanes <= count; i += lanes, at += lanes) fired |= mask_bits<I>(exceeds(x + i, threshold)) << (at * per_lane);
+    for (; i < count; ++i, ++at) fired |= uint64_t(exceeds1(x[i], threshold)) << (at * per_lane);
+    words[word] = fired;
+
+    const char* const bytes = reinterpret_cast<const char*>(words);
+    int64_t* counts = layer.counts + label * C + neurons.begin;
+    for (int64_t c = 0, bit = 0; c < neurons.end - neurons.begin; ++c, bit += bits) {
+      counts[c] += (load_unaligned<uint64_t>(bytes + bit / 8) >> (bit % 8) & row_mask) != 0;
     }
   }
 }
@@ -133,7 +182,7 @@ MODA_INLINE void count_columns(const FiringLayer& layer, const FiringBatch& batc
 
 MODA_INLINE int64_t firing_tasks(const FiringLayer& layer, const FiringBatch& batch) {
   if (layer.positions == 1) return divide_up(layer.neurons, kColumns);
-  if (layer.layout == Layout::kPositionsLast) return divide_up(layer.neurons, kFiringNeurons);
+  if (layer.layout == Layout::kPositionsLast) return divide_up(layer.neurons, neurons_per_task(layer));
   return batch.samples * divide_up(layer.neurons, kColumns);
 }
 
@@ -151,7 +200,10 @@ static void count_firings(const FiringLayer* layers, int64_t count, const Firing
         with_element(layers[l].dtype, [&](auto element) {
           using I = typename IntegerOf<decltype(element)>::type;
           if (layers[l].positions == 1) return count_elements<I>(layers[l], batch, task);
-          if (layers[l].layout == Layout::kPositionsLast) return count_rows<I>(layers[l], batch, task);
+          if (layers[l].layout == Layout::kPositionsLast) {
+            if (has_short_rows(layers[l])) return count_short_rows<I>(layers[l], batch, task);
+            return count_rows<I>(layers[l], batch, task);
+          }
           count_columns<I>(layers[l], batch, task);
         });
       });

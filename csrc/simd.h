@@ -115,6 +115,32 @@ MODA_INLINE bool any(Vector<Lane> mask) {
 #endif
 }
 
+// Bits of `mask_bits` for a lane of so many bytes.
+constexpr int64_t mask_bits_per_lane(int64_t bytes) { return MODA_X86 && bytes == 2 && MODA_VECTOR_BYTES < 64 ? 2 : 1; }
+
+// The lanes of a mask as bits, the first lane lowest.
+template <class Lane>
+MODA_INLINE uint64_t mask_bits(Vector<Lane> mask) {
+#if defined(__AVX512F__)
+  const __m512i bits = bit_cast<__m512i>(mask);
+  if constexpr (sizeof(Lane) == 2) return _mm512_movepi16_mask(bits);
+  if constexpr (sizeof(Lane) == 4) return _mm512_movepi32_mask(bits);
+  return _mm512_movepi64_mask(bits);
+#elif defined(__AVX2__)
+  if constexpr (sizeof(Lane) == 2) return static_cast<uint32_t>(_mm256_movemask_epi8(bit_cast<__m256i>(mask)));
+  if constexpr (sizeof(Lane) == 4) return static_cast<uint32_t>(_mm256_movemask_ps(bit_cast<__m256>(mask)));
+  return static_cast<uint32_t>(_mm256_movemask_pd(bit_cast<__m256d>(mask)));
+#elif MODA_X86
+  if constexpr (sizeof(Lane) == 2) return static_cast<uint32_t>(_mm_movemask_epi8(bit_cast<__m128i>(mask)));
+  if constexpr (sizeof(Lane) == 4) return static_cast<uint32_t>(_mm_movemask_ps(bit_cast<__m128>(mask)));
+  return static_cast<uint32_t>(_mm_movemask_pd(bit_cast<__m128d>(mask)));
+#else
+  uint64_t bits = 0;
+  for (int64_t i = 0; i < MODA_VECTOR_BYTES / int64_t(sizeof(Lane)); ++i) bits |= uint64_t(mask[i] != 0) << i;
+  return bits;
+#endif
+}
+
 template <class Lane>
 MODA_INLINE bool all(Vector<Lane> mask) { return !any<Lane>(~mask); }
 

@@ -259,10 +259,23 @@ def counted(backend: object, layers: list[Tensor], labels: Tensor, classes: int,
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("threshold", [0.0, 0.1, 1e6])
 def test_count_firings(isa: str, dtype: torch.dtype, threshold: float):
-    """Rows of one small value among zeros, at every offset of a vector and its neighbours, in both layouts."""
+    """Rows of one small value among zeros, at every offset of a vector and its neighbours, in both layouts.
+
+    Short rows (a cache line and less) of more neurons than a task takes, and of a number that leaves a rest.
+    """
     generator = torch.Generator().manual_seed(7)
     layers = []
-    for shape in [(3,), (1030,), (17, 5, 5), (70, 9, 15), (520, 13), (3, 101), (6, 2, 3, 2)]:
+    for shape in [
+        (3,),
+        (1030,),
+        (17, 5, 5),
+        (70, 9, 15),
+        (520, 13),
+        (3, 101),
+        (6, 2, 3, 2),
+        (2101, 3, 3),
+        (1101, 2, 4),
+    ]:
         x = torch.zeros(13, *shape)
         flat = x.flatten(2) if x.dim() > 2 else x[..., None]
         at = torch.randint(0, flat.shape[2], flat.shape[:2], generator=generator)
