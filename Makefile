@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := pyproject.toml setup.py CMakeLists.txt moda_kernels/_version.py $(wildcard csrc/*)
 
-.PHONY: demo test lint bench gpu clean
+.PHONY: demo test test-other-torch lint bench gpu clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed
@@ -17,6 +17,17 @@ test: $(VENV)/installed-dev
 	$(MAKE) --no-print-directory lint
 	./tests/browser.sh
 	$(BIN)/python -m pytest -n 2
+
+# The same tests with another PyTorch: `make test-other-torch OTHER_TORCH="torch==2.11.0 torchvision==0.26.0"`. Downloads
+# gigabytes: PyPI's builds for Linux bring CUDA. NumPy is held back for the interpreter of the Triton that comes with 2.8.
+OTHER_TORCH ?= torch==2.8.0 torchvision==0.23.0
+OTHER := $(VENV)/other/bin/python
+test-other-torch: $(VENV)/installed-dev
+	$(PYTHON) -m venv $(VENV)/other
+	$(OTHER) -m pip install --quiet $(OTHER_TORCH) "numpy<2.3"
+	$(OTHER) -m pip install --quiet --editable ".[train,export]" hypothesis pillow pyarrow pytest pytest-benchmark \
+	    pytest-timeout pytest-xdist selenium setuptools pybind11 cmake ninja build
+	$(OTHER) -m pytest -n 2
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .

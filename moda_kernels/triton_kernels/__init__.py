@@ -16,6 +16,7 @@ from torch import Tensor
 
 from moda_kernels.segments import Segments
 
+_INSTALLED = find_spec("triton") is not None  # asked once: torch.compile cannot trace the question
 _FLOATS = frozenset({torch.float16, torch.bfloat16, torch.float32})
 _OLDEST = (8, 0)  # bfloat16 arithmetic; older GPUs are not compiled for in our tests
 
@@ -26,7 +27,7 @@ DEVICES: Mapping[str, frozenset[str]] | None = dict.fromkeys(OPS, frozenset({"cu
 
 def unavailable(device: torch.device | None = None) -> str | None:
     """None if the kernels can run (on `device`, or on any), else the reason in one line. Starts no CUDA context."""
-    if find_spec("triton") is None:
+    if not _INSTALLED:
         return "Triton is not installed; it comes with PyTorch's CUDA builds, or `pip install triton`"
     if device is not None and device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
         return None  # Triton's interpreter: for tests

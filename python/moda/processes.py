@@ -7,7 +7,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 from moda.config import TrainingConfig
@@ -60,10 +60,16 @@ def shard(model: nn.Module, mesh: DeviceMesh) -> None:
 
     Layers, not their containers: a traced model calls the layers itself, and only what is called gathers its weights.
     """
-    for module in list(model.modules()):
-        if sum(weight.numel() for weight in module.parameters(recurse=False)) >= SHARD_ALONE:
-            fully_shard(module, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+    layers = [
+        module
+        for module in model.modules()
+        if sum(weight.numel() for weight in module.parameters(recurse=False)) >= SHARD_ALONE
+    ]
+    for module in dict.fromkeys((*layers, model)):
+        fully_shard(module, mesh=mesh)
+    for module in model.modules():
+        if mesh.device_type == "cpu" and isinstance(module, FSDPModule):
+            module.set_force_sum_reduction_for_comms(True)  # Gloo's mean was a sum up to PyTorch 2.8
 
 
 def whole_weights(model: nn.Module) -> dict[str, Tensor]:

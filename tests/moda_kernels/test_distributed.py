@@ -578,8 +578,9 @@ def rank_training(rank, engine, dtype, sizes, num_classes, world):
     else:
         mesh = init_device_mesh("cpu", (WORLD,))
         for layer in model.children():
-            fully_shard(layer, mesh=mesh)
+            fully_shard(layer, mesh=mesh).set_force_sum_reduction_for_comms(True)  # as in moda.processes.shard
         trained = fully_shard(model, mesh=mesh)
+        trained.set_force_sum_reduction_for_comms(True)
     loss = ModularLoss(1.0, 0.7, 0.3, group=group, num_classes=num_classes)
     steps = train(trained, training_batches(sizes, dtype), loss, slice(rank, None, world), world)
     weights = {
