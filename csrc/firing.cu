@@ -43,21 +43,28 @@ __device__ __forceinline__ void count_rows(const Task& task, const FiringBatch& 
   }
 }
 
-// Layout (N, S, C): each lane 16 bytes of neurons, each warp every kWarps-th sample.
+// Layout (N, S, C): each lane 16 bytes of neurons, each team of warps a sample. A warp stops where its own positions have fired.
 template <int width>
 __device__ __forceinline__ void count_columns(const Task& task, const FiringBatch& batch, const Work& work,
                                               const Counters& counters) {
-  const int lane = threadIdx.x % kWarp;
-  for (int64_t sample = work.first_sample + threadIdx.x / kWarp; sample < work.end_sample; sample += kWarps) {
-    const int64_t label = class_of(batch, sample);
-    if (label < 0) continue;  // the same for all lanes
-    const Columns columns = columns_of<width>(task, sample, work.first_neuron, lane);
-    const int64_t steps = column_steps(task);
+  __shared__ unsigned of_warps[kWarps * kWarp];
+  const int team = task.warps * kWarp, lane = threadIdx.x % team;
+  for (int64_t first = work.first_sample; first < work.end_sample; first += kWarps / task.warps) {
+    const int64_t sample = first + threadIdx.x / team;
+    const int64_t label = sample < work.end_sample ? class_of(batch, sample) : -1;
+    const Columns columns = columns_of<width>(task, sample, work.first_neuron, lane, team);
+    const int64_t steps = label < 0 ? 0 : column_steps(task, team);  // the same for all lanes of a team
     unsigned fired = 0;
     for (int64_t step = 0; step < steps; ++step) {
       fired |= column_step<width>(task, columns, step);
       for (int apart = task.lanes; apart < kWarp; apart *= 2) fired |= __shfl_xor_sync(kFull, fired, apart);
       if (__all_sync(kFull, fired == columns.all)) break;
+    }
+    if (task.warps > 1) {
+      of_warps[threadIdx.x] = fired;
+      __syncthreads();
+      for (int warp = 1; warp < task.warps && lane < kWarp; ++warp) fired |= of_warps[threadIdx.x + warp * kWarp];
+      __syncthreads();
     }
     if (columns.offset != 0) continue;
     for (; fired != 0; fired &= fired - 1) counters.count(label, columns.first_neuron + __ffs(fired) - 1);

@@ -25,19 +25,27 @@ void emulate_rows(const Task& task, int64_t label, int64_t sample, int warp, con
 
 template <int width, class Count>
 void emulate_columns(const Task& task, int64_t label, int64_t sample, const Work& work, Count count) {
-  Columns columns[kWarp];
-  uint32_t fired[kWarp] = {};
-  for (int lane = 0; lane < kWarp; ++lane) columns[lane] = columns_of<width>(task, sample, work.first_neuron, lane);
-  bool finished = false;
-  for (int64_t step = 0; step < column_steps(task) && !finished; ++step) {
-    for (int lane = 0; lane < kWarp; ++lane) fired[lane] |= column_step<width>(task, columns[lane], step);
-    for (int lane = task.lanes; lane < kWarp; ++lane) fired[lane % task.lanes] |= fired[lane];
-    finished = true;
-    for (int lane = 0; lane < task.lanes; ++lane) finished &= fired[lane] == columns[lane].all;
+  const int team = task.warps * kWarp;
+  uint32_t of_team[kWarp] = {};
+  for (int warp = 0; warp < task.warps; ++warp) {
+    Columns columns[kWarp];
+    uint32_t fired[kWarp] = {};
+    for (int lane = 0; lane < kWarp; ++lane) {
+      columns[lane] = columns_of<width>(task, sample, work.first_neuron, warp * kWarp + lane, team);
+    }
+    bool finished = false;
+    for (int64_t step = 0; step < column_steps(task, team) && !finished; ++step) {
+      for (int lane = 0; lane < kWarp; ++lane) fired[lane] |= column_step<width>(task, columns[lane], step);
+      for (int lane = task.lanes; lane < kWarp; ++lane) fired[lane % task.lanes] |= fired[lane];
+      finished = true;
+      for (int lane = 0; lane < task.lanes; ++lane) finished &= fired[lane] == columns[lane].all;
+    }
+    for (int lane = 0; lane < task.lanes; ++lane) of_team[lane] |= fired[lane];
   }
   for (int lane = 0; lane < task.lanes; ++lane) {
+    const Columns columns = columns_of<width>(task, sample, work.first_neuron, lane, team);
     for (int i = 0; i < task.per_vector; ++i) {
-      if ((fired[lane] >> i) & 1u) count(label, columns[lane].first_neuron + i);
+      if ((of_team[lane] >> i) & 1u) count(label, columns.first_neuron + i);
     }
   }
 }

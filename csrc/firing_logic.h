@@ -23,10 +23,12 @@ namespace firing {
 
 constexpr int kWarp = 32;
 constexpr int kWarps = 8;              // of a block
-constexpr int64_t kChunk = 32;         // samples of a block
+constexpr int64_t kMostSamples = 32;    // of a block
+constexpr int64_t kBlockBytes = 256 << 10;  // that a block reads if nothing fires: few enough that large layers fill a GPU
+constexpr int64_t kLeastSteps = 4;     // of a warp, before it shares a sample: with fewer, stopping early would gain nothing
 constexpr int kUnroll = 4;             // loads of a lane that are under way at once
 constexpr int64_t kTableLength = 6144;  // counters of a block, 24 KiB: two blocks and more fit a multiprocessor everywhere
-constexpr int kMaxLayers = 60;         // of a launch: its parameters stay below the 4 KiB that every GPU takes
+constexpr int kMaxLayers = 55;         // of a launch: its parameters stay below the 4 KiB that every GPU takes
 
 // How lanes walk an activation.
 struct Walk {
@@ -44,6 +46,8 @@ struct Task : Walk {
   int64_t* counts;
   uint64_t threshold;
   int64_t first_block;
+  int32_t warps;    // that share a sample, across: a team
+  int32_t samples;  // of a block
 };
 
 struct Launch {
@@ -66,11 +70,13 @@ MODA_HOST_DEVICE int64_t tile(const Task& task) {
 }
 
 MODA_HOST_DEVICE int64_t blocks_of(const Task& task, int64_t samples) {
-  return divide_up(task.neurons, tile(task)) * divide_up(samples, kChunk);
+  return divide_up(task.neurons, tile(task)) * divide_up(samples, task.samples);
 }
 
-// Whether the block's counts are first added up in shared memory, or go straight to the layer's.
-MODA_HOST_DEVICE bool has_table(const Task& task, int64_t classes) { return tile(task) * classes <= kTableLength; }
+// Whether the block's counts are first added up in shared memory, or go straight to the layer's: one sample repeats no class.
+MODA_HOST_DEVICE bool has_table(const Task& task, int64_t classes) {
+  return task.samples > 1 && tile(task) * classes <= kTableLength;
+}
 
 // What a block works on.
 struct Work {
@@ -99,7 +105,7 @@ MODA_HOST_DEVICE Work work_of(const Launch& launch, int64_t block) {
   const int64_t layer = layer_of(launch, block);
   const Task& task = launch.tasks[layer];
   const int64_t within = block - task.first_block, tiles = divide_up(task.neurons, tile(task));
-  const int64_t first_sample = within / tiles * kChunk, end = first_sample + kChunk;
+  const int64_t first_sample = within / tiles * task.samples, end = first_sample + task.samples;
   return {layer, within % tiles * tile(task), first_sample, end < launch.batch.samples ? end : launch.batch.samples};
 }
 
@@ -296,7 +302,14 @@ inline Walk walk_of(const Of& layer) {
 }
 
 // A layer as a launch takes it; `first_block` is left to the launch.
-inline Task task_of(const FiringLayer& layer) { return {walk_of(layer), layer.counts, layer.threshold, 0}; }
+inline Task task_of(const FiringLayer& layer) {
+  Task task{walk_of(layer), layer.counts, layer.threshold, 0, 1, 1};
+  if (task.across) task.warps = power_of_two_from(divide_up(column_steps(task), kLeastSteps), kWarps);
+  const int64_t least = task.across ? kWarps / task.warps : 1;  // every team has one
+  const int64_t wanted = kBlockBytes / (tile(task) * task.positions * task.width);
+  task.samples = static_cast<int32_t>(wanted < least ? least : wanted < kMostSamples ? wanted : kMostSamples);
+  return task;
+}
 
 // The launch of up to kMaxLayers layers.
 inline Launch launch_of(const FiringLayer* layers, int64_t count, const FiringBatch& batch) {

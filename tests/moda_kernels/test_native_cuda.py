@@ -105,6 +105,30 @@ def test_every_position_is_read_and_none_beside_the_row(dtype: torch.dtype):
                 row[0, 0, at] = 0
 
 
+@pytest.mark.parametrize("neurons", [1, 5, 64])
+def test_a_sample_that_several_warps_share(neurons: int):
+    """One to eight warps, each of which stops for itself; every position is somebody's."""
+    labels = torch.zeros(1, dtype=torch.int64)
+    for positions in (60, 130, 300, 700, 3000):
+        x = neurons_last(torch.zeros(1, neurons, positions))
+        assert counted(count_emulated, [x], labels, 1, 0.0)[0].sum() == 0
+        for at in range(0, positions, 1 if positions < 3000 else 89):
+            x[0, at % neurons, at] = 1
+            assert counted(count_emulated, [x], labels, 1, 0.0)[0][0].tolist() == [at % neurons == c for c in range(neurons)]
+            x[0, at % neurons, at] = 0
+
+
+@pytest.mark.parametrize("layout", ["positions last", "neurons last"])
+def test_blocks_of_few_samples_where_samples_are_large(layout: str):
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(-1, 4, (37,), generator=generator)
+    for positions in (9, 600, 5000, 40000):
+        x = one_per_row(37, (3, positions), generator)
+        layers = [x if layout == "positions last" else neurons_last(x)]
+        expected = counted(closed_form.count_firings, layers, labels, 4, 0.0)
+        assert all(map(torch.equal, counted(count_emulated, layers, labels, 4, 0.0), expected))
+
+
 def test_more_layers_than_a_launch_takes():
     generator = torch.Generator().manual_seed(0)
     layers = [one_per_row(9, (5 + i % 7, 3, 4), generator) for i in range(130)]
