@@ -5,6 +5,7 @@
 // Sums are taken in blocks of positions, so that rounding grows with the block and not with the image.
 #pragma once
 
+#include "cpu_rows.h"
 #include "cpu_tasks.h"
 
 namespace moda {
@@ -77,16 +78,25 @@ MODA_INLINE void add_absolute(const T* x, AccOf<T>* sums, int64_t count) {
   for (; i < count; ++i) sums[i] += absolute(Element<T>::load1(x + i));
 }
 
+// Pooled activations of some rows of the layout (N, C, S).
+template <class T>
+MODA_INLINE void pool_rows(const T* x, Range part, int64_t S, AccOf<T>* means) {
+  using Acc = AccOf<T>;
+  if (are_summed_together<Acc>(S)) {
+    return mean_of_rows<Acc>(
+        part.begin, part.end, S, means, [&](int64_t i) { return absolute<Acc>(Element<T>::load(x + i)); },
+        [&](int64_t i) { return absolute(Element<T>::load1(x + i)); });
+  }
+  for (int64_t row = part.begin; row < part.end; ++row) means[row] = sum_absolute(x + row * S, S) / Acc(S);
+}
+
 // Pooled activations of some neurons of one sample, whatever the layout. `means` is that sample's row.
 template <class T>
 MODA_INLINE void pool_neurons(const Layer& layer, int64_t sample, Range neurons, AccOf<T>* means) {
   using Acc = AccOf<T>;
   const int64_t S = layer.positions, C = layer.neurons;
   const T* x = static_cast<const T*>(layer.data) + sample * C * S;
-  if (layer.layout == Layout::kPositionsLast) {
-    for (int64_t c = neurons.begin; c < neurons.end; ++c) means[c] = sum_absolute(x + c * S, S) / Acc(S);
-    return;
-  }
+  if (layer.layout == Layout::kPositionsLast) return pool_rows(x, neurons, S, means);
   for (int64_t c = neurons.begin; c < neurons.end; c += kColumns) {
     const int64_t columns = smaller(kColumns, neurons.end - c);
     sum_columns<Acc>(S, columns, means + c, [&](int64_t p, Acc* sums) { add_absolute(x + p * C + c, sums, columns); });
@@ -101,49 +111,32 @@ MODA_INLINE void pool_task(const Layer& layer, int64_t task) {
     const Columns part = task_columns(layer, task);
     return pool_neurons<T>(layer, part.sample, part.neurons, rows + part.sample * layer.neurons);
   }
-  const Range part = task_rows(layer, task);
-  const T* x = static_cast<const T*>(layer.data);
-  for (int64_t row = part.begin; row < part.end; ++row) {
-    rows[row] = sum_absolute(x + row * layer.positions, layer.positions) / Acc(layer.positions);
-  }
+  pool_rows(static_cast<const T*>(layer.data), task_rows(layer, task), layer.positions, rows);
 }
 
-// out = gradient * sign(x); the sign of 0 and of NaN is 0.
+// gradient * sign(x), element by element; the sign of 0 and of NaN is 0.
+template <class Acc>
+MODA_INLINE Vector<Acc> spread(Vector<Acc> x, Vector<Acc> gradient) {
+  return keep_where<Acc>(x > Acc(0), gradient) + keep_where<Acc>(x < Acc(0), -gradient);
+}
+
 template <class T>
-MODA_INLINE void spread_row(const T* x, AccOf<T> gradient, T* out, int64_t count) {
+MODA_INLINE void spread1(const T* x, AccOf<T> gradient, T* out) {
   using Acc = AccOf<T>;
-  constexpr int64_t lanes = kLanes<Acc>;
-  const Vector<Acc> positive = gradient - Vector<Acc>{}, negative = -positive;
-  int64_t i = 0;
-  for (; i + lanes <= count; i += lanes) {
-    const Vector<Acc> v = Element<T>::load(x + i);
-    store(out + i, keep_where<Acc>(v > Acc(0), positive) + keep_where<Acc>(v < Acc(0), negative));
-  }
-  for (; i < count; ++i) {
-    const Acc v = Element<T>::load1(x + i);
-    Element<T>::store1(out + i, v > 0 ? gradient : v < 0 ? -gradient : Acc(0));
-  }
+  const Acc v = Element<T>::load1(x);
+  Element<T>::store1(out, v > 0 ? gradient : v < 0 ? -gradient : Acc(0));
 }
 
-// out = gradient * sign(x), element by element.
 template <class T>
 MODA_INLINE void spread_columns(const T* x, const AccOf<T>* gradient, T* out, int64_t count) {
   using Acc = AccOf<T>;
   constexpr int64_t lanes = kLanes<Acc>;
   int64_t i = 0;
   for (; i + lanes <= count; i += lanes) {
-    const Vector<Acc> v = Element<T>::load(x + i), g = load_unaligned<Vector<Acc>>(gradient + i);
-    store(out + i, keep_where<Acc>(v > Acc(0), g) + keep_where<Acc>(v < Acc(0), -g));
+    store(out + i, spread<Acc>(Element<T>::load(x + i), load_unaligned<Vector<Acc>>(gradient + i)));
   }
-  for (; i < count; ++i) {
-    const Acc v = Element<T>::load1(x + i);
-    Element<T>::store1(out + i, v > 0 ? gradient[i] : v < 0 ? -gradient[i] : Acc(0));
-  }
+  for (; i < count; ++i) spread1(x + i, gradient[i], out + i);
 }
-
-// Rows of fewer positions than this are short: vectors of their own would be mostly rest.
-template <class T>
-MODA_INLINE bool has_short_rows(const Layer& layer) { return layer.positions < 2 * kLanes<AccOf<T>>; }
 
 // Calls body(offset of the first element, share of each element, elements) for pieces of the rows, each element with its row's
 // share of the gradient: rows[row] / positions.
@@ -161,6 +154,21 @@ MODA_INLINE void over_short_rows(const Acc* rows, Range part, int64_t positions,
   }
 }
 
+// The gradient of some rows of the layout (N, C, S).
+template <class T>
+MODA_INLINE void spread_rows(const T* x, Range part, int64_t S, const AccOf<T>* gradient, T* out) {
+  using Acc = AccOf<T>;
+  if (!are_shared_together<Acc>(S)) {
+    return over_short_rows(gradient, part, S, [&](int64_t offset, const Acc* share, int64_t count) {
+      spread_columns(x + offset, share, out + offset, count);
+    });
+  }
+  share_among_rows(
+      part.begin, part.end, S, gradient,
+      [&](int64_t i, Vector<Acc> g) { store(out + i, spread<Acc>(Element<T>::load(x + i), g)); },
+      [&](int64_t i, Acc g) { spread1(x + i, g, out + i); });
+}
+
 // The gradient of some neurons of one sample. `gradient` is that sample's row, of the pooled activation.
 template <class T>
 MODA_INLINE void spread_neurons(const Layer& layer, int64_t sample, Range neurons, const AccOf<T>* gradient) {
@@ -168,10 +176,7 @@ MODA_INLINE void spread_neurons(const Layer& layer, int64_t sample, Range neuron
   const int64_t S = layer.positions, C = layer.neurons;
   const T* x = static_cast<const T*>(layer.data) + sample * C * S;
   T* out = static_cast<T*>(layer.out) + sample * C * S;
-  if (layer.layout == Layout::kPositionsLast) {
-    for (int64_t c = neurons.begin; c < neurons.end; ++c) spread_row(x + c * S, gradient[c] / Acc(S), out + c * S, S);
-    return;
-  }
+  if (layer.layout == Layout::kPositionsLast) return spread_rows(x, neurons, S, gradient, out);
   for (int64_t begin = neurons.begin; begin < neurons.end; begin += kColumns) {
     const int64_t columns = smaller(kColumns, neurons.end - begin);
     Acc share[kColumns];
@@ -188,17 +193,8 @@ MODA_INLINE void spread_task(const Layer& layer, int64_t task) {
     const Columns part = task_columns(layer, task);
     return spread_neurons<T>(layer, part.sample, part.neurons, rows + part.sample * layer.neurons);
   }
-  const Range part = task_rows(layer, task);
-  const int64_t S = layer.positions;
   const T* x = static_cast<const T*>(layer.data);
-  T* out = static_cast<T*>(layer.out);
-  if (has_short_rows<T>(layer)) {
-    over_short_rows(rows, part, S, [&](int64_t offset, const Acc* share, int64_t count) {
-      spread_columns(x + offset, share, out + offset, count);
-    });
-    return;
-  }
-  for (int64_t row = part.begin; row < part.end; ++row) spread_row(x + row * S, rows[row] / Acc(S), out + row * S, S);
+  spread_rows(x, task_rows(layer, task), layer.positions, rows, static_cast<T*>(layer.out));
 }
 
 static void pool_forward(const Layer* layers, int64_t count, int threads) {

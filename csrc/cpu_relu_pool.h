@@ -91,6 +91,32 @@ MODA_INLINE void relu_short_rows(const T* x, T* y, AccOf<T>* rows, int64_t count
   }
 }
 
+template <class Acc>
+MODA_INLINE Acc relu1(Acc x) { return x <= 0 ? Acc(0) : x; }
+
+// y = relu(x) of some rows, and their means.
+template <bool kPastCaches, class T>
+MODA_INLINE void relu_pool_rows(const T* x, T* y, Range part, int64_t S, AccOf<T>* means) {
+  using Acc = AccOf<T>;
+  if (are_summed_together<Acc>(S)) {
+    const auto rectify = [&](int64_t i) {
+      const Vector<Acc> kept = relu<Acc>(Element<T>::load(x + i));
+      put<kPastCaches>(y + i, kept);
+      return kept;
+    };
+    const auto rectify1 = [&](int64_t i) {
+      const Acc kept = relu1(Element<T>::load1(x + i));
+      Element<T>::store1(y + i, kept);
+      return kept;
+    };
+    return mean_of_rows<Acc>(part.begin, part.end, S, means, rectify, rectify1);
+  }
+  if (S < kLanes<Acc>) return relu_short_rows(x + part.begin * S, y + part.begin * S, means + part.begin, part.end - part.begin, S);
+  for (int64_t row = part.begin; row < part.end; ++row) {
+    means[row] = relu_row<kPastCaches>(x + row * S, y + row * S, S) / Acc(S);
+  }
+}
+
 template <bool kPastCaches, class T>
 MODA_INLINE void relu_pool_task(const Layer& layer, int64_t task) {
   using Acc = AccOf<T>;
@@ -99,14 +125,7 @@ MODA_INLINE void relu_pool_task(const Layer& layer, int64_t task) {
   T* y = static_cast<T*>(layer.out);
   Acc* rows = static_cast<Acc*>(layer.rows);
   if (layer.layout == Layout::kPositionsLast) {
-    const Range part = task_rows(layer, task);
-    if (has_short_rows<T>(layer)) {
-      const int64_t offset = part.begin * S;
-      return relu_short_rows(x + offset, y + offset, rows + part.begin, part.end - part.begin, S);
-    }
-    for (int64_t row = part.begin; row < part.end; ++row) {
-      rows[row] = relu_row<kPastCaches>(x + row * S, y + row * S, S) / Acc(S);
-    }
+    relu_pool_rows<kPastCaches>(x, y, task_rows(layer, task), S, rows);
   } else {
     const Columns part = task_columns(layer, task);
     const int64_t offset = part.sample * S * C + part.neurons.begin, columns = part.neurons.end - part.neurons.begin;
@@ -130,18 +149,6 @@ MODA_INLINE Vector<Acc> relu_gradient(Vector<Acc> y, Vector<Acc> dy, Vector<Acc>
 }
 
 template <bool kPastCaches, class T>
-MODA_INLINE void relu_gradient_row(const T* y, const T* dy, AccOf<T> gradient, T* dx, int64_t count) {
-  using Acc = AccOf<T>;
-  constexpr int64_t lanes = kLanes<Acc>;
-  const Vector<Acc> g = gradient - Vector<Acc>{};
-  int64_t i = 0;
-  for (; i + lanes <= count; i += lanes) {
-    put<kPastCaches>(dx + i, relu_gradient<Acc>(Element<T>::load(y + i), Element<T>::load(dy + i), g));
-  }
-  for (; i < count; ++i) relu_gradient1(y + i, dy + i, gradient, dx + i);
-}
-
-template <bool kPastCaches, class T>
 MODA_INLINE void relu_gradient_columns(const T* y, const T* dy, const AccOf<T>* gradient, T* dx, int64_t count) {
   using Acc = AccOf<T>;
   constexpr int64_t lanes = kLanes<Acc>;
@@ -162,16 +169,18 @@ MODA_INLINE void relu_pool_gradient_task(const Layer& layer, const void* upstrea
   const Acc* rows = static_cast<const Acc*>(layer.rows);
   if (layer.layout == Layout::kPositionsLast) {
     const Range part = task_rows(layer, task);
-    if (has_short_rows<T>(layer)) {
+    if (!are_shared_together<Acc>(S)) {
       over_short_rows(rows, part, S, [&](int64_t offset, const Acc* share, int64_t count) {
         relu_gradient_columns<false>(y + offset, dy + offset, share, dx + offset, count);
       });
       return;
     }
-    for (int64_t row = part.begin; row < part.end; ++row) {
-      const int64_t offset = row * S;
-      relu_gradient_row<kPastCaches>(y + offset, dy + offset, rows[row] / Acc(S), dx + offset, S);
-    }
+    share_among_rows(
+        part.begin, part.end, S, rows,
+        [&](int64_t i, Vector<Acc> g) {
+          put<kPastCaches>(dx + i, relu_gradient<Acc>(Element<T>::load(y + i), Element<T>::load(dy + i), g));
+        },
+        [&](int64_t i, Acc g) { relu_gradient1(y + i, dy + i, g, dx + i); });
   } else {
     const Columns part = task_columns(layer, task);
     const int64_t begin = part.neurons.begin, columns = part.neurons.end - begin;

@@ -168,10 +168,10 @@ def _study_pair(out: Path, settings: StudySettings, model: str, seed: int) -> st
     write_analysis(folder / "analysis.json", analysis)
     tasks = choose(modular.data.num_classes, per_size=settings.per_size)
     results = run_reuse(modular, tasks, folder / "reuse.csv", standard=standard, progress=False)
-    gaps = [(result.standard or 0.0) - result.composed for result in results]
+    gains = [result.composed - (result.standard or 0.0) for result in results]
     return (
         f"{model} seed {seed}: module size {analysis['mean_size']:.3f}, overlap {analysis['mean_overlap']:.3f}, "
-        f"composed {100 * sum(gaps) / len(gaps):+.2f} points below standard over {len(results)} sub-tasks"
+        f"composed {100 * sum(gains) / len(gains):+.2f} points against standard over {len(results)} sub-tasks"
     )
 
 

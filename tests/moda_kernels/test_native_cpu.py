@@ -33,6 +33,8 @@ GRADIENT = {
 SHAPES = (
     (3, 5, 1, 1),  # one position
     (4, 7, 2, 2),  # rows shorter than a vector
+    (3, 11, 2, 4),
+    (5, 7, 4, 4),  # as many rows as a vector has lanes, and some more
     (2, 33, 3, 5),
     (3, 8, 8, 8),
     (2, 70, 9, 11),  # no multiple of anything

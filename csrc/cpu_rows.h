@@ -1,0 +1,164 @@
+// Sums over the rows of the layout (N, C, S), as many rows at a time as a vector has lanes.
+//
+// A row's lanes are added as `sum_lanes` adds them, halves first, but for all those rows together: one shuffle and one addition
+// take the place of a row's own. Where rows are short, that is most of the work.
+#pragma once
+
+#include "simd.h"
+
+namespace moda {
+namespace MODA_ISA {
+
+// Lane i of the result is lane from(i) of a, or lane from(i) - lanes of b.
+template <class Acc, class From>
+MODA_INLINE Vector<Acc> shuffled(Vector<Acc> a, Vector<Acc> b, From from) {
+#if defined(__clang__)
+  Vector<Acc> result{};
+  for (int64_t i = 0; i < kLanes<Acc>; ++i) result[i] = from(i) < kLanes<Acc> ? a[from(i)] : b[from(i) - kLanes<Acc>];
+  return result;
+#else
+  Vector<Bits<Acc>> order{};
+  for (int64_t i = 0; i < kLanes<Acc>; ++i) order[i] = static_cast<Bits<Acc>>(from(i));
+  return __builtin_shuffle(a, b, order);
+#endif
+}
+
+// Of a, then of b: blocks of `width` lanes, each first of two added to the second.
+template <class Acc, int64_t width>
+MODA_INLINE Vector<Acc> add_neighbours(Vector<Acc> a, Vector<Acc> b) {
+  const auto first = [](int64_t i) { return 2 * (i / width) * width + i % width; };
+  return shuffled<Acc>(a, b, first) + shuffled<Acc>(a, b, [&](int64_t i) { return first(i) + width; });
+}
+
+// The sums of kLanes rows, in order. The rows have `count` lanes each, a power of two, and lie one after the other in `count`
+// vectors, which are overwritten.
+template <class Acc, int64_t count>
+MODA_INLINE Vector<Acc> sum_each(Vector<Acc>* rows) {
+  if constexpr (count == 1) {
+    return rows[0];
+  } else {
+    for (int64_t i = 0; i < count / 2; ++i) rows[i] = add_neighbours<Acc, count / 2>(rows[2 * i], rows[2 * i + 1]);
+    return sum_each<Acc, count / 2>(rows);
+  }
+}
+
+// Rows of so many positions are worth taking together; of longer ones the lanes are added once in a long while.
+template <class Acc> constexpr int64_t kRowsTogetherBelow = 16 * kLanes<Acc>;
+
+// Whether `sum_rows` takes rows of S positions.
+template <class Acc>
+MODA_INLINE bool are_summed_together(int64_t S) {
+  return S < kRowsTogetherBelow<Acc> && (S >= kLanes<Acc> || (S & (S - 1)) == 0);
+}
+
+// The lanes of a vector that ends where its row does, but for those that earlier vectors of the row have given.
+template <class Acc>
+MODA_INLINE Vector<Acc> last_lanes(Vector<Acc> value, int64_t kept) {
+  Vector<Bits<Acc>> lane{};
+  for (int64_t i = 0; i < kLanes<Acc>; ++i) lane[i] = static_cast<Bits<Acc>>(i);
+  return keep_where<Acc>(lane >= static_cast<Bits<Acc>>(kLanes<Acc> - kept), value);
+}
+
+// One row of S >= kLanes positions, down to one vector.
+template <class Acc, class Get>
+MODA_INLINE Vector<Acc> lanes_of_row(int64_t offset, int64_t S, Get get) {
+  constexpr int64_t lanes = kLanes<Acc>;
+  Vector<Acc> sum0{}, sum1{};
+  int64_t i = 0;
+  for (; i + 2 * lanes <= S; i += 2 * lanes) {
+    sum0 += get(offset + i);
+    sum1 += get(offset + i + lanes);
+  }
+  if (i + lanes <= S) {
+    sum0 += get(offset + i);
+    i += lanes;
+  }
+  if (i < S) sum1 += last_lanes<Acc>(get(offset + S - lanes), S - i);
+  return sum0 + sum1;
+}
+
+// Rows shorter than a vector: `count` positions, a power of two.
+template <class Acc, int64_t count, class Get, class Get1>
+MODA_INLINE void mean_of_short_rows(int64_t begin, int64_t end, Acc* means, Get get, Get1 get1) {
+  constexpr int64_t lanes = kLanes<Acc>;
+  int64_t row = begin;
+  for (; row + lanes <= end; row += lanes) {
+    Vector<Acc> rows[count];
+    for (int64_t i = 0; i < count; ++i) rows[i] = get(row * count + i * lanes);
+    store_unaligned(means + row, sum_each<Acc, count>(rows) / Acc(count));
+  }
+  for (; row < end; ++row) {  // in the same order
+    Acc part[count];
+    for (int64_t i = 0; i < count; ++i) part[i] = get1(row * count + i);
+    for (int64_t half = count / 2; half > 0; half /= 2) {
+      for (int64_t i = 0; i < half; ++i) part[i] += part[i + half];
+    }
+    means[row] = part[0] / Acc(count);
+  }
+}
+
+// means[row] = mean of the row's S values, for rows [begin, end); `are_summed_together(S)`. get(offset) gives the vector at an
+// offset from the first row's first element, get1(offset) one element; they may be asked twice for the same.
+template <class Acc, class Get, class Get1>
+MODA_INLINE void mean_of_rows(int64_t begin, int64_t end, int64_t S, Acc* means, Get get, Get1 get1) {
+  constexpr int64_t lanes = kLanes<Acc>;
+  if (S < lanes) {
+    switch (S) {
+      case 1: return mean_of_short_rows<Acc, 1>(begin, end, means, get, get1);
+      case 2: return mean_of_short_rows<Acc, 2>(begin, end, means, get, get1);
+      case 4: return mean_of_short_rows<Acc, 4>(begin, end, means, get, get1);
+      default: return mean_of_short_rows<Acc, 8>(begin, end, means, get, get1);
+    }
+  }
+  int64_t row = begin;
+  for (; row + lanes <= end; row += lanes) {
+    Vector<Acc> rows[lanes];
+    for (int64_t i = 0; i < lanes; ++i) rows[i] = lanes_of_row<Acc>((row + i) * S, S, get);
+    store_unaligned(means + row, sum_each<Acc, lanes>(rows) / Acc(S));
+  }
+  for (; row < end; ++row) means[row] = sum_lanes<Acc>(lanes_of_row<Acc>(row * S, S, get)) / Acc(S);
+}
+
+// Rows shorter than a vector, as in mean_of_short_rows.
+template <class Acc, int64_t count, class Put, class Put1>
+MODA_INLINE void share_among_short_rows(int64_t begin, int64_t end, const Acc* values, Put put, Put1 put1) {
+  constexpr int64_t lanes = kLanes<Acc>;
+  int64_t row = begin;
+  for (; row + lanes <= end; row += lanes) {
+    const Vector<Acc> shares = load_unaligned<Vector<Acc>>(values + row) / Acc(count);
+    for (int64_t i = 0; i < count; ++i) {
+      put(row * count + i * lanes, shuffled<Acc>(shares, shares, [&](int64_t lane) { return (i * lanes + lane) / count; }));
+    }
+  }
+  for (; row < end; ++row) {
+    for (int64_t p = 0; p < count; ++p) put1(row * count + p, values[row] / Acc(count));
+  }
+}
+
+// Whether `share_among_rows` takes rows of S positions.
+template <class Acc>
+MODA_INLINE bool are_shared_together(int64_t S) { return S >= kLanes<Acc> || (S & (S - 1)) == 0; }
+
+// Gives every element of rows [begin, end) its share values[row] / S: put(offset, shares of a vector), put1(offset, share);
+// `are_shared_together(S)`. Elements may be given twice.
+template <class Acc, class Put, class Put1>
+MODA_INLINE void share_among_rows(int64_t begin, int64_t end, int64_t S, const Acc* values, Put put, Put1 put1) {
+  constexpr int64_t lanes = kLanes<Acc>;
+  if (S < lanes) {
+    switch (S) {
+      case 1: return share_among_short_rows<Acc, 1>(begin, end, values, put, put1);
+      case 2: return share_among_short_rows<Acc, 2>(begin, end, values, put, put1);
+      case 4: return share_among_short_rows<Acc, 4>(begin, end, values, put, put1);
+      default: return share_among_short_rows<Acc, 8>(begin, end, values, put, put1);
+    }
+  }
+  for (int64_t row = begin; row < end; ++row) {
+    const Vector<Acc> share = values[row] / Acc(S) - Vector<Acc>{};
+    int64_t i = 0;
+    for (; i + lanes <= S; i += lanes) put(row * S + i, share);
+    if (i < S) put(row * S + S - lanes, share);
+  }
+}
+
+}  // namespace MODA_ISA
+}  // namespace moda
