@@ -160,9 +160,10 @@ def _count_while_running(
 def _batches(loader: Iterable[Any], progress: bool) -> Iterator[_Batch]:
     """Inputs, labels, and how many of the samples, the first ones, are to be counted."""
     console = Console(stderr=True)
-    hidden = not (progress and console.is_terminal)  # a log file wants no bar
     uncounted = _own_samples(loader)
-    for batch in track(loader, "Counting firings", console=console, transient=True, disable=hidden):
+    if progress and console.is_terminal:  # a log file wants no bar
+        loader = track(loader, "Counting firings", console=console, transient=True)
+    for batch in loader:
         inputs, labels = _inputs_and_labels(batch)
         own = int(min(len(labels), uncounted))
         uncounted -= own
