@@ -33,6 +33,10 @@ FORMAT_VERSION = 1
 MASKS_FILE = "masks.safetensors"
 METADATA_FILE = "decomposition.json"
 
+GROUP_BYTES = 32 << 20
+"""Of activations that are counted together on the CPU: fewer calls than layers, and little memory."""
+CHANGING = "model: expected the same activations in every forward pass, got others than in the first one"
+
 _Batch: TypeAlias = "tuple[Tensor, Tensor, int]"
 
 
@@ -136,25 +140,62 @@ def _count_when_run(model: InstrumentedModel | HookedModel, batches: Iterable[_B
 def _count_while_running(
     model: InstrumentedModel | HookedModel, batches: Iterable[_Batch], counter: FiringCounter
 ) -> None:
-    """Every layer as soon as it is there: still in cache, and its memory free for the layers after the next."""
-    layers: list[FiringCounter] = []
-
-    def count(labels: Tensor, index: int, activation: Tensor) -> None:
-        if index == len(layers):
-            layers.append(FiringCounter(counter.num_classes, threshold=counter.threshold, backend=counter.backend))
-        if len(labels):
-            layers[index].update([activation[: len(labels)]], labels)
-
+    """A few layers at a time, as soon as they are there: still in cache, and their memory free for layers to come."""
+    groups = _LayerGroups(counter)
     for inputs, labels, own in batches:
-        with model.recording(partial(count, labels[:own].cpu())):
+        if own:
+            groups.count(model, inputs.cpu(), labels[:own].cpu())
+        else:
             model(inputs.cpu())
-    if not layers or not layers[0].counts:
-        return
-    sizes = layers[0].class_sizes
-    if any(not torch.equal(layer.class_sizes, sizes) for layer in layers):
-        raise ValueError("model: expected the same activations in every forward pass, got some in a part of them only")
-    state = {f"counts.{index}": layer.counts[0] for index, layer in enumerate(layers)}
-    counter.load_state_dict({**layers[0].state_dict(), **state})
+    groups.add_to(counter)
+
+
+class _LayerGroups:
+    """Counters of consecutive layers, which the first forward pass cuts into groups of some `GROUP_BYTES`."""
+
+    def __init__(self, counter: FiringCounter) -> None:
+        self._make = partial(FiringCounter, counter.num_classes, threshold=counter.threshold, backend=counter.backend)
+        self._counters: list[FiringCounter] = []
+        self._cut = False  # whether the groups are known
+        self._done = 0  # groups of this forward pass
+        self._pending: list[Tensor] = []
+
+    def count(self, model: InstrumentedModel | HookedModel, inputs: Tensor, labels: Tensor) -> None:
+        """Run the model, and count its activations of the first len(labels) samples."""
+        self._done = 0
+        with model.recording(partial(self._receive, labels)):
+            model(inputs)
+        if self._pending and not self._cut:
+            self._flush(labels)
+        if self._pending or self._done != len(self._counters):
+            raise ValueError(CHANGING)
+        self._cut = True
+
+    def add_to(self, counter: FiringCounter) -> None:
+        """Bring the groups together in a counter that has counted nothing yet."""
+        if not self._counters:
+            return
+        counts = [count for group in self._counters for count in group.counts]
+        state = {f"counts.{index}": count for index, count in enumerate(counts)}
+        counter.load_state_dict({**self._counters[0].state_dict(), **state})
+
+    def _receive(self, labels: Tensor, _index: int, activation: Tensor) -> None:
+        self._pending.append(activation[: len(labels)])
+        if self._cut and self._done < len(self._counters):
+            complete = len(self._pending) == len(self._counters[self._done].counts)
+        else:
+            complete = sum(layer.nbytes for layer in self._pending) >= GROUP_BYTES
+        if complete:
+            self._flush(labels)
+
+    def _flush(self, labels: Tensor) -> None:
+        if self._done == len(self._counters):
+            if self._cut:
+                raise ValueError(CHANGING)
+            self._counters.append(self._make())
+        layers, self._pending = self._pending, []
+        self._counters[self._done].update(layers, labels)
+        self._done += 1
 
 
 def _batches(loader: Iterable[Any], progress: bool) -> Iterator[_Batch]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import pickle
 from pathlib import Path
@@ -22,6 +23,7 @@ from moda.models.mobilenet import MobileNet
 from moda.models.resnet import ResNet
 from moda.models.vgg import VGG
 from moda.taps import instrument
+from moda_kernels import FiringCounter
 
 # ---- rates -> masks --------------------------------------------------------------------------------------------
 
@@ -185,12 +187,28 @@ def test_rates_are_those_of_the_activations_in_evaluation_mode():
 
 def test_counting_needs_the_memory_of_a_plain_pass():
     layers = [layer for _ in range(8) for layer in (nn.Conv2d(8, 8, 3, padding=1), nn.ReLU())]
-    model, images = instrument(nn.Sequential(*layers)), torch.randn(4, 8, 32, 32)
-    batches = [(images, torch.arange(4))]
+    model, images = instrument(nn.Sequential(*layers)), torch.randn(128, 8, 64, 64)
+    batches = [(images, torch.arange(128) % 4)]
     with torch.no_grad():
         plain = peak_bytes(lambda: model(images), torch.device("cpu"))
     counted = peak_bytes(lambda: count_firings(model, batches, 4, progress=False), torch.device("cpu"))
-    assert counted < plain + images.nbytes  # eight activations of that size would be kept otherwise
+    assert counted < plain + 3 * images.nbytes  # two make a group; eight of that size would be kept otherwise
+
+
+@pytest.mark.parametrize("group_bytes", [1, 300, 10**9])
+def test_groups_of_layers_change_no_count(monkeypatch, group_bytes):
+    monkeypatch.setattr(importlib.import_module("moda.decompose"), "GROUP_BYTES", group_bytes)
+    layers = [layer for _ in range(4) for layer in (nn.Conv2d(3, 3, 3, padding=1), nn.ReLU())]
+    model = instrument(nn.Sequential(*layers).eval())
+    batches = [(torch.randn(size, 3, 4, 4), torch.arange(size) % 3) for size in (5, 7, 2)]
+    counter = FiringCounter(3)
+    with torch.no_grad(), model.recording():
+        for images, labels in batches:
+            model(images)
+            counter.update(model.activations(), labels)
+    rates = count_firings(model, batches, 3, progress=False)
+    assert all(map(torch.equal, rates.counts.values(), counter.counts))
+    assert torch.equal(rates.class_sizes, counter.class_sizes)
 
 
 def test_a_hooked_model_is_counted_as_a_traced_one():

@@ -114,7 +114,9 @@ def test_a_sample_that_several_warps_share(neurons: int):
         assert counted(count_emulated, [x], labels, 1, 0.0)[0].sum() == 0
         for at in range(0, positions, 1 if positions < 3000 else 89):
             x[0, at % neurons, at] = 1
-            assert counted(count_emulated, [x], labels, 1, 0.0)[0][0].tolist() == [at % neurons == c for c in range(neurons)]
+            assert counted(count_emulated, [x], labels, 1, 0.0)[0][0].tolist() == [
+                at % neurons == c for c in range(neurons)
+            ]
             x[0, at % neurons, at] = 0
 
 

@@ -19,7 +19,7 @@ from moda_kernels.backends import select
 
 PLAIN, FULL = "plain inference", "full model"
 _CLASSES = 10
-_BATCHES = 2
+_BATCHES = 4
 _BACKENDS = ("reference", "torch", "triton", "native")
 
 

@@ -140,7 +140,7 @@ class Plan:
             yield PassInputs(model, 32 if self.quick else 128, CIFAR, self.device)
 
     def _decomposition(self) -> Iterator[Case]:
-        budget = self.budget if self.quick else Budget(least=5, most=50, seconds=4.0, warmups=1)
+        budget = self.budget if self.quick else Budget(least=4, most=50, seconds=4.0, warmups=1)
         for about in self._passes():
             yield decomposition_case(about, budget)
 
