@@ -61,6 +61,7 @@ def decomposition_case(about: PassInputs, budget: Budget) -> Case:
         baseline=PLAIN,
         build=lambda: _counters(about),
         budget=budget,
+        keeps_memory=True,
         parameters={**about.parameters, "batches": _BATCHES},
     )
 
