@@ -25,6 +25,7 @@ from moda.config import TrainingConfig
 from moda.data import DataSplits
 from moda.decompose import Decomposition, FiringRates, count_firings, decompose
 from moda.files import write_bytes, write_json
+from moda.models.options import check_count
 from moda.progress import TrainingProgress
 from moda.reuse import TestSet, by_size, evaluate_subtasks
 from moda.runs import load_data
@@ -60,8 +61,8 @@ class DemoSettings:
     def __post_init__(self) -> None:
         if not self.seeds:
             raise ValueError("seeds: expected at least one seed, got none")
-        if self.samples < 1:
-            raise ValueError(f"samples: expected at least 1, got {self.samples}")
+        for name in ("epochs", "batch_size", "samples"):
+            check_count(name, getattr(self, name))
 
 
 @dataclass(frozen=True, eq=False)

@@ -61,6 +61,8 @@ class Recorder:
     @contextmanager
     def forcing(self, receiver: Receiver | None = None) -> Iterator[None]:
         """Record also where gradients are disabled; with a receiver, hand over at once instead and keep nothing."""
+        if receiver is not None and not callable(receiver):
+            raise TypeError(f"receiver: expected a function of (index, activation), got {type(receiver).__name__}")
         outer, self._receiver = self._receiver, receiver
         self.forced += 1
         try:

@@ -22,6 +22,7 @@ from rich.console import Console
 
 from moda.config import TrainingConfig
 from moda.files import write_json
+from moda.models.options import check_count
 from moda_kernels import __version__
 
 __all__ = ["ARCHITECTURES", "Architecture", "StudySettings", "run_study"]
@@ -80,12 +81,14 @@ class StudySettings:
     sweeps: bool = True
 
     def __post_init__(self) -> None:
-        """Every field is as the class's docstring says, or a ValueError that names it."""
+        """Every field is as the class's docstring says, or a ValueError or TypeError that names it."""
         unknown = [name for name in self.models if name not in ARCHITECTURES]
         if unknown or not self.models:
             raise ValueError(f"models: expected some of {', '.join(ARCHITECTURES)}, got {unknown or 'none'}")
         if not self.seeds:
             raise ValueError("seeds: expected at least one, got none")
+        check_count("epochs", self.epochs)
+        check_count("batch_size", self.batch_size)
 
     def config(self, model: str, seed: int, *, modular: bool) -> TrainingConfig:
         """Settings of one training."""

@@ -175,6 +175,9 @@ class InstrumentedModel(fx.GraphModule):
         Args:
             receiver: called with every activation while the model runs, `receiver(index, activation)`, index in
                 execution order; nothing is kept for `activations()`, so that memory is that of a plain forward pass.
+
+        Raises:
+            TypeError: `receiver` cannot be called.
         """
         with self._recorder.forcing(receiver):
             yield

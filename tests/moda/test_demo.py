@@ -231,8 +231,9 @@ def test_choose_subtasks() -> None:
 def test_settings_refuse_nonsense() -> None:
     with pytest.raises(ValueError, match="seeds: expected at least one seed, got none"):
         DemoSettings(seeds=())
-    with pytest.raises(ValueError, match="samples: expected at least 1, got 0"):
-        DemoSettings(samples=0)
+    for name in ("epochs", "batch_size", "samples"):
+        with pytest.raises(ValueError, match=f"{name}: expected at least 1, got 0"):
+            DemoSettings(**{name: 0})
 
 
 def test_sentences_follow_the_numbers(made: tuple[Path, DemoResult, str]) -> None:

@@ -210,6 +210,9 @@ def test_settings_of_a_study():
         StudySettings(models=())
     with pytest.raises(ValueError, match="seeds: expected at least one, got none"):
         StudySettings(seeds=())
+    for name in ("epochs", "batch_size"):
+        with pytest.raises(ValueError, match=f"{name}: expected at least 1, got 0"):
+            StudySettings(**{name: 0})
     config = StudySettings().config("resnet18", 2, modular=False)
     assert (config.width, config.seed, config.modular) == (0.25, 2, False)
 

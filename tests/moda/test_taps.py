@@ -498,3 +498,13 @@ def test_a_receiver_gets_every_activation_at_once_and_nothing_is_kept(method):
             model.activations()
     assert [index for index, _ in received] == [0, 1]
     assert all(torch.equal(mine, theirs) for (_, mine), theirs in zip(received, expected, strict=True))
+
+
+@pytest.mark.parametrize("method", ["fx", "hooks"])
+def test_a_receiver_that_cannot_be_called_is_named(method):
+    model = instrument(nn.Sequential(nn.Linear(3, 4), nn.ReLU()), method=method)
+    message = r"receiver: expected a function of \(index, activation\), got int"
+    with pytest.raises(TypeError, match=message), model.recording(3):
+        pass
+    model(torch.randn(2, 3))
+    assert len(model.activations()) == 1  # as if nothing had been asked
