@@ -178,6 +178,10 @@ grouped_losses_backward.register_autograd(_refuse_second_backward)
 # Class sums, firing counts, class statistics.
 
 
+def _no_result(*_: Any) -> None:
+    """What a compiler sees of an operator that only adds to its arguments."""
+
+
 @torch.library.custom_op("moda_kernels::native_class_sums", mutates_args=())
 def class_sums(pooled: Sequence[Tensor], labels: Tensor, num_classes: int) -> list[Tensor]:
     """Per layer of (N, C) rows the (K, C) sums of each class's normalised rows."""
@@ -202,16 +206,7 @@ def count_firings(
     calls.count_firings(activations, labels, threshold, counts, class_sizes, invalid)
 
 
-@count_firings.register_fake
-def _(
-    activations: Sequence[Tensor],
-    labels: Tensor,
-    threshold: float,
-    counts: Sequence[Tensor],
-    class_sizes: Tensor,
-    invalid: Tensor,
-) -> None:
-    return None
+count_firings.register_fake(_no_result)
 
 
 @torch.library.custom_op(
@@ -230,14 +225,4 @@ def class_statistics(
     calls.class_statistics(activations, labels, threshold, counts, class_sizes, invalid, sums)
 
 
-@class_statistics.register_fake
-def _(
-    activations: Sequence[Tensor],
-    labels: Tensor,
-    threshold: float,
-    counts: Sequence[Tensor],
-    class_sizes: Tensor,
-    invalid: Tensor,
-    sums: Sequence[Tensor],
-) -> None:
-    return None
+class_statistics.register_fake(_no_result)
