@@ -28,6 +28,9 @@ MODA_INLINE void put(T* to, Vector<AccOf<T>> value) {
 template <class Acc>
 MODA_INLINE Vector<Acc> relu(Vector<Acc> x) { return keep_where<Acc>(~(x <= Acc(0)), x); }
 
+template <class Acc>
+MODA_INLINE Acc relu1(Acc x) { return x <= 0 ? Acc(0) : x; }
+
 // y = relu(x); returns the sum of y.
 template <bool kPastCaches, class T>
 MODA_INLINE AccOf<T> relu_row(const T* x, T* y, int64_t count) {
@@ -52,7 +55,7 @@ MODA_INLINE AccOf<T> relu_row(const T* x, T* y, int64_t count) {
     }
     Acc rest = 0;
     for (; i < end; ++i) {
-      const Acc v = Element<T>::load1(x + i), kept = v <= 0 ? Acc(0) : v;
+      const Acc kept = relu1(Element<T>::load1(x + i));
       Element<T>::store1(y + i, kept);
       rest += kept;
     }
@@ -73,7 +76,7 @@ MODA_INLINE void relu_columns(const T* x, T* y, AccOf<T>* sums, int64_t count) {
     store_unaligned(sums + i, load_unaligned<Vector<Acc>>(sums + i) + kept);
   }
   for (; i < count; ++i) {
-    const Acc v = Element<T>::load1(x + i), kept = v <= 0 ? Acc(0) : v;
+    const Acc kept = relu1(Element<T>::load1(x + i));
     Element<T>::store1(y + i, kept);
     sums[i] += kept;
   }
@@ -90,9 +93,6 @@ MODA_INLINE void relu_short_rows(const T* x, T* y, AccOf<T>* rows, int64_t count
     rows[row] = sum / Acc(positions);
   }
 }
-
-template <class Acc>
-MODA_INLINE Acc relu1(Acc x) { return x <= 0 ? Acc(0) : x; }
 
 // y = relu(x) of some rows, and their means.
 template <bool kPastCaches, class T>

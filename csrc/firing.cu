@@ -46,8 +46,7 @@ __device__ __forceinline__ void count_rows(const Task& task, const FiringBatch& 
 // Layout (N, S, C): each lane 16 bytes of neurons, each team of warps a sample. A warp stops where its own positions have fired.
 template <int width>
 __device__ __forceinline__ void count_columns(const Task& task, const FiringBatch& batch, const Work& work,
-                                              const Counters& counters) {
-  __shared__ unsigned of_warps[kWarps * kWarp];
+                                              const Counters& counters, unsigned* of_warps) {
   const int team = task.warps * kWarp, lane = threadIdx.x % team;
   for (int64_t first = work.first_sample; first < work.end_sample; first += kWarps / task.warps) {
     const int64_t sample = first + threadIdx.x / team;
@@ -72,9 +71,10 @@ __device__ __forceinline__ void count_columns(const Task& task, const FiringBatc
 }
 
 template <int width>
-__device__ __forceinline__ void count_layer(const Task& task, const FiringBatch& batch, const Work& work, const Counters& counters) {
+__device__ __forceinline__ void count_layer(const Task& task, const FiringBatch& batch, const Work& work, const Counters& counters,
+                                            unsigned* of_warps) {
   if (task.across) {
-    count_columns<width>(task, batch, work, counters);
+    count_columns<width>(task, batch, work, counters, of_warps);
   } else {
     count_rows<width>(task, batch, work, counters);
   }
@@ -84,6 +84,7 @@ __device__ __forceinline__ void count_layer(const Task& task, const FiringBatch&
 // compiler spills on sm_100 and sm_120, and 24 warps of four 16-byte loads a lane are enough to fill the memory's pipeline.
 __global__ void __launch_bounds__(kWarp* kWarps, 3) count_kernel(const __grid_constant__ Launch launch) {
   extern __shared__ int table[];
+  __shared__ unsigned of_warps[kWarps * kWarp];  // what the warps of a team have seen fire
   if (blockIdx.x >= launch.blocks) return count_labels(launch.batch);
   const Work work = work_of(launch, blockIdx.x);
   const Task& task = launch.tasks[work.layer];
@@ -95,9 +96,9 @@ __global__ void __launch_bounds__(kWarp* kWarps, 3) count_kernel(const __grid_co
   }
   const Counters counters{tabled ? table : nullptr, &task, work.first_neuron};
   switch (task.width) {
-    case 2: count_layer<2>(task, launch.batch, work, counters); break;
-    case 4: count_layer<4>(task, launch.batch, work, counters); break;
-    default: count_layer<8>(task, launch.batch, work, counters); break;
+    case 2: count_layer<2>(task, launch.batch, work, counters, of_warps); break;
+    case 4: count_layer<4>(task, launch.batch, work, counters, of_warps); break;
+    default: count_layer<8>(task, launch.batch, work, counters, of_warps); break;
   }
   if (!tabled) return;
   __syncthreads();

@@ -4,7 +4,7 @@
 // A block counts a tile of neurons over a chunk of samples of one layer. In the layout (N, C, S) a group of `lanes` lanes reads
 // one row (one sample's one neuron), 16 bytes each, and stops at the first step in which one of them fires. In the layout
 // (N, S, C) each lane holds 16 bytes of neurons and walks the positions until all of them have fired; where a row of neurons
-// does not fill a warp, its lanes share the positions out. Only an element's width matters, not its type: bits of magnitudes are
+// does not fill a warp, its lanes share the positions out, and where there are many, up to eight warps do. Only an element's width matters, not its type: bits of magnitudes are
 // ordered as magnitudes are, with NaN above all.
 #pragma once
 
