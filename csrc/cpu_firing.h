@@ -4,6 +4,7 @@
 // dtype, and lets NaN fire. Reading stops at a neuron's first firing position.
 #pragma once
 
+#include "cpu_rows.h"
 #include "cpu_tasks.h"
 
 namespace moda {
@@ -11,6 +12,8 @@ namespace MODA_ISA {
 
 constexpr int64_t kFiringNeurons = 16;  // neurons of a task of the layout (N, C, S), at least
 constexpr int64_t kStretch = 32 << 10;  // bytes of each sample that it reads, at least, so that the processor fetches ahead
+constexpr int64_t kRowsAhead = 16;      // a row that shares its page is fetched so many rows before it is read
+constexpr int64_t kPage = 4096;         // bytes of a page of memory
 
 // An integer as wide as an element.
 template <class T> struct IntegerOf;
@@ -59,16 +62,20 @@ MODA_INLINE bool row_fires(const I* x, int64_t count, I threshold) {
   return false;
 }
 
-// Whether a row's positions fit a cache line, and their bits a word that is read from any byte. Such a row is fetched whole
-// whichever of its positions are looked at, and whether it fires at its first is a coin toss to the branch predictor.
-MODA_INLINE bool has_short_rows(const FiringLayer& layer) {
-  const int64_t bytes = width(layer.dtype);
-  return MODA_X86 && layer.positions * bytes <= kLine && layer.positions * mask_bits_per_lane(bytes) <= 57;
-}
+// Whether a row's positions fit a cache line. Such a row is fetched whole whichever of its positions are looked at, and whether it
+// fires at its first is a coin toss to the branch predictor.
+MODA_INLINE bool has_short_rows(const FiringLayer& layer) { return layer.positions * width(layer.dtype) <= kLine; }
 
 // Neurons of a task of the layout (N, C, S).
 MODA_INLINE int64_t neurons_per_task(const FiringLayer& layer) {
   return larger(kFiringNeurons, kStretch / (layer.positions * width(layer.dtype)));
+}
+
+// Fetches a line of each page of some rows, ahead of their reading: finding a page that was not used lately takes the processor
+// longer than reading it.
+template <class I>
+MODA_INLINE void fetch_pages(const I* x, int64_t elements) {
+  for (int64_t at = 0; at < elements; at += kPage / int64_t(sizeof(I))) __builtin_prefetch(x + at);
 }
 
 // Layout (N, C, S): a few neurons of every sample; no other task has these neurons' counts.
@@ -76,64 +83,93 @@ template <class I>
 MODA_INLINE void count_rows(const FiringLayer& layer, const FiringBatch& batch, int64_t task) {
   const int64_t C = layer.neurons, S = layer.positions, rows = neurons_per_task(layer);
   const Range neurons{task * rows, smaller((task + 1) * rows, C)};
+  // A row is fetched some rows before it is read: in the order of reading, which goes on in the next sample.
+  const int64_t count = neurons.end - neurons.begin;
+  const bool share_pages = S * int64_t(sizeof(I)) <= kPage / 8;
+  const int64_t ahead = share_pages ? smaller(kRowsAhead, count) : count;
   for (int64_t n = 0; n < batch.samples; ++n) {
     const int64_t label = label_of(batch, n);
     if (!is_class(batch, label)) continue;
+    const I* data = static_cast<const I*>(layer.data) + n * C * S;
+    if (share_pages) fetch_pages(data + (C + neurons.begin) * S, count * S);
     for (int64_t c = neurons.begin; c < neurons.end; ++c) {
-      const I* x = static_cast<const I*>(layer.data) + (n * C + c) * S;
-      __builtin_prefetch(x + C * S);  // the next sample's row: too far away for the processor to guess
+      const I* x = data + c * S;
+      __builtin_prefetch(x + (c + ahead < neurons.end ? ahead : ahead - count + C) * S);
       layer.counts[label * C + c] += row_fires<I>(x, S, static_cast<I>(layer.threshold));
     }
   }
 }
 
-// Layout (N, C, S), short rows: some neurons of every sample, without a branch on their values. One comparison for all positions
-// of many rows gives their bits; a row fires if one of its bits is set.
 template <class I>
-MODA_INLINE void count_short_rows(const FiringLayer& layer, const FiringBatch& batch, int64_t task) {
-  constexpr int64_t lanes = MODA_VECTOR_BYTES / sizeof(I), per_lane = mask_bits_per_lane(sizeof(I)), per_word = 64 / per_lane;
-  const int64_t C = layer.neurons, S = layer.positions, rows = neurons_per_task(layer);
-  const Range neurons{task * rows, smaller((task + 1) * rows, C)};
-  const int64_t count = (neurons.end - neurons.begin) * S, bits = S * per_lane;
-  const uint64_t row_mask = (uint64_t{1} << bits) - 1;
-  const I threshold = static_cast<I>(layer.threshold);
-  uint64_t words[kStretch / sizeof(I) / per_word + 2];  // and one that the last rows' words reach into
-  for (int64_t n = 0; n < batch.samples; ++n) {
-    const int64_t label = label_of(batch, n);
-    if (!is_class(batch, label)) continue;
-    const I* x = static_cast<const I*>(layer.data) + (n * C + neurons.begin) * S;
-    int64_t i = 0, word = 0;
-    for (; i + per_word <= count; i += per_word) {
-      uint64_t fired = 0;
-      for (int64_t at = 0; at < per_word; at += lanes) fired |= mask_bits<I>(exceeds(x + i + at, threshold)) << (at * per_lane);
-      words[word++] = fired;
-    }
-    uint64_t fired = 0;
-    int64_t at = 0;
-    for (; i + lanes <= count; i += lanes, at += lanes) fired |= mask_bits<I>(exceeds(x + i, threshold)) << (at * per_lane);
-    for (; i < count; ++i, ++at) fired |= uint64_t(exceeds1(x[i], threshold)) << (at * per_lane);
-    words[word] = fired;
+MODA_INLINE Vector<I> larger_of(Vector<I> a, Vector<I> b) { return a > b ? a : b; }
 
-    const char* const bytes = reinterpret_cast<const char*>(words);
-    int64_t* counts = layer.counts + label * C + neurons.begin;
-    for (int64_t c = 0, bit = 0; c < neurons.end - neurons.begin; ++c, bit += bits) {
-      counts[c] += (load_unaligned<uint64_t>(bytes + bit / 8) >> (bit % 8) & row_mask) != 0;
-    }
+template <class I>
+MODA_INLINE Vector<I> magnitudes(const I* from) { return load_unaligned<Vector<I>>(from) & kMagnitude<I>; }
+
+// The largest magnitudes of as many rows as a vector has lanes. Rows of `length` positions, or, if that is as many as a vector has
+// lanes, of any `S`; of rows shorter than a vector a whole vector is read.
+template <class I, int64_t length>
+MODA_INLINE Vector<I> largest_of_rows(const I* x, int64_t S) {
+  constexpr int64_t lanes = kLanes<I>;
+  return join_rows<I, length>([&](int64_t i) {
+    if (length < lanes) return magnitudes(x + i * lanes);
+    const I* row = x + i * S;
+    if (S < lanes) return keep_where<I>(first_lanes<I>(S), magnitudes(row));
+    Vector<I> largest = magnitudes(row + S - lanes);
+    for (int64_t at = 0; at < S - lanes; at += lanes) largest = larger_of<I>(largest, magnitudes(row + at));
+    return largest;
+  }, larger_of<I>);
+}
+
+// Adds one to the counts of the lanes that are set.
+template <class I>
+MODA_INLINE void add_where(Vector<I> mask, int64_t* counts) {
+  constexpr int64_t wide = kLanes<int64_t>;
+  struct Parts {
+    Vector<I, wide> part[kLanes<I> / wide];
+  };
+  const Parts parts = bit_cast<Parts>(mask);
+  for (int64_t i = 0; i < kLanes<I> / wide; ++i) {
+    const auto minus_one = __builtin_convertvector(parts.part[i], Vector<int64_t>);
+    store_unaligned(counts + i * wide, load_unaligned<Vector<int64_t>>(counts + i * wide) - minus_one);
   }
 }
 
-// (N, C): some neurons of every sample; no other task has these neurons' counts.
-template <class I>
-MODA_INLINE void count_elements(const FiringLayer& layer, const FiringBatch& batch, int64_t task) {
-  const int64_t C = layer.neurons, begin = task * kColumns, end = smaller(begin + kColumns, C);
+// Layout (N, C, S), short rows: some neurons of every sample, as many at a time as a vector has lanes and without a branch on
+// their values.
+template <class I, int64_t length>
+MODA_INLINE void count_short_rows(const FiringLayer& layer, const FiringBatch& batch, int64_t task) {
+  constexpr int64_t lanes = kLanes<I>;
+  const int64_t C = layer.neurons, S = layer.positions, rows = neurons_per_task(layer);
+  const Range neurons{task * rows, smaller((task + 1) * rows, C)};
   const I threshold = static_cast<I>(layer.threshold);
+  const I* data = static_cast<const I*>(layer.data);
+  const int64_t readable = batch.samples * C * S - larger(lanes * S, (lanes - 1) * S + lanes);
   for (int64_t n = 0; n < batch.samples; ++n) {
     const int64_t label = label_of(batch, n);
     if (!is_class(batch, label)) continue;
-    const I* x = static_cast<const I*>(layer.data) + n * C;
+    fetch_pages(data + ((n + 1) * C + neurons.begin) * S, (neurons.end - neurons.begin) * S);
     int64_t* counts = layer.counts + label * C;
-    for (int64_t c = begin; c < end; ++c) counts[c] += exceeds1(x[c], threshold);
+    int64_t c = neurons.begin;
+    for (; c + lanes <= neurons.end && (n * C + c) * S <= readable; c += lanes) {
+      add_where<I>(largest_of_rows<I, length>(data + (n * C + c) * S, S) > threshold, counts + c);
+    }
+    for (; c < neurons.end; ++c) counts[c] += row_fires<I>(data + (n * C + c) * S, S, threshold);
   }
+}
+
+template <class I>
+MODA_INLINE void count_short_rows(const FiringLayer& layer, const FiringBatch& batch, int64_t task) {
+  if (layer.positions < kLanes<I>) {
+    switch (layer.positions) {
+      case 1: return count_short_rows<I, 1>(layer, batch, task);
+      case 2: return count_short_rows<I, 2>(layer, batch, task);
+      case 4: return count_short_rows<I, 4>(layer, batch, task);
+      case 8: return count_short_rows<I, smaller(8, kLanes<I>)>(layer, batch, task);
+      case 16: return count_short_rows<I, smaller(16, kLanes<I>)>(layer, batch, task);
+    }
+  }
+  count_short_rows<I, kLanes<I>>(layer, batch, task);
 }
 
 // Layout (N, S, C): up to kColumns neurons of one sample. Position after position, of those cache lines only in which a neuron
@@ -181,8 +217,7 @@ MODA_INLINE void count_columns(const FiringLayer& layer, const FiringBatch& batc
 }
 
 MODA_INLINE int64_t firing_tasks(const FiringLayer& layer, const FiringBatch& batch) {
-  if (layer.positions == 1) return divide_up(layer.neurons, kColumns);
-  if (layer.layout == Layout::kPositionsLast) return divide_up(layer.neurons, neurons_per_task(layer));
+  if (layer.positions == 1 || layer.layout == Layout::kPositionsLast) return divide_up(layer.neurons, neurons_per_task(layer));
   return batch.samples * divide_up(layer.neurons, kColumns);
 }
 
@@ -199,8 +234,7 @@ static void count_firings(const FiringLayer* layers, int64_t count, const Firing
       [&](int64_t l, int64_t task) {
         with_element(layers[l].dtype, [&](auto element) {
           using I = typename IntegerOf<decltype(element)>::type;
-          if (layers[l].positions == 1) return count_elements<I>(layers[l], batch, task);
-          if (layers[l].layout == Layout::kPositionsLast) {
+          if (layers[l].positions == 1 || layers[l].layout == Layout::kPositionsLast) {
             if (has_short_rows(layers[l])) return count_short_rows<I>(layers[l], batch, task);
             return count_rows<I>(layers[l], batch, task);
           }

@@ -1,4 +1,4 @@
-// Sums over the rows of the layout (N, C, S), as many rows at a time as a vector has lanes.
+// Work on the rows of the layout (N, C, S), as many rows at a time as a vector has lanes.
 //
 // A row's lanes are added as `sum_lanes` adds them, halves first, but for all those rows together: one shuffle and one addition
 // take the place of a row's own. Where rows are short, that is most of the work.
@@ -23,23 +23,29 @@ MODA_INLINE Vector<Acc> shuffled(Vector<Acc> a, Vector<Acc> b, From from) {
 #endif
 }
 
-// Of a, then of b: blocks of `width` lanes, each first of two added to the second.
-template <class Acc, int64_t width>
-MODA_INLINE Vector<Acc> add_neighbours(Vector<Acc> a, Vector<Acc> b) {
+// Of a, then of b: blocks of `width` lanes, each first of two joined with the second.
+template <class Lane, int64_t width, class Join>
+MODA_INLINE Vector<Lane> join_neighbours(Vector<Lane> a, Vector<Lane> b, Join join) {
   const auto first = [](int64_t i) { return 2 * (i / width) * width + i % width; };
-  return shuffled<Acc>(a, b, first) + shuffled<Acc>(a, b, [&](int64_t i) { return first(i) + width; });
+  return join(shuffled<Lane>(a, b, first), shuffled<Lane>(a, b, [&](int64_t i) { return first(i) + width; }));
 }
 
-// The sums of kLanes rows, in order. The rows have `count` lanes each, a power of two, and lie one after the other in `count`
-// vectors, which are overwritten.
-template <class Acc, int64_t count>
-MODA_INLINE Vector<Acc> sum_each(Vector<Acc>* rows) {
+// kLanes rows of `length` lanes each, a power of two, that lie one after the other in `length` vectors: get(i) gives vector i.
+// The lanes of each row, joined, in order of the rows. `count` vectors from `first` on are part of the work.
+template <class Lane, int64_t length, int64_t count = length, class Get, class Join>
+MODA_INLINE Vector<Lane> join_rows(Get get, Join join, int64_t first = 0) {
   if constexpr (count == 1) {
-    return rows[0];
+    return get(first);
   } else {
-    for (int64_t i = 0; i < count / 2; ++i) rows[i] = add_neighbours<Acc, count / 2>(rows[2 * i], rows[2 * i + 1]);
-    return sum_each<Acc, count / 2>(rows);
+    const Vector<Lane> a = join_rows<Lane, length, count / 2>(get, join, first);
+    const Vector<Lane> b = join_rows<Lane, length, count / 2>(get, join, first + count / 2);
+    return join_neighbours<Lane, length / count>(a, b, join);
   }
+}
+
+template <class Acc, int64_t length, class Get>
+MODA_INLINE Vector<Acc> sum_each(Get get) {
+  return join_rows<Acc, length>(get, [](Vector<Acc> a, Vector<Acc> b) { return a + b; });
 }
 
 // Rows of so many positions are worth taking together; of longer ones the lanes are added once in a long while.
@@ -51,12 +57,12 @@ MODA_INLINE bool are_summed_together(int64_t S) {
   return S < kRowsTogetherBelow<Acc> && (S >= kLanes<Acc> || (S & (S - 1)) == 0);
 }
 
-// The lanes of a vector that ends where its row does, but for those that earlier vectors of the row have given.
-template <class Acc>
-MODA_INLINE Vector<Acc> last_lanes(Vector<Acc> value, int64_t kept) {
-  Vector<Bits<Acc>> lane{};
-  for (int64_t i = 0; i < kLanes<Acc>; ++i) lane[i] = static_cast<Bits<Acc>>(i);
-  return keep_where<Acc>(lane >= static_cast<Bits<Acc>>(kLanes<Acc> - kept), value);
+// A mask of the first lanes of a vector.
+template <class Lane>
+MODA_INLINE Vector<Bits<Lane>> first_lanes(int64_t count) {
+  Vector<Bits<Lane>> lane{};
+  for (int64_t i = 0; i < kLanes<Lane>; ++i) lane[i] = static_cast<Bits<Lane>>(i);
+  return lane < static_cast<Bits<Lane>>(count);
 }
 
 // One row of S >= kLanes positions, down to one vector.
@@ -73,7 +79,8 @@ MODA_INLINE Vector<Acc> lanes_of_row(int64_t offset, int64_t S, Get get) {
     sum0 += get(offset + i);
     i += lanes;
   }
-  if (i < S) sum1 += last_lanes<Acc>(get(offset + S - lanes), S - i);
+  // A vector that ends where the row does, but for the lanes that earlier ones have given.
+  if (i < S) sum1 += keep_where<Acc>(~first_lanes<Acc>(lanes - (S - i)), get(offset + S - lanes));
   return sum0 + sum1;
 }
 
@@ -83,9 +90,8 @@ MODA_INLINE void mean_of_short_rows(int64_t begin, int64_t end, Acc* means, Get 
   constexpr int64_t lanes = kLanes<Acc>;
   int64_t row = begin;
   for (; row + lanes <= end; row += lanes) {
-    Vector<Acc> rows[count];
-    for (int64_t i = 0; i < count; ++i) rows[i] = get(row * count + i * lanes);
-    store_unaligned(means + row, sum_each<Acc, count>(rows) / Acc(count));
+    const auto sums = sum_each<Acc, count>([&](int64_t i) { return get(row * count + i * lanes); });
+    store_unaligned(means + row, sums / Acc(count));
   }
   for (; row < end; ++row) {  // in the same order
     Acc part[count];
@@ -112,9 +118,8 @@ MODA_INLINE void mean_of_rows(int64_t begin, int64_t end, int64_t S, Acc* means,
   }
   int64_t row = begin;
   for (; row + lanes <= end; row += lanes) {
-    Vector<Acc> rows[lanes];
-    for (int64_t i = 0; i < lanes; ++i) rows[i] = lanes_of_row<Acc>((row + i) * S, S, get);
-    store_unaligned(means + row, sum_each<Acc, lanes>(rows) / Acc(S));
+    const auto sums = sum_each<Acc, lanes>([&](int64_t i) { return lanes_of_row<Acc>((row + i) * S, S, get); });
+    store_unaligned(means + row, sums / Acc(S));
   }
   for (; row < end; ++row) means[row] = sum_lanes<Acc>(lanes_of_row<Acc>(row * S, S, get)) / Acc(S);
 }

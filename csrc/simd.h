@@ -42,11 +42,14 @@ struct VectorOf {
 template <class Lane, int64_t lanes = MODA_VECTOR_BYTES / sizeof(Lane)>
 using Vector = typename VectorOf<Lane, lanes>::type;
 
-// Lanes of integers as wide as those of floating point; comparisons give all ones for true.
-template <class Acc> struct BitsOf;
+// Lanes of signed integers as wide as the given lanes; comparisons give all ones for true.
+template <class Lane> struct BitsOf;
 template <> struct BitsOf<float> { using type = int32_t; };
 template <> struct BitsOf<double> { using type = int64_t; };
-template <class Acc> using Bits = typename BitsOf<Acc>::type;
+template <> struct BitsOf<int16_t> { using type = int16_t; };
+template <> struct BitsOf<int32_t> { using type = int32_t; };
+template <> struct BitsOf<int64_t> { using type = int64_t; };
+template <class Lane> using Bits = typename BitsOf<Lane>::type;
 
 template <class Acc> constexpr int64_t kLanes = MODA_VECTOR_BYTES / sizeof(Acc);
 
@@ -105,39 +108,15 @@ template <class Lane>
 MODA_INLINE bool any(Vector<Lane> mask) {
 #if defined(__AVX512F__)
   const __m512i bits = bit_cast<__m512i>(mask);
-  return _mm512_test_epi64_mask(bits, bits) != 0;
+  if constexpr (sizeof(Lane) == 2) return _mm512_movepi16_mask(bits) != 0;
+  if constexpr (sizeof(Lane) == 4) return _mm512_movepi32_mask(bits) != 0;
+  return _mm512_movepi64_mask(bits) != 0;
 #elif defined(__AVX2__)
   const __m256i bits = bit_cast<__m256i>(mask);
   return !_mm256_testz_si256(bits, bits);
 #else
   const Vector<int64_t> bits = bit_cast<Vector<int64_t>>(mask);
   return (bits[0] | bits[1]) != 0;
-#endif
-}
-
-// Bits of `mask_bits` for a lane of so many bytes.
-constexpr int64_t mask_bits_per_lane(int64_t bytes) { return MODA_X86 && bytes == 2 && MODA_VECTOR_BYTES < 64 ? 2 : 1; }
-
-// The lanes of a mask as bits, the first lane lowest.
-template <class Lane>
-MODA_INLINE uint64_t mask_bits(Vector<Lane> mask) {
-#if defined(__AVX512F__)
-  const __m512i bits = bit_cast<__m512i>(mask);
-  if constexpr (sizeof(Lane) == 2) return _mm512_movepi16_mask(bits);
-  if constexpr (sizeof(Lane) == 4) return _mm512_movepi32_mask(bits);
-  return _mm512_movepi64_mask(bits);
-#elif defined(__AVX2__)
-  if constexpr (sizeof(Lane) == 2) return static_cast<uint32_t>(_mm256_movemask_epi8(bit_cast<__m256i>(mask)));
-  if constexpr (sizeof(Lane) == 4) return static_cast<uint32_t>(_mm256_movemask_ps(bit_cast<__m256>(mask)));
-  return static_cast<uint32_t>(_mm256_movemask_pd(bit_cast<__m256d>(mask)));
-#elif MODA_X86
-  if constexpr (sizeof(Lane) == 2) return static_cast<uint32_t>(_mm_movemask_epi8(bit_cast<__m128i>(mask)));
-  if constexpr (sizeof(Lane) == 4) return static_cast<uint32_t>(_mm_movemask_ps(bit_cast<__m128>(mask)));
-  return static_cast<uint32_t>(_mm_movemask_pd(bit_cast<__m128d>(mask)));
-#else
-  uint64_t bits = 0;
-  for (int64_t i = 0; i < MODA_VECTOR_BYTES / int64_t(sizeof(Lane)); ++i) bits |= uint64_t(mask[i] != 0) << i;
-  return bits;
 #endif
 }
 
@@ -265,9 +244,9 @@ MODA_INLINE void fence_stores() {
 
 MODA_INLINE bool aligned_to_line(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % kLine == 0; }
 
-MODA_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-MODA_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
-MODA_INLINE int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr MODA_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+constexpr MODA_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+constexpr MODA_INLINE int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Calls function(T{}) with the element type of `dtype`.
 template <class Function>

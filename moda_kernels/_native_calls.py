@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib
+import itertools
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -106,15 +107,15 @@ def dense(x: Tensor) -> Tensor:
 
 def _fields(x: Tensor, rows: int = 0, out: int = 0) -> tuple[int, ...]:
     """A `Layer` of csrc/types.h; `rows` and `out` are addresses."""
-    samples, neurons = x.shape[:2]
-    positions = x.numel() // (samples * neurons)
-    found = layout(x)
+    found, shape = layout(x), x.shape
     assert found is not None, "callers pass dense tensors"
+    samples, neurons = shape[0], shape[1]
+    positions = x.numel() // (samples * neurons)
     return x.data_ptr(), DTYPE_CODES[x.dtype], found, samples, neurons, positions, rows, out
 
 
 def _flat(layers: Sequence[tuple[int, ...]]) -> list[int]:
-    return [field for layer in layers for field in layer]
+    return list(itertools.chain.from_iterable(layers))
 
 
 def _like_layout(x: Tensor, pattern: Tensor) -> Tensor:
@@ -251,8 +252,9 @@ def _threshold_bits(threshold: float, dtype: torch.dtype, compared: torch.dtype)
 
 def _firing_fields(x: Tensor, threshold: float, counts: Tensor) -> tuple[int, ...]:
     """A `FiringLayer` of csrc/types.h."""
-    address, dtype, placed, _, neurons, positions, _, _ = _fields(x)
-    return address, dtype, placed, neurons, positions, _threshold_bits(threshold, x.dtype, x.dtype), counts.data_ptr()
+    address, code, placed, _, neurons, positions, _, _ = _fields(x)
+    dtype = x.dtype
+    return address, code, placed, neurons, positions, _threshold_bits(threshold, dtype, dtype), counts.data_ptr()
 
 
 def _firing_batch(labels: Tensor, class_sizes: Tensor, invalid: Tensor) -> tuple[int, ...]:

@@ -34,6 +34,8 @@ from moda_kernels import closed_form, reference
 NAMES = ("reference", "torch", "triton", "native")
 PREFERENCE = ("triton", "native", "torch", "reference")
 
+_modules: dict[str, Any] = {"torch": closed_form, "reference": reference}
+
 
 class BackendUnavailableError(RuntimeError):
     """A backend was asked for by name, and it cannot run; the message says why."""
@@ -94,7 +96,7 @@ def select(operation: str, requested: str, tensors: Sequence[Tensor]) -> Any:
 def _first_that_runs(operation: str, tensors: Sequence[Tensor]) -> Any:
     for name in PREFERENCE:
         module = _module(name)
-        if _refusal(module, operation, tensors) is None:
+        if operation in module.OPS and _refusal(module, operation, tensors) is None:
             return module
     raise BackendUnavailableError(f"no backend runs {operation} on {tensors[0].device}")  # pragma: no cover
 
@@ -107,9 +109,10 @@ def _refusal(module: Any, operation: str, tensors: Sequence[Tensor]) -> str | No
     if module.DEVICES is not None and device.type not in module.DEVICES[operation]:
         where = " and ".join(sorted(module.DEVICES[operation]))
         return f"it runs on {where} tensors, got a tensor on {device}"
+    taken = module.DTYPES[operation]
     for tensor in tensors:
-        if tensor.dtype not in module.DTYPES[operation]:
-            names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in module.DTYPES[operation]))
+        if tensor.dtype not in taken:
+            names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in taken))
             return f"it takes {names}, got {str(tensor.dtype).removeprefix('torch.')}"
     reason: str | None = module.unavailable(device)
     return reason
@@ -124,14 +127,12 @@ def _named(name: str, source: str) -> Any:
 def _module(name: str) -> Any:
     """The backend's module, imported at first use: importing Triton is slow, and most machines have no use for it.
 
-    Plain import statements, because `torch.compile` can trace those.
+    Plain import statements, because `torch.compile` can trace those; once only, because they are slow in every step.
     """
-    if name == "triton":
-        from moda_kernels import triton_kernels
-
-        return triton_kernels
-    if name == "native":
-        from moda_kernels import native
-
-        return native
-    return closed_form if name == "torch" else reference
+    if name not in _modules:
+        if name == "triton":
+            from moda_kernels import triton_kernels as module
+        else:
+            from moda_kernels import native as module  # type: ignore[no-redef]
+        _modules[name] = module
+    return _modules[name]

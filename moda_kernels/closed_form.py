@@ -114,6 +114,7 @@ def grouped_losses(activations: Sequence[Tensor], segments: Segments) -> tuple[T
     return affinity, mean_over_pairs(different, segments.diff_pairs), compactness
 
 
+@torch.no_grad()
 def count_firings(
     activations: Sequence[Tensor],
     labels: Tensor,

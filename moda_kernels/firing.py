@@ -66,7 +66,6 @@ class FiringCounter:
         self._class_sizes = torch.zeros(num_classes, dtype=torch.int64)
         self._invalid = torch.zeros((), dtype=torch.int64)
 
-    @torch.no_grad()
     def update(self, activations: Sequence[Tensor], labels: Tensor) -> None:
         """Count one batch.
 
@@ -80,7 +79,8 @@ class FiringCounter:
                 neurons or, with sums, between float64 and narrower; nothing is counted.
         """
         layers = check_batch(activations, labels)
-        widths, dtypes = [layer.shape[1] for layer in layers], [accumulation_dtype(layer.dtype) for layer in layers]
+        widths = [layer.shape[1] for layer in layers]
+        dtypes = [accumulation_dtype(layer.dtype) for layer in layers] if self._with_sums else []
         self._check_layers(widths, dtypes)
         if labels.device.type == "cpu":
             check_label_range(labels, self.num_classes)
@@ -254,12 +254,12 @@ class FiringCounter:
             )
 
     def _place(self, widths: list[int], dtypes: list[torch.dtype], device: torch.device) -> None:
-        """Counts, and sums if asked for, on the device; made at the first batch. `dtypes` are those of the sums."""
+        """Counts, and sums if there are `dtypes` for them, on the device; made at the first batch."""
         if not self._counts:
             self._counts = [torch.zeros(self.num_classes, width, dtype=torch.int64, device=device) for width in widths]
             self._sums = [
                 torch.zeros(self.num_classes, width, dtype=dtype, device=device)
-                for width, dtype in zip(widths, dtypes if self._with_sums else (), strict=False)
+                for width, dtype in zip(widths, dtypes, strict=False)
             ]
         if self._class_sizes.device != device:
             self._counts = [count.to(device) for count in self._counts]

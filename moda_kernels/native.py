@@ -131,8 +131,9 @@ def count_firings(
     class's samples are added in the order of the batch, in the accumulation dtype, and then to the running sum:
     bitwise equal from run to run and for any number of threads; on CUDA also given the same alignment to 16 bytes.
     """
-    module = ops if torch.compiler.is_compiling() else calls
-    layers = [x.detach() for x in activations]
+    compiling = torch.compiler.is_compiling()
+    module = ops if compiling else calls
+    layers = [x.detach() for x in activations] if compiling else activations
     if sums:
         module.class_statistics(layers, labels, threshold, list(counts), class_sizes, invalid, list(sums))
     else:

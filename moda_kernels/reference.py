@@ -55,6 +55,7 @@ def grouped_losses(activations: Sequence[Tensor], segments: Segments) -> tuple[T
     return affinity, dispersion, compactness
 
 
+@torch.no_grad()
 def count_firings(
     activations: Sequence[Tensor],
     labels: Tensor,

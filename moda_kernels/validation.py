@@ -18,14 +18,14 @@ def check_batch(activations: Sequence[Tensor], labels: Tensor, *, allow_empty: b
     """
     check_labels(labels, allow_empty=allow_empty)
     layers = check_layers(activations, allow_empty=allow_empty)
+    samples, device = labels.shape[0], labels.device
     for index, activation in enumerate(layers):
-        if activation.shape[0] != labels.shape[0]:
+        if activation.shape[0] != samples:
+            found = activation.shape[0]
+            raise ValueError(f"activations[{index}]: expected {samples} samples as in labels, got {found}")
+        if activation.device != device:
             raise ValueError(
-                f"activations[{index}]: expected {labels.shape[0]} samples as in labels, got {activation.shape[0]}"
-            )
-        if activation.device != labels.device:
-            raise ValueError(
-                f"activations[{index}]: expected device {labels.device} as labels are on, got {activation.device}"
+                f"activations[{index}]: expected device {device} as labels are on, got {activation.device}"
             )
     return layers
 
@@ -38,22 +38,29 @@ def check_layers(activations: Sequence[Tensor], *, allow_empty: bool = False) ->
     if not layers:
         raise ValueError("activations: expected at least one layer, got none")
     for index, activation in enumerate(layers):
-        check_activation(activation, f"activations[{index}]", allow_empty=allow_empty)
+        if problem := _problem(activation, allow_empty):
+            raise type(problem)(f"activations[{index}]: {problem}")
     return layers
 
 
 def check_activation(activation: Any, name: str, *, allow_empty: bool = False) -> None:
     """A floating-point (N, C) or (N, C, *spatial) tensor without an empty axis, but for N if `allow_empty`."""
+    if problem := _problem(activation, allow_empty):
+        raise type(problem)(f"{name}: {problem}")
+
+
+def _problem(activation: Any, allow_empty: bool) -> TypeError | ValueError | None:
+    """What is wrong with an activation. Cheap while nothing is: it is on the path of every step."""
     if not isinstance(activation, Tensor):
-        raise TypeError(f"{name}: expected a tensor, got {type(activation).__name__}")
+        return TypeError(f"expected a tensor, got {type(activation).__name__}")
     if not activation.dtype.is_floating_point:
-        raise TypeError(f"{name}: expected a floating-point dtype, got {activation.dtype}")
-    if activation.dim() < 2:
-        raise ValueError(f"{name}: expected shape (N, C) or (N, C, *spatial), got {tuple(activation.shape)}")
-    if 0 in (activation.shape[1:] if allow_empty else activation.shape):
-        raise ValueError(
-            f"{name}: expected at least one sample, neuron and position, got shape {tuple(activation.shape)}"
-        )
+        return TypeError(f"expected a floating-point dtype, got {activation.dtype}")
+    shape = activation.shape
+    if len(shape) < 2:
+        return ValueError(f"expected shape (N, C) or (N, C, *spatial), got {tuple(shape)}")
+    if 0 in (shape[1:] if allow_empty else shape):
+        return ValueError(f"expected at least one sample, neuron and position, got shape {tuple(shape)}")
+    return None
 
 
 def check_labels(labels: Any, *, allow_empty: bool = False) -> None:
@@ -80,7 +87,7 @@ def check_label_range(labels: Tensor, num_classes: int) -> None:
     """All labels in [0, num_classes). Reads the labels on the host."""
     if labels.shape[0] == 0:
         return
-    smallest, largest = int(labels.min()), int(labels.max())
+    smallest, largest = map(int, labels.aminmax())
     if smallest < 0 or largest >= num_classes:
         wrong = smallest if smallest < 0 else largest
         raise ValueError(f"labels: expected classes in [0, {num_classes}), got {wrong}")

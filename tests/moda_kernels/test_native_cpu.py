@@ -263,7 +263,7 @@ def counted(backend: object, layers: list[Tensor], labels: Tensor, classes: int,
 def test_count_firings(isa: str, dtype: torch.dtype, threshold: float):
     """Rows of one small value among zeros, at every offset of a vector and its neighbours, in both layouts.
 
-    Short rows (a cache line and less) of more neurons than a task takes, and of a number that leaves a rest.
+    Rows of every length up to a cache line of half precision, and short ones of more neurons than a task takes.
     """
     generator = torch.Generator().manual_seed(7)
     layers = []
@@ -277,6 +277,7 @@ def test_count_firings(isa: str, dtype: torch.dtype, threshold: float):
         (6, 2, 3, 2),
         (2101, 3, 3),
         (1101, 2, 4),
+        *((67, positions) for positions in range(1, 35)),
     ]:
         x = torch.zeros(13, *shape)
         flat = x.flatten(2) if x.dim() > 2 else x[..., None]
