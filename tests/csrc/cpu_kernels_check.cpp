@@ -263,7 +263,8 @@ int main() {
   // Positions and neurons around a vector, a block of 64 positions, a tile of 128 and of 512 neurons.
   const std::vector<Shape> shapes{{1, 1, 1, none}, {5, 130, 1, none},  {3, 1030, 1, none}, {2, 3, 1, first},
                                   {3, 5, 4, first}, {2, 17, 49, first}, {3, 2, 1001, first}, {2, 3, 4, last},
-                                  {3, 21, 9, last}, {2, 64, 67, last},  {2, 530, 5, last},   {40, 6, 16, first}};
+                                  {3, 21, 9, last}, {2, 64, 67, last},  {2, 530, 5, last},   {40, 6, 16, first},
+                                  {3, 70, 3, first}, {3, 70, 9, first}, {2, 35, 2, first}};
   const CpuKernels* const all[] = {nullptr, &MODA_ISA::kKernels};
   for (const CpuKernels* kernels : all) {
     for (const Shape& shape : shapes) {
