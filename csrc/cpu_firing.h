@@ -12,7 +12,6 @@ namespace MODA_ISA {
 
 constexpr int64_t kFiringNeurons = 16;  // neurons of a task of the layout (N, C, S), at least
 constexpr int64_t kStretch = 32 << 10;  // bytes of each sample that it reads, at least, so that the processor fetches ahead
-constexpr int64_t kRowsAhead = 16;      // a row that shares its page is fetched so many rows before it is read
 constexpr int64_t kPage = 4096;         // bytes of a page of memory
 
 // An integer as wide as an element.
@@ -42,7 +41,7 @@ MODA_INLINE bool is_class(const FiringBatch& batch, int64_t label) { return labe
 // Whether one of `count` elements in a row fires.
 template <class I>
 MODA_INLINE bool row_fires(const I* x, int64_t count, I threshold) {
-  constexpr int64_t lanes = MODA_VECTOR_BYTES / sizeof(I);
+  constexpr int64_t lanes = kLanes<I>;
   int64_t i = 0;
   // After a ReLU the first few positions decide most rows; the others are read four vectors at a time.
   for (; i + lanes <= smaller(count, 2 * lanes); i += lanes) {
@@ -83,18 +82,15 @@ template <class I>
 MODA_INLINE void count_rows(const FiringLayer& layer, const FiringBatch& batch, int64_t task) {
   const int64_t C = layer.neurons, S = layer.positions, rows = neurons_per_task(layer);
   const Range neurons{task * rows, smaller((task + 1) * rows, C)};
-  // A row is fetched some rows before it is read: in the order of reading, which goes on in the next sample.
-  const int64_t count = neurons.end - neurons.begin;
   const bool share_pages = S * int64_t(sizeof(I)) <= kPage / 8;
-  const int64_t ahead = share_pages ? smaller(kRowsAhead, count) : count;
   for (int64_t n = 0; n < batch.samples; ++n) {
     const int64_t label = label_of(batch, n);
     if (!is_class(batch, label)) continue;
     const I* data = static_cast<const I*>(layer.data) + n * C * S;
-    if (share_pages) fetch_pages(data + (C + neurons.begin) * S, count * S);
+    if (share_pages) fetch_pages(data + (C + neurons.begin) * S, (neurons.end - neurons.begin) * S);
     for (int64_t c = neurons.begin; c < neurons.end; ++c) {
       const I* x = data + c * S;
-      __builtin_prefetch(x + (c + ahead < neurons.end ? ahead : ahead - count + C) * S);
+      __builtin_prefetch(x + C * S);  // the next sample's row: too far away for the processor to guess
       layer.counts[label * C + c] += row_fires<I>(x, S, static_cast<I>(layer.threshold));
     }
   }
