@@ -37,9 +37,9 @@ machine does hits all alike; the figures are medians with quartiles, and ratios 
 cold: before each sample a buffer larger than the last-level cache is written. What a contender computes is compared
 with the published formulas in float64 first, and a wrong one is not timed. *Of copy* is the bandwidth in bytes that
 must be read and written (counted in the code beside each case) over what a plain copy reached in the same run; work
-that reads more than it writes can exceed it. Scaling (unless it says *fresh memory*) and decomposition are measured
-with the C library told to keep freed memory; all else with its default, which takes large blocks from the operating
-system anew each time.
+that reads more than it writes can exceed it. Firing counts, scaling (unless it says *fresh memory*) and decomposition
+are measured with the C library told to keep freed memory; all else with its default, which takes large blocks from the
+operating system anew each time.
 Shapes are those of the real models' activations: CIFAR is 32 px, batch 128; ImageNet is 224 px, batch 64 on a GPU and
 4 on a CPU.
 """

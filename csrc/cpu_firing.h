@@ -96,8 +96,7 @@ MODA_INLINE void count_rows(const FiringLayer& layer, const FiringBatch& batch, 
   }
 }
 
-template <class I>
-MODA_INLINE Vector<I> larger_of(Vector<I> a, Vector<I> b) { return a > b ? a : b; }
+constexpr auto larger_of = [](auto a, auto b) { return a > b ? a : b; };  // of numbers, or lane by lane
 
 template <class I>
 MODA_INLINE Vector<I> magnitudes(const I* from) { return load_unaligned<Vector<I>>(from) & kMagnitude<I>; }
@@ -112,9 +111,9 @@ MODA_INLINE Vector<I> largest_of_rows(const I* x, int64_t S) {
     const I* row = x + i * S;
     if (S < lanes) return keep_where<I>(first_lanes<I>(S), magnitudes(row));
     Vector<I> largest = magnitudes(row + S - lanes);
-    for (int64_t at = 0; at < S - lanes; at += lanes) largest = larger_of<I>(largest, magnitudes(row + at));
+    for (int64_t at = 0; at < S - lanes; at += lanes) largest = larger_of(largest, magnitudes(row + at));
     return largest;
-  }, larger_of<I>);
+  }, larger_of);
 }
 
 // Adds one to the counts of the lanes that are set.

@@ -82,7 +82,7 @@ MODA_INLINE void add_absolute(const T* x, AccOf<T>* sums, int64_t count) {
 template <class T>
 MODA_INLINE void pool_rows(const T* x, Range part, int64_t S, AccOf<T>* means) {
   using Acc = AccOf<T>;
-  if (are_summed_together<Acc>(S)) {
+  if (are_reduced_together<Acc>(S)) {
     return mean_of_rows<Acc>(
         part.begin, part.end, S, means, [&](int64_t i) { return absolute<Acc>(Element<T>::load(x + i)); },
         [&](int64_t i) { return absolute(Element<T>::load1(x + i)); });

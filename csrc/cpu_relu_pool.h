@@ -98,7 +98,7 @@ MODA_INLINE void relu_short_rows(const T* x, T* y, AccOf<T>* rows, int64_t count
 template <bool kPastCaches, class T>
 MODA_INLINE void relu_pool_rows(const T* x, T* y, Range part, int64_t S, AccOf<T>* means) {
   using Acc = AccOf<T>;
-  if (are_summed_together<Acc>(S)) {
+  if (are_reduced_together<Acc>(S)) {
     const auto rectify = [&](int64_t i) {
       const Vector<Acc> kept = relu<Acc>(Element<T>::load(x + i));
       put<kPastCaches>(y + i, kept);

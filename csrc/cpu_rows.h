@@ -43,18 +43,13 @@ MODA_INLINE Vector<Lane> join_rows(Get get, Join join, int64_t first = 0) {
   }
 }
 
-template <class Acc, int64_t length, class Get>
-MODA_INLINE Vector<Acc> sum_each(Get get) {
-  return join_rows<Acc, length>(get, [](Vector<Acc> a, Vector<Acc> b) { return a + b; });
-}
+// Rows of so many positions are worth taking together; of longer ones the lanes are joined once in a long while.
+template <class Lane> constexpr int64_t kRowsTogetherBelow = 16 * kLanes<Lane>;
 
-// Rows of so many positions are worth taking together; of longer ones the lanes are added once in a long while.
-template <class Acc> constexpr int64_t kRowsTogetherBelow = 16 * kLanes<Acc>;
-
-// Whether `sum_rows` takes rows of S positions.
-template <class Acc>
-MODA_INLINE bool are_summed_together(int64_t S) {
-  return S < kRowsTogetherBelow<Acc> && (S >= kLanes<Acc> || (S & (S - 1)) == 0);
+// Whether `reduce_rows` takes rows of S positions.
+template <class Lane>
+MODA_INLINE bool are_reduced_together(int64_t S) {
+  return S < kRowsTogetherBelow<Lane> && (S >= kLanes<Lane> || (S & (S - 1)) == 0);
 }
 
 // A mask of the first lanes of a vector.
@@ -65,66 +60,89 @@ MODA_INLINE Vector<Bits<Lane>> first_lanes(int64_t count) {
   return lane < static_cast<Bits<Lane>>(count);
 }
 
-// One row of S >= kLanes positions, down to one vector.
-template <class Acc, class Get>
-MODA_INLINE Vector<Acc> lanes_of_row(int64_t offset, int64_t S, Get get) {
-  constexpr int64_t lanes = kLanes<Acc>;
-  Vector<Acc> sum0{}, sum1{};
+// One row of S >= kLanes positions, joined down to one vector; joining a zero changes nothing.
+template <class Lane, class Get, class Join>
+MODA_INLINE Vector<Lane> lanes_of_row(int64_t offset, int64_t S, Get get, Join join) {
+  constexpr int64_t lanes = kLanes<Lane>;
+  Vector<Lane> even{}, odd{};
   int64_t i = 0;
   for (; i + 2 * lanes <= S; i += 2 * lanes) {
-    sum0 += get(offset + i);
-    sum1 += get(offset + i + lanes);
+    even = join(even, get(offset + i));
+    odd = join(odd, get(offset + i + lanes));
   }
   if (i + lanes <= S) {
-    sum0 += get(offset + i);
+    even = join(even, get(offset + i));
     i += lanes;
   }
   // A vector that ends where the row does, but for the lanes that earlier ones have given.
-  if (i < S) sum1 += keep_where<Acc>(~first_lanes<Acc>(lanes - (S - i)), get(offset + S - lanes));
-  return sum0 + sum1;
+  if (i < S) odd = join(odd, keep_where<Lane>(~first_lanes<Lane>(lanes - (S - i)), get(offset + S - lanes)));
+  return join(even, odd);
+}
+
+// The lanes of a vector, joined as `sum_lanes` adds them.
+template <class Lane, int64_t count = kLanes<Lane>, class Join>
+MODA_INLINE Lane join_lanes(Vector<Lane, count> value, Join join) {
+  if constexpr (count == 2) {
+    return join(Lane(value[0]), Lane(value[1]));
+  } else {
+    struct Halves {
+      Vector<Lane, count / 2> low, high;
+    };
+    const Halves halves = bit_cast<Halves>(value);
+    return join_lanes<Lane, count / 2>(join(halves.low, halves.high), join);
+  }
 }
 
 // Rows shorter than a vector: `count` positions, a power of two.
-template <class Acc, int64_t count, class Get, class Get1>
-MODA_INLINE void mean_of_short_rows(int64_t begin, int64_t end, Acc* means, Get get, Get1 get1) {
-  constexpr int64_t lanes = kLanes<Acc>;
+template <class Lane, int64_t count, class Get, class Get1, class Join, class Put, class Put1>
+MODA_INLINE void reduce_short_rows(int64_t begin, int64_t end, Get get, Get1 get1, Join join, Put put, Put1 put1) {
+  constexpr int64_t lanes = kLanes<Lane>;
   int64_t row = begin;
   for (; row + lanes <= end; row += lanes) {
-    const auto sums = sum_each<Acc, count>([&](int64_t i) { return get(row * count + i * lanes); });
-    store_unaligned(means + row, sums / Acc(count));
+    put(row, join_rows<Lane, count>([&](int64_t i) { return get(row * count + i * lanes); }, join));
   }
   for (; row < end; ++row) {  // in the same order
-    Acc part[count];
+    Lane part[count];
     for (int64_t i = 0; i < count; ++i) part[i] = get1(row * count + i);
     for (int64_t half = count / 2; half > 0; half /= 2) {
-      for (int64_t i = 0; i < half; ++i) part[i] += part[i + half];
+      for (int64_t i = 0; i < half; ++i) part[i] = join(part[i], part[i + half]);
     }
-    means[row] = part[0] / Acc(count);
+    put1(row, part[0]);
   }
 }
 
-// means[row] = mean of the row's S values, for rows [begin, end); `are_summed_together(S)`. get(offset) gives the vector at an
-// offset from the first row's first element, get1(offset) one element; they may be asked twice for the same.
-template <class Acc, class Get, class Get1>
-MODA_INLINE void mean_of_rows(int64_t begin, int64_t end, int64_t S, Acc* means, Get get, Get1 get1) {
-  constexpr int64_t lanes = kLanes<Acc>;
+// Joins the values of each row of S positions, for rows [begin, end); `are_reduced_together(S)`. get(offset) gives the vector at an
+// offset from the first row's first element, get1(offset) one element; they may be asked twice for the same. put(row, results)
+// takes those of kLanes rows, put1(row, result) that of one.
+template <class Lane, class Get, class Get1, class Join, class Put, class Put1>
+MODA_INLINE void reduce_rows(int64_t begin, int64_t end, int64_t S, Get get, Get1 get1, Join join, Put put, Put1 put1) {
+  constexpr int64_t lanes = kLanes<Lane>;
   if (S < lanes) {
     switch (S) {
-      case 1: return mean_of_short_rows<Acc, 1>(begin, end, means, get, get1);
-      case 2: return mean_of_short_rows<Acc, 2>(begin, end, means, get, get1);
-      case 4: return mean_of_short_rows<Acc, 4>(begin, end, means, get, get1);
-      default: return mean_of_short_rows<Acc, 8>(begin, end, means, get, get1);
+      case 1: return reduce_short_rows<Lane, 1>(begin, end, get, get1, join, put, put1);
+      case 2: return reduce_short_rows<Lane, 2>(begin, end, get, get1, join, put, put1);
+      case 4: return reduce_short_rows<Lane, 4>(begin, end, get, get1, join, put, put1);
+      default: return reduce_short_rows<Lane, 8>(begin, end, get, get1, join, put, put1);
     }
   }
+  const auto lanes_of = [&](int64_t row) { return lanes_of_row<Lane>(row * S, S, get, join); };
   int64_t row = begin;
   for (; row + lanes <= end; row += lanes) {
-    const auto sums = sum_each<Acc, lanes>([&](int64_t i) { return lanes_of_row<Acc>((row + i) * S, S, get); });
-    store_unaligned(means + row, sums / Acc(S));
+    put(row, join_rows<Lane, lanes>([&](int64_t i) { return lanes_of(row + i); }, join));
   }
-  for (; row < end; ++row) means[row] = sum_lanes<Acc>(lanes_of_row<Acc>(row * S, S, get)) / Acc(S);
+  for (; row < end; ++row) put1(row, join_lanes<Lane>(lanes_of(row), join));
 }
 
-// Rows shorter than a vector, as in mean_of_short_rows.
+// means[row] = mean of the row's values; as `reduce_rows`.
+template <class Acc, class Get, class Get1>
+MODA_INLINE void mean_of_rows(int64_t begin, int64_t end, int64_t S, Acc* means, Get get, Get1 get1) {
+  reduce_rows<Acc>(
+      begin, end, S, get, get1, [](auto a, auto b) { return a + b; },
+      [&](int64_t row, Vector<Acc> sums) { store_unaligned(means + row, sums / Acc(S)); },
+      [&](int64_t row, Acc sum) { means[row] = sum / Acc(S); });
+}
+
+// Rows shorter than a vector, as in reduce_short_rows.
 template <class Acc, int64_t count, class Put, class Put1>
 MODA_INLINE void share_among_short_rows(int64_t begin, int64_t end, const Acc* values, Put put, Put1 put1) {
   constexpr int64_t lanes = kLanes<Acc>;

@@ -32,6 +32,22 @@ MODA_INLINE AccOf<T> marked_row(const T* x, int64_t positions, Bits<AccOf<T>> th
   return marked(sum / Acc(positions), any<Bits<Acc>>(fired) || rest_fired);
 }
 
+// Short rows, many at a time: their means first, then their largest magnitudes, from the cache.
+template <class T>
+MODA_INLINE void mark_rows(const T* x, Range part, int64_t S, Bits<AccOf<T>> threshold, AccOf<T>* rows) {
+  using Acc = AccOf<T>;
+  using I = Bits<Acc>;
+  pool_rows(x, part, S, rows);
+  reduce_rows<I>(
+      part.begin, part.end, S, [&](int64_t i) { return bit_cast<Vector<I>>(absolute<Acc>(Element<T>::load(x + i))); },
+      [&](int64_t i) { return magnitude_bits(Element<T>::load1(x + i)); }, larger_of,
+      [&](int64_t row, Vector<I> largest) {
+        const Vector<I> magnitude = load_unaligned<Vector<I>>(rows + row) & kMagnitude<I>;
+        store_unaligned(rows + row, magnitude | ((largest > threshold) & ~kMagnitude<I>));
+      },
+      [&](int64_t row, I largest) { rows[row] = marked(rows[row], largest > threshold); });
+}
+
 // Sets the bits of `fired` where x exceeds the threshold, element by element.
 template <class T>
 MODA_INLINE void mark_exceeding(const T* x, Bits<AccOf<T>> threshold, Bits<AccOf<T>>* fired, int64_t count) {
@@ -56,6 +72,7 @@ MODA_INLINE void mark_task(const StatisticsLayer& of, int64_t task) {
   Acc* rows = static_cast<Acc*>(layer.rows);
   if (layer.layout == Layout::kPositionsLast) {
     const Range part = task_rows(layer, task);
+    if (are_reduced_together<Acc>(S)) return mark_rows(x, part, S, threshold, rows);
     for (int64_t row = part.begin; row < part.end; ++row) rows[row] = marked_row(x + row * S, S, threshold);
     return;
   }
