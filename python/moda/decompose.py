@@ -89,8 +89,9 @@ def count_firings(
 
     Runs in evaluation mode without gradients, on the device of the model; every submodule's train/eval mode is put
     back afterwards. On the CPU every activation is counted while the model runs and then forgotten, which takes the
-    memory of a plain pass. The samples that a `DistributedSampler` repeats to give every process the same number are
-    run but not counted, so that with `group` the rates are those of one process over the whole data set.
+    memory of a plain pass; ReLUs overwrite their input where nobody else sees it (`InstrumentedModel.overwriting`).
+    The samples that a `DistributedSampler` repeats to give every process the same number are run but not counted, so
+    that with `group` the rates are those of one process over the whole data set.
 
     Args:
         model: `moda.instrument(model)`.
@@ -110,7 +111,7 @@ def count_firings(
         raise TypeError(f"model: expected an instrumented model, moda.instrument(model), got {type(model).__name__}")
     counter = FiringCounter(num_classes, threshold=threshold, backend=backend)
     count = _count_while_running if device_of(model).type == "cpu" else _count_when_run
-    with evaluating(model), torch.no_grad():
+    with evaluating(model), torch.no_grad(), model.overwriting():
         count(model, _batches(loader, progress), counter)
     if group is not None:
         counter.all_reduce(group)

@@ -81,6 +81,11 @@ class HookedModel(nn.Module):
         with self._recorder.forcing(receiver):
             yield
 
+    @contextmanager
+    def overwriting(self) -> Iterator[None]:
+        """As `InstrumentedModel.overwriting`, but hooks replace no ReLU: nothing changes."""
+        yield
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the model's own forward."""
         watch = _Watch(self)

@@ -1,4 +1,4 @@
-"""Keeps the record of a tap from being overwritten by the model.
+"""What may be overwritten: not the record of a tap by the model, and by a tap only what nobody else sees.
 
 A model may change an activation in place after its tap has seen it (`x += y`, `nn.Dropout(inplace=True)`). Such
 a value is cloned first and the clone takes its place from there on. Where the model goes on to use the
@@ -13,10 +13,20 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable
 
+import torch
 from torch import fx, nn
+from torch.nn.modules.module import _global_forward_hooks
 
-from .calls import is_inplace, may_view, overwritten, source_of, subject
+from .calls import has_hooks, is_inplace, may_view, module_of, overwritten, source_of, subject
 from .tracing import refusal
+
+# Modules whose output is a new tensor whatever the input. Exact classes: a subclass may do anything.
+_MAKERS = (
+    nn.Linear,
+    *(nn.Conv1d, nn.Conv2d, nn.Conv3d),
+    *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
+    *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm),
+)
 
 
 def protect(graph: fx.Graph, modules: nn.Module, is_record: Callable[[fx.Node], bool]) -> None:
@@ -55,3 +65,15 @@ def _overwrite_a_clone(node: fx.Node, value: fx.Node, memory: dict[fx.Node, fx.N
 def users_after(value: fx.Node, node: fx.Node) -> list[fx.Node]:
     """Users of `value` that run after `node`."""
     return [user for user in value.users if node < user]
+
+
+def is_spare(value: fx.Node, user: fx.Node, modules: nn.Module) -> bool:
+    """Whether `user` may overwrite `value`: newly made, seen by no hook, and used by nobody else."""
+    if set(value.users) != {user} or is_inplace(value, modules):
+        return False
+    if value.op == "call_function":
+        return value.target in (operator.add, torch.add)
+    module = module_of(value, modules)
+    return (
+        isinstance(module, nn.Module) and type(module) in _MAKERS and not (has_hooks(module) or _global_forward_hooks)
+    )

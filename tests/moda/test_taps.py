@@ -500,6 +500,68 @@ def test_a_receiver_gets_every_activation_at_once_and_nothing_is_kept(method):
     assert all(torch.equal(mine, theirs) for (_, mine), theirs in zip(received, expected, strict=True))
 
 
+class _Spare(nn.Module):
+    """ReLUs whose input somebody else sees, and two whose input nobody does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.hooked = nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1)
+        self.flat, self.linear = nn.Flatten(), nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        given = F.relu(x)  # the caller's
+        y = F.relu(self.norm(self.conv(given)))  # spare
+        z = F.relu(y + y)  # spare
+        kept = self.conv(given)  # used again below
+        z = z + F.relu(kept) + kept + F.relu(self.hooked(y))
+        rows = self.flat(z.mean((2, 3)))
+        return rows, self.linear(F.relu(rows))  # returned, and a view
+
+
+def test_overwriting_changes_only_what_nobody_else_sees():
+    torch.manual_seed(0)
+    plain, x = _Spare().eval(), torch.randn(2, 3, 5, 5)
+    seen: list[torch.Tensor] = []
+    plain.hooked.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    model, given = instrument(plain), x.clone()
+    inputs: list[tuple[int, int]] = []
+    for tap in model._tap_modules():
+        tap.register_forward_hook(lambda _, args, y: inputs.append((args[0].data_ptr(), y.data_ptr())))
+
+    def run() -> tuple[list[torch.Tensor], list[bool]]:
+        inputs.clear()
+        with model.recording():
+            outputs = model(given)
+        return [*outputs, *model.activations(), seen[-1].clone()], [before == after for before, after in inputs]
+
+    with torch.no_grad():
+        expected, places = run()
+        assert not any(places)
+        with model.overwriting():
+            found, places = run()
+        assert places == [False, True, True, False, False, False]
+        for mine, theirs in zip(found, expected, strict=True):
+            assert torch.equal(mine, theirs)
+        assert not any(run()[1])
+    with model.overwriting():  # gradients are enabled
+        assert not any(run()[1])
+    assert torch.equal(given, x)
+
+
+def test_global_hooks_see_values_as_they_were():
+    plain = nn.Sequential(nn.Linear(3, 4), nn.ReLU())
+    nn.init.constant_(plain[0].bias, -9.0)
+    model, seen = instrument(plain), list[torch.Tensor]()
+
+    def look(module: nn.Module, inputs: object, output: torch.Tensor) -> None:
+        if isinstance(module, nn.Linear):
+            seen.append(output)
+
+    with nn.modules.module.register_module_forward_hook(look), torch.no_grad(), model.overwriting():
+        model(torch.zeros(2, 3))
+    assert (seen[0] == -9).all()
+
+
 @pytest.mark.parametrize("method", ["fx", "hooks"])
 def test_a_receiver_that_cannot_be_called_is_named(method):
     model = instrument(nn.Sequential(nn.Linear(3, 4), nn.ReLU()), method=method)

@@ -32,7 +32,7 @@ class CountInputs:
 def counting_case(name: str, about: CountInputs, budget: Budget, *, compiling: bool = False) -> Case:
     """Every backend at the given shapes. The bytes are one read of every activation; firing early reads less.
 
-    Memory is kept, which helps the published loop: its temporaries cost page faults otherwise, more than its arithmetic.
+    Memory is kept, which helps the published loop: page faults of its temporaries cost more than its arithmetic.
     """
     return Case(
         suite="firing",
