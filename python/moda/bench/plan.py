@@ -53,7 +53,7 @@ class Plan:
         """Of a training step: ratios near 1 need rounds, not seconds. Measuring its memory has warmed it up."""
         if self.quick:
             return Budget(least=3, most=3, seconds=0, warmups=0)
-        return Budget(least=15, most=50, seconds=10.0, warmups=3) if self.gpu else Budget(7, 15, 15.0, warmups=0)
+        return Budget(least=15, most=50, seconds=10.0, warmups=3) if self.gpu else Budget(7, 15, 40.0, warmups=0)
 
     @property
     def dtypes(self) -> tuple[torch.dtype, ...]:
@@ -140,7 +140,7 @@ class Plan:
             yield PassInputs(model, 32 if self.quick else 128, CIFAR, self.device)
 
     def _decomposition(self) -> Iterator[Case]:
-        budget = self.budget if self.quick else Budget(least=4, most=50, seconds=4.0, warmups=1)
+        budget = self.budget if self.quick else Budget(least=5, most=50, seconds=20.0, warmups=1)
         for about in self._passes():
             yield decomposition_case(about, budget)
 
