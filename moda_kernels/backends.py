@@ -12,7 +12,7 @@ backend"):
     pool(activations) -> [pooled activation of each layer]
     relu_pool(x, inplace) -> (relu(x), pooled)
     class_sums(pooled, labels, num_classes, *, normalize=True) -> [(K, C) sums over each class of each layer's rows]
-    count_firings(activations, labels, threshold, counts, class_sizes, invalid, sums=()) -> None (in place)
+    count_firings(activations, labels, threshold, counts, class_sizes, invalid, sums=()) -> None (in place, no graph)
 
 `auto` takes the first of `PREFERENCE` that can run the operation on the given tensors. The environment variable
 `MODA_BACKEND` stands in for `auto` in every operation that the named backend implements. A backend asked for by name

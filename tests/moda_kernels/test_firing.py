@@ -158,6 +158,17 @@ def test_labels_out_of_range_are_in_no_sum(backend, monkeypatch):
             getattr(counter, read)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("sums", [False, True])
+def test_activations_of_a_training_step_leave_no_graph(backend, sums):
+    x, y = torch.randn(6, 4, 3, 2, requires_grad=True), torch.arange(6) % 3
+    counter = FiringCounter(3, backend=backend, sums=sums)
+    for layer in (x * 1, (x * 1).transpose(2, 3)[:, :, ::2]):  # as it lies, and one that is copied first
+        counter.update([layer, layer.mean((2, 3))], y)
+    assert counter.class_sizes.tolist() == [4, 4, 4]
+    assert not any(result.requires_grad for result in [*counter.counts, *(counter.sums if sums else ())])
+
+
 def test_sums_merge_and_round_trip():
     one, two, both = (FiringCounter(3, sums=True) for _ in range(3))
     for counter, seed in [(one, 0), (two, 1), (both, 0), (both, 1)]:
