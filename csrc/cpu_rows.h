@@ -79,20 +79,6 @@ MODA_INLINE Vector<Lane> lanes_of_row(int64_t offset, int64_t S, Get get, Join j
   return join(even, odd);
 }
 
-// The lanes of a vector, joined as `sum_lanes` adds them.
-template <class Lane, int64_t count = kLanes<Lane>, class Join>
-MODA_INLINE Lane join_lanes(Vector<Lane, count> value, Join join) {
-  if constexpr (count == 2) {
-    return join(Lane(value[0]), Lane(value[1]));
-  } else {
-    struct Halves {
-      Vector<Lane, count / 2> low, high;
-    };
-    const Halves halves = bit_cast<Halves>(value);
-    return join_lanes<Lane, count / 2>(join(halves.low, halves.high), join);
-  }
-}
-
 // Rows shorter than a vector: `count` positions, a power of two.
 template <class Lane, int64_t count, class Get, class Get1, class Join, class Put, class Put1>
 MODA_INLINE void reduce_short_rows(int64_t begin, int64_t end, Get get, Get1 get1, Join join, Put put, Put1 put1) {

@@ -90,18 +90,23 @@ MODA_INLINE Vector<Acc> absolute(Vector<Acc> value) {
 MODA_INLINE float absolute(float value) { return __builtin_fabsf(value); }
 MODA_INLINE double absolute(double value) { return __builtin_fabs(value); }
 
-// The sum of all lanes: halves first, so that its order is that of a tree.
-template <class Acc, int64_t lanes = kLanes<Acc>>
-MODA_INLINE Acc sum_lanes(Vector<Acc, lanes> value) {
-  if constexpr (lanes == 2) {
-    return value[0] + value[1];
+// All lanes joined: halves first, so that their order is that of a tree.
+template <class Lane, int64_t count = MODA_VECTOR_BYTES / sizeof(Lane), class Join>
+MODA_INLINE Lane join_lanes(Vector<Lane, count> value, Join join) {
+  if constexpr (count == 2) {
+    return join(Lane(value[0]), Lane(value[1]));
   } else {
     struct Halves {
-      Vector<Acc, lanes / 2> low, high;
+      Vector<Lane, count / 2> low, high;
     };
     const Halves halves = bit_cast<Halves>(value);
-    return sum_lanes<Acc, lanes / 2>(halves.low + halves.high);
+    return join_lanes<Lane, count / 2>(join(halves.low, halves.high), join);
   }
+}
+
+template <class Acc>
+MODA_INLINE Acc sum_lanes(Vector<Acc> value) {
+  return join_lanes<Acc>(value, [](auto a, auto b) { return a + b; });
 }
 
 template <class Lane>

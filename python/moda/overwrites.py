@@ -74,6 +74,6 @@ def is_spare(value: fx.Node, user: fx.Node, modules: nn.Module) -> bool:
     if value.op == "call_function":
         return value.target in (operator.add, torch.add)
     module = module_of(value, modules)
-    return (
-        isinstance(module, nn.Module) and type(module) in _MAKERS and not (has_hooks(module) or _global_forward_hooks)
-    )
+    if module is None or type(module) not in _MAKERS or "forward" in vars(module):  # in the place of the class's
+        return False
+    return not (has_hooks(module) or _global_forward_hooks)

@@ -562,6 +562,16 @@ def test_global_hooks_see_values_as_they_were():
     assert (seen[0] == -9).all()
 
 
+def test_what_a_replaced_forward_keeps_is_not_overwritten():
+    plain = nn.Sequential(nn.Linear(3, 4), nn.ReLU())
+    kept = torch.full((2, 4), -1.0)
+    model = instrument(plain)
+    plain[0].forward = lambda x: kept  # type: ignore[method-assign]
+    with torch.no_grad(), model.overwriting():
+        assert (model(torch.zeros(2, 3)) == 0).all()
+    assert (kept == -1).all()
+
+
 @pytest.mark.parametrize("method", ["fx", "hooks"])
 def test_a_receiver_that_cannot_be_called_is_named(method):
     model = instrument(nn.Sequential(nn.Linear(3, 4), nn.ReLU()), method=method)
