@@ -5,7 +5,7 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-SOURCES := pyproject.toml setup.py CMakeLists.txt moda_kernels/_version.py $(wildcard csrc/*)
+SOURCES := pyproject.toml setup.py CMakeLists.txt moda_kernels/_version.py $(wildcard csrc/*.* csrc/*/*.*)
 
 .PHONY: demo test test-other-torch lint bench gpu clean
 .DELETE_ON_ERROR:

@@ -8,10 +8,10 @@
 #include <vector>
 
 #include "build_info.h"
-#include "cpu.h"
-#include "firing.h"
-#include "parallel.h"
-#include "statistics.h"
+#include "cpu/kernels.h"
+#include "cuda/firing.h"
+#include "cpu/parallel.h"
+#include "cuda/statistics.h"
 
 namespace py = pybind11;
 

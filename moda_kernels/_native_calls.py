@@ -67,7 +67,7 @@ def _checked_extension() -> Any:
             f"the native extension is of version {info['version']}, the package of {__version__}; {_INSTALL}"
         )
     sources = Path(__file__).resolve().parent.parent / "csrc"
-    if (sources / "cpu_kernels.cpp").is_file() and source_digest(sources) != info["source_digest"]:
+    if (sources / "bindings.cpp").is_file() and source_digest(sources) != info["source_digest"]:
         raise NotBuiltError(f"the native extension was built from other sources than {sources}; {_INSTALL}")
     if os.environ.get("MODA_CPU_ISA"):
         try:
@@ -79,8 +79,9 @@ def _checked_extension() -> Any:
 
 
 def source_digest(sources: Path) -> str:
-    """What CMakeLists.txt stamps into the extension: SHA-256 of the files' SHA-256s, in the order of their names."""
-    digests = [hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(sources.iterdir()) if path.is_file()]
+    """What CMakeLists.txt stamps into the extension: SHA-256 of the files' SHA-256s, in the order of their paths."""
+    files = sorted((path for path in sources.rglob("*") if path.is_file()), key=Path.as_posix)
+    digests = [hashlib.sha256(path.read_bytes()).hexdigest() for path in files]
     return hashlib.sha256("".join(digests).encode()).hexdigest()
 
 

@@ -104,7 +104,7 @@ def test_source_archive_to_wheel_to_use_with_a_broken_nvcc(tmp_path: Path):
     (archive,) = wheels.glob("*.tar.gz")
     with tarfile.open(archive) as file:
         inside = {"/".join(name.split("/")[1:]) for name in file.getnames()}
-    assert {f"csrc/{path.name}" for path in (ROOT / "csrc").iterdir()} | {"CMakeLists.txt"} <= inside
+    assert {path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").rglob("*.*")} | {"CMakeLists.txt"} <= inside
 
     nvcc = tools / "nvcc"
     nvcc.write_text('#!/bin/sh\n[ "$1" = --list-gpu-arch ] && echo compute_90 && exit 0\necho broken >&2\nexit 1\n')

@@ -1,6 +1,6 @@
-"""Train modular, cut, recombine: modular training of neural networks in PyTorch (MODA, arXiv 2411.01074).
+"""Train modular, decompose, recombine: modular training of neural networks in PyTorch (MODA, arXiv 2411.01074).
 
-The names below are imported at their first use, so that `import moda` is quick and needs no optional package:
+Functions and classes:
 
     instrument      a model whose activations can be observed (TracingError where it cannot be traced)
     count_firings   firing rates per class and neuron
@@ -8,28 +8,37 @@ The names below are imported at their first use, so that `import moda` is quick 
     mask, compose   the model of some classes; composed, it is physically smaller
     save_composed, load_composed   a composed model's files
     replace         another model's module in a weak model's output
-    measure         size, overlap, FLOPs, accuracy
-    models, data    architectures and data sets by name
-    training        the training loop on Lightning (needs the extra `train`)
     ModularCallback the modular loss in somebody's own LightningModule (needs the extra `train`)
+
+Modules:
+
+    models, data    architectures and data sets by name
+    measure         size, overlap, FLOPs, accuracy
+    export          a composed model as a torch.export or ONNX file
+    runs            the settings and the folder of a training run
+    training        the training loop on Lightning (needs the extra `train`)
+    study           reuse, replacement, sweeps and analysis over trained runs
+    report, demo    pages of figures, and the demonstration (need the extra `train`)
+    bench           the benchmarks of this machine
+
+Each is imported at its first use, so that `import moda` is quick and needs no optional package.
 """
 
 from __future__ import annotations
 
 import importlib
-import sys
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from moda import data, measure, models, training
-    from moda.callback import ModularCallback
-    from moda.compose import compose, mask
-    from moda.composed_files import load_composed, save_composed
-    from moda.config import TrainingConfig
-    from moda.decompose import Decomposition, FiringRates, count_firings, decompose
-    from moda.replace import replace
-    from moda.taps import InstrumentedModel, TracingError, instrument
+    from moda import bench, data, demo, models, report, runs, study, training
+    from moda.composition import export, measure
+    from moda.composition.compose import compose, mask
+    from moda.composition.files import load_composed, save_composed
+    from moda.composition.replace import replace
+    from moda.decomposition.container import Decomposition, FiringRates, count_firings, decompose
+    from moda.observation.taps import InstrumentedModel, TracingError, instrument
+    from moda.runs.config import TrainingConfig
+    from moda.training.callback import ModularCallback
     from moda_kernels import __version__
 
 __all__ = [
@@ -40,64 +49,64 @@ __all__ = [
     "TracingError",
     "TrainingConfig",
     "__version__",
+    "bench",
     "compose",
     "count_firings",
     "data",
     "decompose",
+    "demo",
+    "export",
     "instrument",
     "load_composed",
     "mask",
     "measure",
     "models",
     "replace",
+    "report",
+    "runs",
     "save_composed",
+    "study",
     "training",
 ]
 
-_MODULES = frozenset({"data", "measure", "models", "training"})
+_MODULES = {
+    "bench": "moda.bench",
+    "data": "moda.data",
+    "demo": "moda.demo",
+    "export": "moda.composition.export",
+    "measure": "moda.composition.measure",
+    "models": "moda.models",
+    "report": "moda.report",
+    "runs": "moda.runs",
+    "study": "moda.study",
+    "training": "moda.training",
+}
 _HOME = {
-    "Decomposition": "decompose",
-    "FiringRates": "decompose",
-    "InstrumentedModel": "taps",
-    "ModularCallback": "callback",
-    "TracingError": "taps",
-    "TrainingConfig": "config",
-    "compose": "compose",
-    "count_firings": "decompose",
-    "decompose": "decompose",
-    "instrument": "taps",
-    "load_composed": "composed_files",
-    "mask": "compose",
-    "replace": "replace",
-    "save_composed": "composed_files",
+    "Decomposition": "moda.decomposition.container",
+    "FiringRates": "moda.decomposition.container",
+    "InstrumentedModel": "moda.observation.taps",
+    "ModularCallback": "moda.training.callback",
+    "TracingError": "moda.observation.taps",
+    "TrainingConfig": "moda.runs.config",
+    "__version__": "moda_kernels",
+    "compose": "moda.composition.compose",
+    "count_firings": "moda.decomposition.container",
+    "decompose": "moda.decomposition.container",
+    "instrument": "moda.observation.taps",
+    "load_composed": "moda.composition.files",
+    "mask": "moda.composition.compose",
+    "replace": "moda.composition.replace",
+    "save_composed": "moda.composition.files",
 }
 
 
 def __getattr__(name: str) -> Any:
     if name in _MODULES:
-        return importlib.import_module(f"moda.{name}")
-    if name == "__version__":
-        return importlib.import_module("moda_kernels").__version__
+        return importlib.import_module(_MODULES[name])
     if name in _HOME:
-        value = getattr(importlib.import_module(f"moda.{_HOME[name]}"), name)
-        globals()[name] = value
-        return value
+        return getattr(importlib.import_module(_HOME[name]), name)
     raise AttributeError(f"module 'moda' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
-
-
-class _Package(ModuleType):
-    """Three functions bear the name of the file they live in. Importing the file binds its name in the package to the
-    module; here it stays the function's.
-    """
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name in _HOME and isinstance(value, ModuleType):
-            value = getattr(value, name)
-        super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package

@@ -1,5 +1,5 @@
 """`python -m moda`: the `moda` command."""
 
-from moda.cli import main
+from moda.cli.app import main
 
 main()

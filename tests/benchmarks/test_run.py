@@ -18,7 +18,7 @@ from moda.bench.results import MEASURED, Results, Row
 from moda.bench.scaling import scaling_cases
 from moda.bench.table import duration
 from moda.bench.training_step import StepInputs, step_case
-from moda.cli import app
+from moda.cli.app import app
 from moda.files import FormatError
 
 CPU = torch.device("cpu")

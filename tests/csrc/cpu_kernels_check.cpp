@@ -10,12 +10,12 @@
 #include <numeric>
 #include <vector>
 
-#include "../../csrc/cpu.h"
-#include "../../csrc/firing.h"
-#include "../../csrc/statistics.h"
+#include "cpu/kernels.h"
+#include "cuda/firing.h"
+#include "cuda/statistics.h"
 
 #ifndef MODA_ISA
-#error "MODA_ISA: the instruction set that csrc/cpu_kernels.cpp was compiled for"
+#error "MODA_ISA: the instruction set that csrc/cpu/kernels.cpp was compiled for"
 #endif
 
 namespace moda {

@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from moda import composed_files, runs
-from moda.compose import compose
-from moda.config import TrainingConfig
-from moda.decompose import FORMAT, FORMAT_VERSION, Decomposition
+from moda.composition import files as composed_files
+from moda.runs import folder as runs
+from moda.composition.compose import compose
+from moda.runs.config import TrainingConfig
+from moda.decomposition.container import FORMAT, FORMAT_VERSION, Decomposition
 from moda.files import FormatError, read_json, read_tensors, write_bytes, write_json, write_tensors
 from moda.models import small_vgg
-from moda.taps import instrument
+from moda.observation.taps import instrument
 
 PAGE = (Path(__file__).parents[2] / "docs" / "file_formats.md").read_text(encoding="utf-8")
 
@@ -63,7 +64,7 @@ def test_the_page_describes_what_is_written(tmp_path, file, kind, version, write
 
 
 def test_the_page_lists_the_columns_of_the_tables():
-    training = pytest.importorskip("moda.training")
+    training = pytest.importorskip("moda.training.loop")
     table = PAGE.split("| column | in | meaning |", 1)[1].split("\n\n", 1)[0]
     columns = {"both": [], "metrics": []}
     for row in table.splitlines()[2:]:

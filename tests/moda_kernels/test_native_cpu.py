@@ -9,8 +9,8 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from firing_batches import assert_sums, batch_of_layers, summed
-from native_needed import needs_native
+from tests.moda_kernels._helpers.firing_batches import assert_sums, batch_of_layers, summed
+from tests.moda_kernels._helpers.native_needed import needs_native
 from torch import Tensor
 
 import moda_kernels

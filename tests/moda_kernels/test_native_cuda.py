@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from firing_batches import (
+from tests.moda_kernels._helpers.firing_batches import (
     DTYPES,
     assert_sums,
     batch_of_layers,
@@ -22,7 +22,7 @@ from firing_batches import (
     one_per_row,
     summed,
 )
-from native_needed import needs_native
+from tests.moda_kernels._helpers.native_needed import needs_native
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from moda_kernels import _native_calls, closed_form, native
@@ -30,6 +30,7 @@ from moda_kernels import _native_calls, closed_form, native
 pytestmark = needs_native
 
 ROOT = Path(__file__).resolve().parents[2]
+CSRC = ROOT / "csrc"
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -169,7 +170,7 @@ def test_no_architecture_spills(tmp_path: Path, source: str, kernels: int):
     chosen = setup["architectures"](shutil.which("nvcc")).split(";")
     assert chosen == ["80-real", "86-real", "89-real", "90-real", "100-real", "120-real", "120-virtual"]
     numbers = [arch.removesuffix("-real") for arch in chosen if arch.endswith("-real")]
-    command = ["nvcc", "-std=c++17", "-O3", "-c", str(ROOT / "csrc" / source), "-o", str(tmp_path / "kernels.o")]
+    command = ["nvcc", "-std=c++17", "-O3", f"-I{CSRC}", "-c", str(CSRC / "cuda" / source), "-o", str(tmp_path / "kernels.o")]
     command += [f"-gencode=arch=compute_{number},code=sm_{number}" for number in numbers]
     done = subprocess.run([*command, "-Xptxas", "-v"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -188,7 +189,8 @@ def test_loads_are_16_bytes_wide_and_pass_the_caches(tmp_path: Path, source: str
         "-O3",
         "-ptx",
         "-arch=compute_90",
-        str(ROOT / "csrc" / source),
+        f"-I{CSRC}",
+        str(CSRC / "cuda" / source),
         "-o",
         str(ptx),
     ]

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from firing_batches import DTYPES, assert_sums, batch_of_layers, counted, exact_sums, one_per_row, summed
+from tests.moda_kernels._helpers.firing_batches import DTYPES, assert_sums, batch_of_layers, counted, exact_sums, one_per_row, summed
 from torch import Tensor
 
 from moda_kernels import FiringCounter, closed_form, native

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from native_needed import needs_native
+from tests.moda_kernels._helpers.native_needed import needs_native
 from torch import Tensor
 from torch.library import opcheck
 

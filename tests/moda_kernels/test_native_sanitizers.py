@@ -9,7 +9,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from native_needed import needs_native
+from tests.moda_kernels._helpers.native_needed import needs_native
 
 from moda_kernels import native
 
@@ -17,11 +17,11 @@ pytestmark = needs_native
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = (
-    "csrc/parallel.cpp",
-    "csrc/memory.cpp",
-    "csrc/firing_emulated.cpp",
-    "csrc/statistics_emulated.cpp",
-    "csrc/cpu_kernels.cpp",
+    "csrc/cpu/parallel.cpp",
+    "csrc/cpu/memory.cpp",
+    "csrc/cuda/firing_emulated.cpp",
+    "csrc/cuda/statistics_emulated.cpp",
+    "csrc/cpu/kernels.cpp",
 )
 COMPILER = shutil.which("g++")
 OPTIONS = {  # as in CMakeLists.txt
@@ -35,7 +35,7 @@ def compile_check(program: Path, sanitizers: str, isa: str) -> None:
     """The program of tests/csrc with the kernels of one instruction set."""
     flags = ["-std=c++17", "-O1", "-g1", "-pthread", f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all"]
     sources = [str(ROOT / name) for name in ("tests/csrc/cpu_kernels_check.cpp", *SOURCES)]
-    command = [str(COMPILER), *flags, *OPTIONS[isa], f"-DMODA_ISA={isa}", *sources, "-ldl", "-o", str(program)]
+    command = [str(COMPILER), *flags, *OPTIONS[isa], f"-DMODA_ISA={isa}", f"-I{ROOT / 'csrc'}", *sources, "-ldl", "-o", str(program)]
     subprocess.run(command, check=True)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from triton_oracle import DEVICES, HALF, assert_three_way, leaves
+from tests.moda_kernels._helpers.triton_oracle import DEVICES, HALF, assert_three_way, leaves
 
 from moda_kernels import class_similarity, closed_form, pool, relu_pool, triton_kernels
 from moda_kernels.triton_kernels import layouts

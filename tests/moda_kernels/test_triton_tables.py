@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import triton.runtime.interpreter as interpreter
-from triton_oracle import DEVICES, leaves, make_layers
+from tests.moda_kernels._helpers.triton_oracle import DEVICES, leaves, make_layers
 
 from moda_kernels import triton_kernels
 from moda_kernels.segments import Segments

@@ -8,6 +8,6 @@ _missing = [package for package in ("matplotlib", "jinja2") if find_spec(package
 if _missing:
     raise ImportError(f"figures need {' and '.join(_missing)}: pip install 'moda-kernels[train]'")
 
-from moda.report.demo import demo_page  # noqa: E402
 
-__all__ = ["demo_page"]
+
+

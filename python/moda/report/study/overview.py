@@ -11,7 +11,7 @@ from moda.report.study.inputs import RunResults, Setting
 from moda.report.study.references import Match, find
 from moda.report.study.training import accuracy_gap, final_accuracy, time_ratio
 from moda.report.study.words import DASH, percent_of
-from moda.reuse import reuse_accuracy
+from moda.study.reuse import reuse_accuracy
 
 __all__ = ["headlines", "overview", "reuse_gap"]
 

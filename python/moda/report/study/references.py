@@ -8,7 +8,7 @@ from functools import cache
 from importlib.resources import files
 from typing import Any
 
-from moda.config import TrainingConfig
+from moda.runs.config import TrainingConfig
 from moda.report.study.inputs import DATA_NAMES, MODEL_NAMES, WEIGHTS
 
 __all__ = ["Match", "find", "find_replacement", "find_sweep", "references"]

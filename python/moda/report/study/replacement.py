@@ -7,8 +7,8 @@ from dataclasses import replace
 from statistics import fmean
 from typing import Any
 
-from moda.config import RUNTIME_SETTINGS
-from moda.repair import STRATEGIES, RepairResult
+from moda.runs.config import RUNTIME_SETTINGS
+from moda.study.replacement import STRATEGIES, RepairResult
 from moda.report.curves import Change, changes
 from moda.report.page import Block, Panel, Panels, Row, Section, Table, Words
 from moda.report.spread import Spread

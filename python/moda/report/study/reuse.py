@@ -11,7 +11,7 @@ from moda.report.spread import Spread
 from moda.report.study.inputs import RunResults, Setting
 from moda.report.study.references import Match, find
 from moda.report.study.words import DASH, missing, statement
-from moda.reuse import ReuseResult, by_size
+from moda.study.reuse import ReuseResult, by_size
 
 __all__ = ["reuse"]
 

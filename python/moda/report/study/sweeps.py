@@ -10,7 +10,7 @@ from moda.report.spread import Spread
 from moda.report.study.inputs import WEIGHTS, Setting
 from moda.report.study.references import Match, find_sweep
 from moda.report.study.words import DASH, missing
-from moda.sweep import GRIDS, SweepPoint
+from moda.study.sweep import GRIDS, SweepPoint
 
 __all__ = ["sweeps"]
 

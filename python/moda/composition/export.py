@@ -1,0 +1,199 @@
+"""A composed model as one file that needs no moda to run: torch.export (.pt2) or ONNX, with its provenance inside."""
+
+from __future__ import annotations
+
+import importlib
+import io
+import json
+import logging
+import warnings
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moda.composition.compose import ComposedModel
+from moda.files import FormatError, write_bytes
+from moda_kernels import __version__
+
+__all__ = ["FORMATS", "export", "provenance_of", "read_provenance"]
+
+FORMAT = "moda-export"
+FORMAT_VERSION = 1
+FORMATS = (".pt2", ".onnx")
+ENTRY = "moda"
+TOLERANCE = 1e-4
+"""Largest difference of a logit, relative to the largest one, between the model and the file read back."""
+
+
+def export(model: ComposedModel, images: Tensor, path: str | Path, provenance: Mapping[str, Any]) -> float:
+    """Write a composed model to a `.pt2` or `.onnx` file, and check that the file computes the same logits.
+
+    The file takes batches of any size, `images` (N, C, H, W), and gives `logits` (N, len(classes)). It is
+    written whole or not at all.
+
+    Args:
+        model: made by `moda.compose`; exported in evaluation mode, from the CPU.
+        images: (N, C, H, W), N at least 2: inputs to check with.
+        path: ends in .pt2 or .onnx.
+        provenance: what `provenance_of` gives.
+
+    Returns:
+        The largest difference of a logit between the model and the file read back.
+
+    Raises:
+        ValueError: the name ends in neither, there are fewer than two images, or the check fails.
+        ImportError: ONNX was asked for and a package is missing; the message says how to install it.
+    """
+    path = Path(path)
+    if path.suffix not in FORMATS:
+        raise ValueError(f"path: expected a name that ends in {' or '.join(FORMATS)}, got {path.name!r}")
+    if len(images) < 2:
+        raise ValueError(f"images: expected at least 2 to check with, got {len(images)}")
+    model = model.to("cpu").eval()
+    images = images.cpu()
+    note = json.dumps(dict(provenance), allow_nan=False)
+    example = torch.zeros(2, *images.shape[1:])  # .pt2 files keep their example: not an image of somebody's
+    with _quiet():
+        data = _to_pt2(model, example, note) if path.suffix == ".pt2" else _to_onnx(model, example, note)
+    with torch.no_grad():
+        expected = model(images)
+    difference = float(((_run_pt2 if path.suffix == ".pt2" else _run_onnx)(data, images) - expected).abs().max())
+    if not difference <= TOLERANCE * max(1.0, float(expected.abs().max())):
+        raise ValueError(f"{path.name}: the exported model's logits differ from the model's by {difference:.3g}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_bytes(path, data)
+    return difference
+
+
+def provenance_of(
+    model: ComposedModel,
+    class_names: list[str],
+    input_shape: tuple[int, ...],
+    source_run: str,
+    source: Mapping[str, Any],
+) -> dict[str, Any]:
+    """What an exported file says of itself.
+
+    Args:
+        model: the composed model.
+        class_names: of its outputs, in order.
+        input_shape: (C, H, W).
+        source_run: the run it was cut from.
+        source: how: hashes of weights and masks, threshold.
+    """
+    return {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "library_version": __version__,
+        "classes": list(model.classes),
+        "class_names": class_names,
+        "input_shape": list(input_shape),
+        "source_run": source_run,
+        "source": dict(source),
+    }
+
+
+def read_provenance(path: str | Path) -> dict[str, Any]:
+    """What `export` put into a file. The model is not loaded, and a .pt2 file needs no more than the standard library.
+
+    Raises:
+        FormatError (a ValueError): it is missing, no such file, or was not written by `moda export`.
+        ImportError: an .onnx file, and the package onnx is missing.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FormatError(f"{path}: no such file")
+    try:
+        note = _note_of_pt2(path) if path.suffix == ".pt2" else _note_of_onnx(path)
+    except (zipfile.BadZipFile, UnicodeDecodeError) as error:
+        raise FormatError(f"{path}: not an exported model: {error}") from None
+    value = json.loads(note) if note else {}
+    if value.get("format") != FORMAT or value.get("format_version") != FORMAT_VERSION:
+        raise FormatError(f"{path}: was not written by moda export of this version: it has no {FORMAT} entry")
+    return dict(value)
+
+
+def _note_of_pt2(path: Path) -> str | None:
+    with zipfile.ZipFile(path) as archive:
+        names = [name for name in archive.namelist() if Path(name).name == f"{ENTRY}.json"]
+        return archive.read(names[0]).decode() if names else None
+
+
+def _note_of_onnx(path: Path) -> str | None:
+    onnx = _required("onnx")
+    try:
+        model = onnx.load(str(path))
+    except Exception as error:  # the parser's own class is of another package
+        raise FormatError(f"{path}: not an exported model: {' '.join(str(error).split())}") from None
+    return next((entry.value for entry in model.metadata_props if entry.key == ENTRY), None)
+
+
+def _to_pt2(model: ComposedModel, images: Tensor, note: str) -> bytes:
+    buffer = io.BytesIO()
+    program = torch.export.export(model, (images,), dynamic_shapes=_any_batch())
+    torch.export.save(program, buffer, extra_files={f"{ENTRY}.json": note})
+    return buffer.getvalue()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what PyTorch's exporters say of their own parts and of packages that are not needed here."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def _any_batch() -> tuple[dict[int, Any]]:
+    return ({0: torch.export.Dim("batch", min=1)},)
+
+
+def _run_pt2(data: bytes, images: Tensor) -> Tensor:
+    loaded = torch.export.load(io.BytesIO(data)).module()
+    with torch.no_grad():
+        logits: Tensor = torch.cat([loaded(images[:1]), loaded(images[1:])])
+    return logits
+
+
+def _to_onnx(model: ComposedModel, images: Tensor, note: str) -> bytes:
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        _required(package)
+    program = torch.onnx.export(
+        model,
+        (images,),
+        dynamo=True,
+        dynamic_shapes=_any_batch(),
+        input_names=["images"],
+        output_names=["logits"],
+        verbose=False,
+    )
+    if program is None:
+        raise RuntimeError("torch.onnx.export gave no model")
+    proto = program.model_proto
+    entry = proto.metadata_props.add()
+    entry.key, entry.value = ENTRY, note
+    data: bytes = proto.SerializeToString()
+    return data
+
+
+def _run_onnx(data: bytes, images: Tensor) -> Tensor:
+    session = _required("onnxruntime").InferenceSession(data, providers=["CPUExecutionProvider"])
+    parts = [session.run(["logits"], {"images": part.numpy()})[0] for part in (images[:1], images[1:])]
+    return torch.cat([torch.from_numpy(part) for part in parts])
+
+
+def _required(package: str) -> Any:
+    try:
+        return importlib.import_module(package)
+    except ImportError:
+        raise ImportError(f"ONNX export needs {package}; install it: pip install 'moda-kernels[export]'") from None

@@ -1,0 +1,225 @@
+"""Measures of modules and composed models: size, overlap, floating-point operations, accuracy."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from moda.composition.channels import Kept
+from moda.decomposition.container import Decomposition, check_classes
+from moda.inference import device_of, evaluating
+from moda.composition.slicing import Plan, Slicer, plan
+from moda.observation.taps import InstrumentedModel
+
+__all__ = ["accuracy", "flops", "overlap", "overlap_matrix", "plan_size", "size"]
+
+Counting = Literal["published", "parameters"]
+
+
+def size(model: InstrumentedModel, decomposition: Decomposition, classes: Iterable[int]) -> float:
+    """Parameters of `moda.compose(model, decomposition, classes)` over those of the whole model.
+
+    Weights, biases and affine parameters of norms count, buffers do not (MODA, "composed model size"; of one class it
+    is the "module size"). Nothing is built.
+
+    Raises:
+        TypeError, ValueError: as `moda.compose`.
+    """
+    return plan_size(model, plan(model, decomposition, classes))
+
+
+def plan_size(model: nn.Module, plan: Plan) -> float:
+    """`size` of a composition that is planned already."""
+    shapes = _shapes(model, "parameters")
+    return sum(kept.count(shapes[name]) for name, kept in plan.kept.items() if name in shapes) / _whole(model)
+
+
+def overlap(
+    model: InstrumentedModel,
+    decomposition: Decomposition,
+    a: int,
+    b: int,
+    counting: Counting = "published",
+) -> float:
+    """Entries that the modules of classes `a` and `b` share, over the parameters of the whole model.
+
+    Two modules share an entry if both keep the same position of the same tensor.
+
+    Args:
+        model: `moda.instrument(model)`.
+        decomposition: modules of this model.
+        a: class index.
+        b: class index.
+        counting: "published" counts entries of the whole state_dict, as the authors' code does: running means and
+            variances too, and `num_batches_tracked`, which all modules share; the denominator counts parameters
+            only, so the overlap can exceed the size of either module. "parameters" counts parameters in both.
+
+    Raises:
+        TypeError, ValueError: as `moda.compose`, or `counting` is neither.
+    """
+    chosen = [check_classes([c], decomposition.num_classes)[0] for c in (a, b)]
+    return float(_overlaps(model, decomposition, chosen, counting)[0, 1])
+
+
+def overlap_matrix(
+    model: InstrumentedModel,
+    decomposition: Decomposition,
+    classes: Iterable[int] | None = None,
+    counting: Counting = "published",
+) -> Tensor:
+    """`overlap` of every pair of classes.
+
+    Args:
+        model: `moda.instrument(model)`.
+        decomposition: modules of this model.
+        classes: class indices; all by default.
+        counting: see `overlap`.
+
+    Returns:
+        (K, K) float64, symmetric; on the diagonal what a module shares with itself, i.e. its own size (with
+        "published" counting its buffers included).
+    """
+    every = range(decomposition.num_classes)
+    return _overlaps(model, decomposition, check_classes(every if classes is None else classes, len(every)), counting)
+
+
+def _overlaps(
+    model: InstrumentedModel, decomposition: Decomposition, classes: Sequence[int], counting: Counting
+) -> Tensor:
+    if counting not in ("published", "parameters"):
+        raise ValueError(f"counting: expected 'published' or 'parameters', got {counting!r}")
+    slicer = Slicer.of(model, decomposition)
+    modules = [slicer.plan(decomposition.select([c]), [c]).kept for c in classes]
+    shared = np.zeros((len(classes), len(classes)))
+    for name, shape in _shapes(model, counting).items():
+        shared += _shared_entries([module.get(name) for module in modules], shape)
+    return torch.from_numpy(shared / _whole(model))
+
+
+def _shared_entries(parts: Sequence[Kept | None], shape: Sequence[int]) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """(K, K) entries of one tensor that two modules both keep: common rows x common columns x the rest."""
+    common = np.ones((len(parts), len(parts)))
+    for dim, extent in enumerate(shape[:2]):
+        held = np.zeros((len(parts), extent))
+        for row, part in zip(held, parts, strict=True):
+            if part is not None:
+                indices = part.columns if dim else part.rows
+                row[:] = indices is None
+                if indices is not None:
+                    row[indices] = 1
+        common *= held @ held.T
+    if not shape:
+        there = np.array([part is not None for part in parts], dtype=np.float64)
+        common *= np.outer(there, there)
+    return common * float(np.prod(shape[2:]))
+
+
+def _shapes(model: nn.Module, counting: Counting) -> dict[str, tuple[int, ...]]:
+    """Shapes of the entries that count, by name; a tensor under two names counts once."""
+    entries = model.state_dict(keep_vars=True)
+    unique = {id(entry): name for name, entry in reversed(entries.items())}
+    return {
+        name: tuple(entry.shape)
+        for name, entry in entries.items()
+        if unique[id(entry)] == name and (counting == "published" or isinstance(entry, nn.Parameter))
+    }
+
+
+def _whole(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def flops(model: nn.Module, example_input: Tensor) -> int:
+    """Floating-point operations of one forward pass in evaluation mode, by `torch.utils.flop_counter`.
+
+    Matrix products and convolutions count, with 2 operations per multiply-add; element-wise operations, norms and
+    pooling do not. (The paper's counter, fvcore, counts 1 per multiply-add and some norms and pooling besides:
+    compare ratios.)
+
+    Args:
+        model: any module.
+        example_input: one batch; the result is for all of its samples.
+    """
+    counter = FlopCounterMode(display=False)
+    with evaluating(model), torch.no_grad(), counter:
+        model(example_input)
+    return int(counter.get_total_flops())
+
+
+def accuracy(model: nn.Module, loader: Iterable[Any], classes: Sequence[int] | None = None) -> float:
+    """Share of samples whose highest logit is that of their class, in [0, 1], in evaluation mode.
+
+    With `classes`, samples of other classes are left out, and only the logits of these classes compete. Which
+    logit belongs to which class: a model from `compose` or `mask` knows it (`model.classes`); any other model with
+    len(classes) logits is taken to give them in the order of `classes`; one with more, or one whose logits are just all
+    the classes given, in the order of class indices.
+
+    Args:
+        model: gives logits (N, K); every submodule's train/eval mode is put back afterwards.
+        loader: gives batches whose first two items are inputs and labels (class indices, (N,)).
+        classes: class indices; by default all that the model gives.
+
+    Raises:
+        ValueError: no class, one twice, or one that the model has no logit for; or no sample of the classes.
+    """
+    if classes is None:
+        classes = getattr(model, "classes", None)
+    chosen = None if classes is None else _checked(classes, getattr(model, "classes", None))
+    device = device_of(model)
+    score = torch.zeros(2, dtype=torch.int64, device=device)  # right, all; read once, after the last batch
+    with evaluating(model), torch.no_grad():
+        for batch in loader:
+            inputs, labels = _of_classes(batch[0], batch[1], chosen)
+            if len(labels):
+                score += _score(model, inputs.to(device), labels.to(device), chosen)
+    right, total = score.tolist()
+    if total == 0:
+        raise ValueError(f"loader: expected samples of the classes {chosen or 'of the model'}, got none")
+    return float(right / total)
+
+
+def _checked(classes: Sequence[int], known: Sequence[int] | None) -> list[int]:
+    limit = max((operator.index(c) for c in classes), default=-1) + 1
+    chosen = check_classes(classes, max(limit, 1))
+    unknown = [c for c in chosen if known is not None and c not in known]
+    if unknown:
+        raise ValueError(f"classes: expected classes of the model, {list(known or ())}, got {unknown}")
+    return chosen
+
+
+def _of_classes(inputs: Tensor, labels: Tensor, classes: list[int] | None) -> tuple[Tensor, Tensor]:
+    """The samples of these classes, where picking them costs no synchronisation; `_score` leaves out the others."""
+    if classes is None or labels.device.type != "cpu" or inputs.device.type != "cpu":
+        return inputs, labels
+    members = torch.isin(labels, torch.tensor(classes))
+    return inputs[members], labels[members]
+
+
+def _score(model: nn.Module, inputs: Tensor, labels: Tensor, classes: list[int] | None) -> Tensor:
+    """(2,): right answers, and samples of the classes."""
+    logits = model(inputs)
+    if classes is None:
+        return torch.stack([(logits.argmax(1) == labels).sum(), labels.new_tensor(len(labels))])
+    columns = _columns(classes, getattr(model, "classes", None), logits.shape[1])
+    if columns is not None:
+        logits = logits[:, columns]
+    right = labels[:, None] == torch.tensor(classes, device=labels.device)
+    hits = right.gather(1, logits.argmax(1, keepdim=True))
+    return torch.stack([hits.sum(), right.sum()])
+
+
+def _columns(classes: list[int], known: Sequence[int] | None, width: int) -> list[int] | None:
+    """Where the logits of the classes are; None if they are all there is, in order."""
+    if known is not None:
+        return [list(known).index(c) for c in classes]
+    if width == len(classes) and sorted(classes) != list(range(width)):
+        return None
+    if max(classes) >= width:
+        raise ValueError(f"classes: expected classes in [0, {width}) as the model has {width} logits, got {classes}")
+    return classes

@@ -1,0 +1,164 @@
+"""A finished training run, opened for study: its data, its model, its firing rates and its modules."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset
+
+from moda.data.batches import BatchLoader, EpochOrder
+from moda.data import DataSplits
+from moda.decomposition.container import MASKS_FILE, METADATA_FILE, Decomposition, FiringRates, count_firings, decompose
+from moda.files import FormatError
+from moda.decomposition.rates_files import load_rates, rates_metadata, save_rates
+from moda.runs.folder import RunFolder, load_data
+from moda.observation.taps import InstrumentedModel, instrument
+
+__all__ = ["FinishedRun", "cut", "file_sha256"]
+
+WEIGHTS = "weights_sha256"
+
+
+@dataclass(frozen=True, eq=False)
+class FinishedRun:
+    """Made by `open`.
+
+    Attributes:
+        run: the run folder.
+        data: what it was trained on.
+        model: the trained model, instrumented, in evaluation mode.
+    """
+
+    run: RunFolder
+    data: DataSplits
+    model: InstrumentedModel
+
+    @classmethod
+    def open(cls, folder: str | Path, device: str = "auto") -> FinishedRun:
+        """The run in a folder, with its model on a device ("auto": a GPU if there is one).
+
+        Raises:
+            FormatError (a ValueError): the folder holds no finished run.
+            ValueError: there is no such device.
+            FileNotFoundError, ImportError: the data set, or a package that it needs, is missing.
+        """
+        run = RunFolder.open(folder)
+        run.load_weights()  # before the data: a run that is not finished is the likelier mistake
+        data = load_data(run.config)
+        return cls(run, data, instrument(run.load_model(data)).to(checked_device(device)))
+
+    @property
+    def rates_folder(self) -> Path:
+        """Folder of the firing rates."""
+        return self.run.path / "rates"
+
+    @property
+    def weights_sha256(self) -> str:
+        """SHA-256 of the weights file, in hex."""
+        return file_sha256(self.run.weights)
+
+    def rates(self) -> FiringRates:
+        """The firing rates that `moda decompose` wrote.
+
+        Raises:
+            FormatError: there are none, or they are of other weights.
+        """
+        if not self.rates_folder.exists():
+            raise FormatError(f"{self.run.path}: holds no firing rates; make them with: moda decompose {self.run.path}")
+        self._check_weights(self.rates_folder, rates_metadata(self.rates_folder))
+        return load_rates(self.rates_folder)
+
+    def decomposition(self) -> Decomposition:
+        """The modules that `moda decompose` wrote.
+
+        Raises:
+            FormatError: there are none, or they are of other weights.
+        """
+        if not self.run.decomposition.exists():
+            raise FormatError(f"{self.run.path}: is not decomposed yet; do it with: moda decompose {self.run.path}")
+        decomposition = Decomposition.load(self.run.decomposition)
+        self._check_weights(self.run.decomposition / METADATA_FILE, decomposition.metadata)
+        return decomposition
+
+    def provenance(self) -> dict[str, Any]:
+        """What results about the modules follow from: hashes of weights and masks, and how the modules were cut."""
+        decomposition = self.decomposition()
+        return {
+            "model": self.run.config.model,
+            "data": self.run.config.data,
+            "threshold": decomposition.threshold,
+            "min_fraction": decomposition.min_fraction,
+            "augmented": bool(decomposition.metadata.get("augmented", False)),
+            WEIGHTS: self.weights_sha256,
+            "masks_sha256": file_sha256(self.run.decomposition / MASKS_FILE),
+        }
+
+    def loader(self, dataset: Dataset[Any]) -> BatchLoader:
+        """Batches of a data set in ascending order."""
+        return BatchLoader(dataset, EpochOrder(len(dataset), self.run.config.batch_size, None))  # type: ignore[arg-type]
+
+    def _check_weights(self, path: Path, metadata: dict[str, Any]) -> None:
+        made_from = metadata.get(WEIGHTS, self.weights_sha256)  # older folders do not say
+        if made_from != self.weights_sha256:
+            raise FormatError(
+                f"{path}: was made from other weights than {self.run.weights}; "
+                f"make it again with: moda decompose {self.run.path}"
+            )
+
+
+def cut(
+    finished: FinishedRun,
+    threshold: float = 0.9,
+    min_fraction: float = 0.005,
+    *,
+    backend: str = "auto",
+    augmented: bool = False,
+    progress: bool = True,
+) -> Decomposition:
+    """Count firings on the training data, cut the model into modules, write both to the run's folder.
+
+    Args:
+        finished: the run.
+        threshold: firing rate from which a neuron is kept.
+        min_fraction: the least share of a layer's neurons that a class keeps.
+        backend: of the firing counts.
+        augmented: count on augmented images, as the published code does.
+        progress: show a progress bar.
+
+    Raises:
+        ValueError: an argument is out of range, or a class has no sample.
+    """
+    loader = finished.loader(finished.data.for_firing_rates(augmented=augmented))
+    rates = count_firings(finished.model, loader, finished.data.num_classes, backend=backend, progress=progress)
+    made = decompose(rates, threshold, min_fraction)
+    origin = {WEIGHTS: finished.weights_sha256, "augmented": augmented}
+    decomposition = replace(made, metadata={**made.metadata, **origin})
+    save_rates(rates, finished.rates_folder, origin)
+    decomposition.save(finished.run.decomposition)
+    return decomposition
+
+
+def checked_device(name: str) -> torch.device:
+    """A device of this machine; "auto" is a GPU if there is one.
+
+    Raises:
+        ValueError: there is no such device.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device: {name!r} cannot be used here: {reason}") from None
+    return device
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file, in hex."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -1,0 +1,184 @@
+"""The folder of a training run.
+
+    config.json          what was trained, with a format version
+    metrics.csv          one row per epoch
+    steps.csv            one row per logged step
+    model.safetensors    the final weights, under the model's own state_dict keys
+    decomposition/       the modules, once `moda decompose` has run
+    checkpoints/         last.ckpt, from which training resumes
+    tensorboard/         if asked for
+
+See docs/file_formats.md. Nothing in it is ever unpickled.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from moda import data as datasets
+from moda import models
+from moda.runs.config import TrainingConfig
+from moda.data import DataSplits
+from moda.files import FormatError, read_json, read_tensors, write_json, write_tensors
+from moda_kernels import __version__
+
+FORMAT = "moda-run"
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """A run's folder and its settings. Made by `create` or `open`."""
+
+    path: Path
+    config: TrainingConfig
+
+    @classmethod
+    def create(cls, path: str | Path, config: TrainingConfig) -> RunFolder:
+        """Make the folder and write config.json.
+
+        Raises:
+            ValueError: `path` is a file, or a folder that holds anything already.
+        """
+        folder = Path(path)
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(f"{folder}: expected a folder, found a file")
+        if (folder / "config.json").exists():
+            raise ValueError(f"{folder}: holds a run already; resume it, or choose another folder")
+        if folder.exists() and any(folder.iterdir()):
+            raise ValueError(f"{folder}: is not empty and holds no run; choose another folder")
+        folder.mkdir(parents=True, exist_ok=True)
+        description = {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "library_version": __version__,
+            "training": config.to_dict(),
+        }
+        write_json(folder / "config.json", description)
+        return cls(folder, config)
+
+    @classmethod
+    def open(cls, path: str | Path) -> RunFolder:
+        """The run in an existing folder.
+
+        Raises:
+            FormatError (a ValueError): there is no such folder, or its config.json is missing or malformed.
+        """
+        folder = Path(path)
+        if not folder.is_dir():
+            raise FormatError(f"{folder}: no such folder")
+        if not (folder / "config.json").exists():
+            raise FormatError(f"{folder}: holds no run (it has no config.json); make one with: moda train {folder}")
+        description = read_json(folder / "config.json", FORMAT, FORMAT_VERSION)
+        settings = description.get("training")
+        if not isinstance(settings, dict):
+            raise FormatError(f'{folder / "config.json"}: expected an object "training", got {settings!r}')
+        try:
+            return cls(folder, TrainingConfig.from_dict(settings))
+        except (TypeError, ValueError) as error:
+            raise FormatError(f"{folder / 'config.json'}: {error}") from None
+
+    @property
+    def metrics(self) -> Path:
+        """One row per epoch."""
+        return self.path / "metrics.csv"
+
+    @property
+    def steps(self) -> Path:
+        """One row per logged step."""
+        return self.path / "steps.csv"
+
+    @property
+    def weights(self) -> Path:
+        """The final weights."""
+        return self.path / "model.safetensors"
+
+    @property
+    def decomposition(self) -> Path:
+        """Folder of the modules."""
+        return self.path / "decomposition"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the checkpoints."""
+        return self.path / "checkpoints"
+
+    @property
+    def last_checkpoint(self) -> Path:
+        """The checkpoint that training resumes from."""
+        return self.checkpoints / "last.ckpt"
+
+    @property
+    def finished(self) -> bool:
+        """Whether the training has come to its end."""
+        return self.weights.exists()
+
+    def save_weights(self, state: dict[str, Tensor], path: Path | None = None) -> None:
+        """Write weights to `path`, or as the final ones."""
+        write_tensors(path or self.weights, state)
+
+    def load_weights(self) -> dict[str, Tensor]:
+        """The final weights, on the CPU.
+
+        Raises:
+            FormatError (a ValueError): the training is not finished, or the file is malformed.
+        """
+        if not self.finished:
+            raise FormatError(
+                f"{self.path}: its training is not finished (no {self.weights.name}); "
+                f"finish it with: moda train {self.path} --resume"
+            )
+        return read_tensors(self.weights)
+
+    def load_model(self, data: DataSplits) -> nn.Module:
+        """The trained model, plain, on the CPU, in evaluation mode. `data` is what it was trained on.
+
+        Raises:
+            FormatError (a ValueError): as `load_weights`, or the weights are of another model.
+        """
+        model = create_model(self.config, data)
+        try:
+            model.load_state_dict(self.load_weights())
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())
+            raise FormatError(f"{self.weights}: not the weights of {self.config.model}: {reason}") from None
+        return model.eval()
+
+
+def remove_partial_files(folder: Path) -> None:
+    """Remove what a killed process left of files it was writing (`.<name>.<random>`); nothing else."""
+    if folder.is_dir():
+        for path in folder.glob(".*.*.*"):
+            path.unlink(missing_ok=True)
+
+
+def load_data(config: TrainingConfig) -> DataSplits:
+    """The data set that the settings name.
+
+    Raises:
+        ValueError, TypeError, FileNotFoundError, ImportError: see `moda.data.load`.
+    """
+    options = dict(config.data_options)
+    if config.data == "digits":  # comes without a split of its own
+        options.setdefault("seed", config.seed)
+    root = {} if config.data_root is None else {"root": config.data_root}
+    return datasets.load(config.data, **root, **options)
+
+
+def create_model(config: TrainingConfig, data: DataSplits) -> nn.Module:
+    """The model that the settings name, for images and classes of `data`, freshly initialised.
+
+    Raises:
+        ValueError, TypeError: see `moda.models.create`.
+    """
+    channels, height, _ = data.input_shape
+    return models.create(
+        config.model,
+        num_classes=data.num_classes,
+        in_channels=channels,
+        width=config.width,
+        image_size=height,
+    )

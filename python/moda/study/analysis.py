@@ -1,0 +1,145 @@
+"""What a decomposition is like: module sizes, overlaps, and layer by layer what modules share (arXiv 2411.01074)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moda.decomposition.container import Decomposition, FiringRates
+from moda.composition.measure import overlap_matrix, size
+from moda.inference import device_of, evaluating
+from moda.observation.taps import InstrumentedModel
+from moda_kernels import ClassSimilarity
+
+__all__ = ["Analysis", "LayerAnalysis", "analyze", "class_similarities", "off_diagonal_mean"]
+
+
+@dataclass(frozen=True)
+class LayerAnalysis:
+    """One layer. Shares are in [0, 1].
+
+    Attributes:
+        tap: the layer's name.
+        neurons: C.
+        dead: neurons that fire for no sample of any class.
+        shared_by_all: neurons that every class keeps.
+        module_share: mean over classes of the share of neurons that the class keeps.
+        overlap: mean over pairs of classes of the share of neurons that both keep.
+        jaccard: mean over pairs of classes of |both keep| / |either keeps|; a pair that keeps nothing counts 0.
+    """
+
+    tap: str
+    neurons: int
+    dead: int
+    shared_by_all: int
+    module_share: float
+    overlap: float
+    jaccard: float
+
+
+@dataclass(frozen=True, eq=False)
+class Analysis:
+    """A decomposition's figures.
+
+    Attributes:
+        sizes: (K,) float64, parameters of each module / of the model.
+        overlaps: (K, K) float64, published counting; the diagonal is a module with itself.
+        layers: from the input to the output.
+    """
+
+    sizes: Tensor
+    overlaps: Tensor
+    layers: tuple[LayerAnalysis, ...]
+
+    @property
+    def mean_size(self) -> float:
+        """Mean over classes: the paper's "module size"."""
+        return float(self.sizes.mean())
+
+    @property
+    def mean_overlap(self) -> float:
+        """Mean over pairs of classes: the paper's "module overlap"; 0 for a single class."""
+        return off_diagonal_mean(self.overlaps)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON holds it."""
+        return {
+            "mean_size": self.mean_size,
+            "mean_overlap": self.mean_overlap,
+            "sizes": self.sizes.tolist(),
+            "overlaps": self.overlaps.tolist(),
+            "layers": [asdict(layer) for layer in self.layers],
+        }
+
+
+def analyze(model: InstrumentedModel, decomposition: Decomposition, rates: FiringRates) -> Analysis:
+    """Sizes and overlaps of all modules, and layer by layer what they share.
+
+    Exact, and without building a module or listing its parameters: a hundred classes take seconds.
+
+    Args:
+        model: the model of the decomposition, instrumented.
+        decomposition: its modules.
+        rates: the firing rates it was made from.
+
+    Raises:
+        ValueError: the decomposition or the rates are not those of the model.
+    """
+    if tuple(rates.taps) != tuple(decomposition.masks):
+        raise ValueError(
+            f"rates: expected the taps of the decomposition, {list(decomposition.masks)}, got {list(rates.taps)}"
+        )
+    classes = range(decomposition.num_classes)
+    return Analysis(
+        sizes=torch.tensor([size(model, decomposition, [k]) for k in classes], dtype=torch.float64),
+        overlaps=overlap_matrix(model, decomposition),
+        layers=tuple(_layer(tap, mask, rates.counts) for tap, mask in decomposition.masks.items()),
+    )
+
+
+def _layer(tap: str, mask: Tensor, counts: Mapping[str, Tensor]) -> LayerAnalysis:
+    kept = mask.double()
+    both = kept @ kept.T
+    sizes = kept.sum(1)
+    either = sizes[:, None] + sizes - both
+    neurons = mask.shape[1]
+    return LayerAnalysis(
+        tap=tap,
+        neurons=neurons,
+        dead=int((counts[tap].sum(0) == 0).sum()),
+        shared_by_all=int(mask.all(0).sum()),
+        module_share=float(sizes.mean() / neurons),
+        overlap=off_diagonal_mean(both) / neurons,
+        jaccard=off_diagonal_mean(both / either.clamp_min(1)),
+    )
+
+
+def off_diagonal_mean(matrix: Tensor) -> float:
+    """Mean of a symmetric (K, K) matrix over the pairs of different classes; 0 for a single class."""
+    classes = len(matrix)
+    return float(matrix.triu(1).sum() / max(1, classes * (classes - 1) // 2))
+
+
+def class_similarities(model: InstrumentedModel, loader: Iterable[Any], num_classes: int) -> dict[str, Tensor]:
+    """Per tap the (K, K) mean cosine similarity between the samples of two classes, in evaluation mode.
+
+    Args:
+        model: an instrumented model.
+        loader: batches (inputs, labels).
+        num_classes: K.
+
+    Raises:
+        ValueError: a label is outside [0, K).
+        RuntimeError: the loader is empty.
+    """
+    similarity = ClassSimilarity(num_classes)
+    device = device_of(model)
+    with evaluating(model), model.recording(), torch.no_grad():
+        for batch in loader:
+            model(batch[0].to(device))
+            similarity.update(model.activations(), batch[1].to(device))
+    return dict(zip(model.taps, (matrix.cpu() for matrix in similarity.result()), strict=True))

@@ -1,0 +1,251 @@
+"""The paper's study on handwritten digits, end to end: what `moda report` makes its page from.
+
+<out>/<model>/seed-<s>/modular/     a run with modules, analysis.json, reuse.csv (all sub-tasks)
+<out>/<model>/seed-<s>/standard/    its standard counterpart
+<out>/<first model>/seed-<first>/modular/sweep_*.csv    threshold and weights
+<out>/repair/<strong model>/        the replacement study
+<out>/study.json                    what there is, relative to <out>, and whether it is finished
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from moda.runs.config import TrainingConfig
+from moda.files import write_json
+from moda.models.options import check_count
+from moda_kernels import __version__
+
+__all__ = ["ARCHITECTURES", "Architecture", "StudySettings", "run_study"]
+
+FORMAT = "moda-study"
+FORMAT_VERSION = 1
+DESCRIPTION = "study.json"
+SWEEP_PER_SIZE = 20
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """How an architecture is trained on the digits.
+
+    Attributes:
+        width: multiplier of its hidden widths.
+        image_size: images are resized to it.
+    """
+
+    width: float
+    image_size: int
+
+
+ARCHITECTURES = {
+    "small_vgg": Architecture(1.0, 8),
+    "lenet5": Architecture(1.0, 32),
+    "resnet18": Architecture(0.25, 8),
+    "mobilenet": Architecture(0.25, 16),
+}
+"""Small enough for two CPU cores; small_vgg at full width."""
+
+REPAIR_STRONG = {"small_vgg": 1.0, "resnet18": 0.25}
+"""Strong models of the replacement study, and their widths; both see images of 16 x 16, the least that LeNet5 takes."""
+
+
+@dataclass(frozen=True)
+class StudySettings:
+    """What to do.
+
+    Attributes:
+        models: of `ARCHITECTURES`; sweeps are made of the first.
+        seeds: at least one.
+        epochs: of each training.
+        batch_size: samples per step: half the paper's, as the digits are few.
+        per_size: at most so many sub-tasks of each size; None: all.
+        replacement: whether to make the replacement study.
+        sweeps: whether to make the sweeps.
+    """
+
+    models: tuple[str, ...] = tuple(ARCHITECTURES)
+    seeds: tuple[int, ...] = (0, 1, 2)
+    epochs: int = 40
+    batch_size: int = 64
+    per_size: int | None = None
+    replacement: bool = True
+    sweeps: bool = True
+
+    def __post_init__(self) -> None:
+        """Every field is as the class's docstring says, or a ValueError or TypeError that names it."""
+        unknown = [name for name in self.models if name not in ARCHITECTURES]
+        if unknown or not self.models:
+            raise ValueError(f"models: expected some of {', '.join(ARCHITECTURES)}, got {unknown or 'none'}")
+        if not self.seeds:
+            raise ValueError("seeds: expected at least one, got none")
+        check_count("epochs", self.epochs)
+        check_count("batch_size", self.batch_size)
+
+    def config(self, model: str, seed: int, *, modular: bool) -> TrainingConfig:
+        """Settings of one training."""
+        architecture = ARCHITECTURES[model]
+        config = TrainingConfig(
+            model=model,
+            width=architecture.width,
+            data_options={"image_size": architecture.image_size},
+            epochs=self.epochs,
+            batch_size=self.batch_size,
+            seed=seed,
+            accelerator="cpu",
+        )
+        return config if modular else config.changed(affinity=0.0, dispersion=0.0, compactness=0.0)
+
+
+def run_study(out: Path, settings: StudySettings, *, jobs: int = 1) -> None:
+    """Do what is not done yet.
+
+    Args:
+        out: folder of the study.
+        settings: what to do.
+        jobs: processes side by side, each with one thread; 1: in this process.
+
+    Raises:
+        ValueError: the folder holds runs with other settings.
+        KeyboardInterrupt: Ctrl-C; the same call goes on.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    _describe(out, settings, finished=False)
+    pairs = [(model, seed) for model in settings.models for seed in settings.seeds]
+    steps: list[_Step] = [partial(_study_pair, out, settings, model, seed) for model, seed in pairs]
+    if settings.replacement:
+        steps += [partial(_study_replacement, out, settings, model) for model in _strong_models(settings)]
+    _run_all(steps, jobs)
+    if settings.sweeps:  # they belong to a run of the first step
+        names = ("threshold", "affinity", "dispersion", "compactness")
+        _run_all([partial(_study_sweep, out, settings, name) for name in names], jobs)
+    _describe(out, settings, finished=True)
+
+
+_Step = Callable[[], str]
+
+
+def _run_all(steps: list[_Step], jobs: int) -> None:
+    console = Console(stderr=True)
+    if jobs == 1:
+        for number, step in enumerate(steps, 1):
+            console.print(f"[{number}/{len(steps)}] {step()}", highlight=False, markup=False, soft_wrap=True)
+        return
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, mp_context=context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        waiting = [pool.submit(step) for step in steps]
+        try:
+            for number, done in enumerate(as_completed(waiting), 1):
+                console.print(f"[{number}/{len(steps)}] {done.result()}", highlight=False, markup=False, soft_wrap=True)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _modular_folder(out: Path, model: str, seed: int) -> Path:
+    return out / model / f"seed-{seed}" / "modular"
+
+
+def _study_pair(out: Path, settings: StudySettings, model: str, seed: int) -> str:
+    """One architecture and seed: both trainings, modules, analysis, all sub-tasks."""
+    from moda.study.analysis_files import analyze_run, write_analysis
+    from moda.runs.finished import cut
+    from moda.study.replacement_study import trained
+    from moda.study.reuse_run import run_reuse
+    from moda.study.subtasks import choose
+
+    folder = _modular_folder(out, model, seed)
+    modular = trained(folder, settings.config(model, seed, modular=True), "cpu", progress=False)
+    standard = trained(folder.with_name("standard"), settings.config(model, seed, modular=False), "cpu", progress=False)
+    if not modular.run.decomposition.exists():
+        cut(modular, progress=False)
+    analysis = analyze_run(modular)
+    write_analysis(folder / "analysis.json", analysis)
+    tasks = choose(modular.data.num_classes, per_size=settings.per_size)
+    results = run_reuse(modular, tasks, folder / "reuse.csv", standard=standard, progress=False)
+    gains = [result.composed - (result.standard or 0.0) for result in results]
+    return (
+        f"{model} seed {seed}: module size {analysis['mean_size']:.3f}, overlap {analysis['mean_overlap']:.3f}, "
+        f"composed {100 * sum(gains) / len(gains):+.2f} points against standard over {len(results)} sub-tasks"
+    )
+
+
+def _study_sweep(out: Path, settings: StudySettings, name: str) -> str:
+    from moda.runs.finished import FinishedRun
+    from moda.study.subtasks import choose
+    from moda.study.sweep import GRIDS, sweep_threshold, sweep_weight
+
+    finished = FinishedRun.open(_modular_folder(out, settings.models[0], settings.seeds[0]), "cpu")
+    tasks = choose(finished.data.num_classes, per_size=min(SWEEP_PER_SIZE, settings.per_size or SWEEP_PER_SIZE))
+    if name == "threshold":
+        points = sweep_threshold(finished, GRIDS[name], tasks, progress=False)
+    else:
+        points = sweep_weight(finished, name, GRIDS[name], tasks, device="cpu", progress=False)
+    return f"sweep of {name}: {len(points)} values"
+
+
+def _strong_models(settings: StudySettings) -> list[str]:
+    return [name for name in settings.models if name in REPAIR_STRONG]
+
+
+def _study_replacement(out: Path, settings: StudySettings, strong_model: str) -> str:
+    """Weak LeNet5s with modules of one strong model.
+
+    A tenth of the digits is some 80 images. Small batches and 20 passes give the weak trainings and the calibration
+    about as many steps as an epoch's worth of published data would.
+    """
+    from moda.study.replacement_study import RepairStudy, run_repair_study, trained
+
+    study = RepairStudy(
+        data="digits",
+        data_options={"image_size": 16},
+        strong_model=strong_model,
+        strong_width=REPAIR_STRONG[strong_model],
+        epochs=5 * settings.epochs,
+        under_epoch=max(1, settings.epochs // 4),
+        over_epoch=5 * settings.epochs - max(1, settings.epochs // 8),
+        batch_size=32,
+        seed=settings.seeds[0],
+        calibration_epochs=20,
+        device="cpu",
+    )
+    folder = out / "repair" / strong_model
+    config = study.strong_config().changed(epochs=settings.epochs, batch_size=settings.batch_size)
+    strong = trained(folder / "strong", config, "cpu", progress=False)
+    results = run_repair_study(folder, study, strong, progress=False)
+    gains = [after - before for before, after in (result.target for result in results if result.strategy == "moda")]
+    return f"replacement by {strong_model}: replaced class {100 * sum(gains) / len(gains):+.1f} points on average"
+
+
+def _describe(out: Path, settings: StudySettings, *, finished: bool) -> None:
+    runs: list[dict[str, Any]] = [
+        {
+            "model": model,
+            "seed": seed,
+            "modular": f"{model}/seed-{seed}/modular",
+            "standard": f"{model}/seed-{seed}/standard",
+        }
+        for model in settings.models
+        for seed in settings.seeds
+    ]
+    value = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "library_version": __version__,
+        "epochs": settings.epochs,
+        "batch_size": settings.batch_size,
+        "per_size": settings.per_size,
+        "runs": runs,
+        "repairs": [f"repair/{model}" for model in _strong_models(settings)] if settings.replacement else [],
+        "sweeps": runs[0]["modular"] if settings.sweeps else None,
+        "finished": finished,
+    }
+    write_json(out / DESCRIPTION, value)

@@ -1,0 +1,230 @@
+"""The module-replacement study: a class of weak models served by a strong model's module (arXiv 2411.01074)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moda.data.batches import BatchLoader, EpochOrder
+from moda.composition.compose import compose
+from moda.files import FormatError, read_json, read_tensors, write_json
+from moda.runs.finished import FinishedRun, file_sha256
+from moda.inference import device_of, evaluating
+from moda.composition.replace import Calibration, normalize, replace
+from moda_kernels import __version__
+
+__all__ = ["STRATEGIES", "RepairResult", "class_accuracies", "read_repairs", "repair", "write_repairs"]
+
+FORMAT = "moda-repair"
+FORMAT_VERSION = 1
+STRATEGIES = ("moda", "cnnsplitter")
+
+
+@dataclass(frozen=True)
+class RepairResult:
+    """One weak model, before and after one of its classes was replaced. Accuracies are shares in [0, 1].
+
+    Attributes:
+        strong_model: architecture that the module is from.
+        weak_model: architecture of the weak model.
+        strategy: of `STRATEGIES`.
+        mixed_class: index of the replaced class in the data set.
+        class_name: its name.
+        epoch: of the weak model's weights.
+        checkpoint: what these weights are called in the study: "under-fitted", "over-fitted" or "final".
+        before: accuracy of the weak model on each of its classes; the replaced one is the last.
+        after: accuracy of the repaired model on them.
+        strong_weights_sha256: of the strong run's weights.
+        masks_sha256: of its modules.
+        weak_weights_sha256: of the weak model's weights.
+    """
+
+    strong_model: str
+    weak_model: str
+    strategy: str
+    mixed_class: int
+    class_name: str
+    epoch: int
+    checkpoint: str
+    before: tuple[float, ...]
+    after: tuple[float, ...]
+    strong_weights_sha256: str
+    masks_sha256: str
+    weak_weights_sha256: str
+
+    @property
+    def target(self) -> tuple[float, float]:
+        """Accuracy of the replaced class, before and after (the paper's TC)."""
+        return self.before[-1], self.after[-1]
+
+    @property
+    def others(self) -> tuple[float, float]:
+        """Unweighted mean accuracy of the other classes, before and after (the paper's non-TC)."""
+        count = len(self.before) - 1
+        return sum(self.before[:-1]) / count, sum(self.after[:-1]) / count
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON holds it; the means beside the accuracies they are of."""
+        (target_before, target_after), (others_before, others_after) = self.target, self.others
+        return {
+            **asdict(self),
+            "before": list(self.before),
+            "after": list(self.after),
+            "target_before": target_before,
+            "target_after": target_after,
+            "others_before": others_before,
+            "others_after": others_after,
+        }
+
+
+def repair(
+    strong: FinishedRun,
+    weak: FinishedRun,
+    strategy: str = "moda",
+    *,
+    epoch: int | None = None,
+    checkpoint: str = "final",
+    calibration: Calibration | None = None,
+) -> tuple[nn.Module, RepairResult]:
+    """Replace the weak model's mixed-in class by the strong model's module, and test both.
+
+    Args:
+        strong: a decomposed run on the strong part of a data set.
+        weak: a run on the weak part of the same data set; its last class is replaced.
+        strategy: "moda" calibrates a linear layer on the weak training samples, in their order; "cnnsplitter"
+            normalises by the strong training samples and trains nothing.
+        epoch: of the weak weights (kept by keep_every_epochs); None: the final ones.
+        checkpoint: what to call these weights in the result.
+        calibration: of "moda"; None: as published.
+
+    Returns:
+        The repaired model (in evaluation mode) and its figures.
+
+    Raises:
+        ValueError: the runs do not fit together, or `strategy` is unknown.
+        FormatError (a ValueError): the strong run is not decomposed, or there are no such weights.
+    """
+    if strategy not in STRATEGIES:
+        raise ValueError(f"strategy: expected one of {', '.join(STRATEGIES)}, got {strategy!r}")
+    mixed_class = _mixed_class(strong, weak)
+    weights = _weights_file(weak, epoch)
+    model = weak.run.load_model(weak.data).to(device_of(weak.model))
+    model.load_state_dict(read_tensors(weights))
+    test = list(weak.loader(weak.data.test))
+    classes = weak.data.num_classes
+    before = class_accuracies(model, test, classes)
+    module = compose(strong.model, strong.decomposition(), [mixed_class])
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(weak.run.config.seed)
+        repaired: nn.Module
+        if strategy == "moda":
+            repaired = replace(model, module, classes - 1, weak.loader(weak.data.train), calibration)
+        else:
+            repaired = normalize(model, module, classes - 1, _seen_in_training(strong))
+    origin = strong.provenance()
+    result = RepairResult(
+        strong_model=strong.run.config.model,
+        weak_model=weak.run.config.model,
+        strategy=strategy,
+        mixed_class=mixed_class,
+        class_name=weak.data.class_names[-1],
+        epoch=weak.run.config.epochs if epoch is None else epoch,
+        checkpoint=checkpoint,
+        before=before,
+        after=class_accuracies(repaired, test, classes),
+        strong_weights_sha256=origin["weights_sha256"],
+        masks_sha256=origin["masks_sha256"],
+        weak_weights_sha256=file_sha256(weights),
+    )
+    return repaired.eval(), result
+
+
+def _mixed_class(strong: FinishedRun, weak: FinishedRun) -> int:
+    """The class that the two runs share, if they are the two sides of one study."""
+    for name, finished in (("strong", strong), ("weak", weak)):
+        part = finished.run.config.data_options.get("replacement", {}).get("part")
+        if part != name:
+            raise ValueError(
+                f"{name}: {finished.run.path} was not trained on the {name} part of a data set; moda repair trains "
+                f'such runs (data_options {{"replacement": {{"part": "{name}", "mixed_class": ...}}}})'
+            )
+    if strong.data.input_shape != weak.data.input_shape or strong.run.config.data != weak.run.config.data:
+        described = [f"{one.run.config.data} of shape {one.data.input_shape}" for one in (strong, weak)]
+        raise ValueError(f"weak: expected the data of the strong run, {described[0]}, got {described[1]}")
+    return int(weak.run.config.data_options["replacement"]["mixed_class"])
+
+
+def _weights_file(weak: FinishedRun, epoch: int | None) -> Path:
+    run = weak.run
+    if epoch is None or epoch == run.config.epochs:
+        return run.weights
+    path = run.checkpoints / f"epoch-{epoch:04d}.safetensors"
+    if not path.exists():
+        kept = sorted(int(name.stem.removeprefix("epoch-")) for name in run.checkpoints.glob("epoch-*.safetensors"))
+        raise FormatError(
+            f"{path}: no such file; {run.path} keeps epochs {', '.join(map(str, [*kept, run.config.epochs]))}"
+        )
+    return path
+
+
+def _seen_in_training(strong: FinishedRun) -> BatchLoader:
+    """The strong training samples as one epoch of its training saw them, augmented."""
+    config = strong.run.config
+    size = len(strong.data.train)  # type: ignore[arg-type]
+    return BatchLoader(strong.data.train, EpochOrder(size, config.batch_size, config.seed))
+
+
+def class_accuracies(model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]], num_classes: int) -> tuple[float, ...]:
+    """Share of right answers among the samples of each class, in evaluation mode.
+
+    Args:
+        model: gives scores (N, num_classes).
+        loader: batches (inputs, labels).
+        num_classes: K.
+
+    Raises:
+        ValueError: there is no sample of a class.
+    """
+    right, total = (torch.zeros(num_classes, dtype=torch.int64) for _ in range(2))
+    device = device_of(model)
+    with evaluating(model), torch.no_grad():
+        for inputs, labels in loader:
+            hits = model(inputs.to(device)).argmax(1).cpu() == labels
+            right += torch.bincount(labels[hits], minlength=num_classes)
+            total += torch.bincount(labels, minlength=num_classes)
+    if not total.all():
+        raise ValueError(
+            f"loader: expected samples of every class, got none of {(total == 0).nonzero().flatten().tolist()}"
+        )
+    return tuple((right.double() / total).tolist())
+
+
+def write_repairs(path: Path, results: Iterable[RepairResult]) -> None:
+    """Write results as JSON, atomically."""
+    value = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "library_version": __version__,
+        "results": [result.to_dict() for result in results],
+    }
+    write_json(path, value)
+
+
+def read_repairs(path: Path) -> list[RepairResult]:
+    """Read what `write_repairs` wrote.
+
+    Raises:
+        FormatError: the file is missing or malformed.
+    """
+    value = read_json(path, FORMAT, FORMAT_VERSION)
+    names = list(RepairResult.__dataclass_fields__)
+    try:
+        entries = [{name: entry[name] for name in names} for entry in value["results"]]
+        return [RepairResult(**{**e, "before": tuple(e["before"]), "after": tuple(e["after"])}) for e in entries]
+    except (KeyError, TypeError) as error:
+        raise FormatError(f"{path}: malformed results: {error}") from None

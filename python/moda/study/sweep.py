@@ -1,0 +1,217 @@
+"""Sweeps: how module size, overlap and reuse accuracy move with the threshold or a loss weight (arXiv 2411.01074)."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from moda.study.analysis import off_diagonal_mean
+from moda.decomposition.container import Decomposition, decompose
+from moda.files import FormatError
+from moda.runs.finished import FinishedRun, cut
+from moda.runs.metrics import read_metrics
+from moda.composition.measure import accuracy, overlap_matrix, size
+from moda.study.replacement_study import trained
+from moda.study.results_file import ResultsFile, read_rows
+from moda.study.reuse import TestSet, evaluate_subtasks, reuse_accuracy
+
+__all__ = ["GRIDS", "WEIGHTS", "SweepPoint", "read_sweep", "sweep_threshold", "sweep_weight"]
+
+KIND = "moda-sweep"
+WEIGHTS = ("affinity", "dispersion", "compactness")
+GRIDS: dict[str, tuple[float, ...]] = {
+    "threshold": (0.1, 0.5, 0.8, 0.9, 0.95),
+    "affinity": (0.0, 0.1, 0.5, 1.0, 1.5, 2.0),
+    "dispersion": (0.0, 0.1, 0.5, 1.0, 1.5, 2.0),
+    "compactness": (0.0, 0.1, 0.3, 0.5, 1.0, 2.0),
+}
+"""The paper's grids."""
+
+
+@dataclass(frozen=True)
+class SweepPoint:
+    """One value of what is varied. Shares are in [0, 1].
+
+    Attributes:
+        value: threshold, or weight of the term.
+        module_size: mean over classes, parameters of the module / of the model.
+        overlap: mean over pairs of classes, published counting.
+        reuse_accuracy: of the composed models, mean over sub-task sizes of each size's mean.
+        modular_accuracy: of the whole modular model on the same sub-tasks, averaged alike.
+        composed_size: of the composed models, averaged alike.
+        tasks: sub-tasks behind these means.
+        test_accuracy: of the whole model on all classes after the last epoch.
+        affinity: term of the loss, mean over the last epoch's training samples; None where it was not computed.
+        dispersion: the same.
+        compactness: the same.
+    """
+
+    value: float
+    module_size: float
+    overlap: float
+    reuse_accuracy: float
+    modular_accuracy: float
+    composed_size: float
+    tasks: int
+    test_accuracy: float
+    affinity: float | None = None
+    dispersion: float | None = None
+    compactness: float | None = None
+
+
+COLUMNS = tuple(field.name for field in fields(SweepPoint))
+
+
+def sweep_threshold(
+    finished: FinishedRun, values: Sequence[float], tasks: Sequence[Sequence[int]], *, progress: bool = True
+) -> list[SweepPoint]:
+    """Cut the model anew at every threshold, from the firing rates it already has, and measure.
+
+    The table `sweep_threshold.csv` in the run's folder grows point by point; points that it has are not measured again.
+
+    Args:
+        finished: a decomposed run.
+        values: thresholds in [0, 1].
+        tasks: sub-tasks to score.
+        progress: show progress bars.
+
+    Raises:
+        ValueError: a threshold is outside [0, 1], or the table is of other weights, rates or sub-tasks.
+    """
+    for value in values:
+        if not 0 <= value <= 1:
+            raise ValueError(f"threshold: expected numbers in [0, 1], got {value}")
+    rates = finished.rates()
+    described = finished.decomposition()
+    table = _open(finished, "threshold", tasks, {"min_fraction": described.min_fraction})
+    test = TestSet.of(finished.data.test)
+    for value in _missing(table, values):
+        decomposition = decompose(rates, value, described.min_fraction)
+        table.append(asdict(_measure(finished, decomposition, value, tasks, test, progress)))
+    return _close(table, values)
+
+
+def sweep_weight(
+    finished: FinishedRun,
+    weight: str,
+    values: Sequence[float],
+    tasks: Sequence[Sequence[int]],
+    *,
+    device: str = "auto",
+    progress: bool = True,
+) -> list[SweepPoint]:
+    """Train the run again with other weights of one term, cut each at the run's threshold, and measure.
+
+    Trainings go to `sweeps/<weight>-<value>/` in the run's folder, the run itself serves for its own weight, and the
+    table is `sweep_<weight>.csv`. A sweep that was stopped goes on, a training within it too.
+
+    Args:
+        finished: a decomposed run.
+        weight: of `WEIGHTS`.
+        values: weights, at least 0.
+        tasks: sub-tasks to score.
+        device: that models are tested on.
+        progress: show progress bars.
+
+    Raises:
+        ValueError: an argument is not as above, or the table is of another run.
+    """
+    if weight not in WEIGHTS:
+        raise ValueError(f"weight: expected one of {', '.join(WEIGHTS)}, got {weight!r}")
+    for value in values:
+        if not (math.isfinite(value) and value >= 0):
+            raise ValueError(f"{weight}: expected finite numbers of at least 0, got {value}")
+    cut_as = finished.decomposition()
+    table = _open(finished, weight, tasks, {"threshold": cut_as.threshold, "min_fraction": cut_as.min_fraction})
+    test = TestSet.of(finished.data.test)
+    for value in _missing(table, values):
+        point = finished
+        if getattr(finished.run.config, weight) != value:
+            folder = finished.run.path / "sweeps" / f"{weight}-{value:g}"
+            point = trained(folder, finished.run.config.changed(**{weight: value}), device, progress=progress)
+        decomposition = cut_as if point is finished else _cut_alike(point, cut_as, progress)
+        table.append(asdict(_measure(point, decomposition, value, tasks, test, progress)))
+    return _close(table, values)
+
+
+def _cut_alike(finished: FinishedRun, example: Decomposition, progress: bool) -> Decomposition:
+    if finished.run.decomposition.exists():
+        return finished.decomposition()
+    augmented = bool(example.metadata.get("augmented", False))
+    return cut(finished, example.threshold, example.min_fraction, augmented=augmented, progress=progress)
+
+
+def _measure(
+    finished: FinishedRun,
+    decomposition: Decomposition,
+    value: float,
+    tasks: Sequence[Sequence[int]],
+    test: TestSet,
+    progress: bool,
+) -> SweepPoint:
+    model = finished.model
+    results = list(evaluate_subtasks(model, decomposition, tasks, test, progress=progress))
+    metrics = finished.run.metrics
+    last = read_metrics(metrics)[-1] if metrics.exists() else {}  # an imported run has none
+    classes = range(decomposition.num_classes)
+    return SweepPoint(
+        value=float(value),
+        module_size=sum(size(model, decomposition, [k]) for k in classes) / len(classes),
+        overlap=off_diagonal_mean(overlap_matrix(model, decomposition)),
+        reuse_accuracy=reuse_accuracy(results),
+        modular_accuracy=reuse_accuracy(results, "modular"),
+        composed_size=reuse_accuracy(results, "size"),
+        tasks=len(results),
+        test_accuracy=accuracy(model, finished.loader(finished.data.test)),
+        **{name: last.get(name) for name in WEIGHTS},
+    )
+
+
+def _open(
+    finished: FinishedRun, parameter: str, tasks: Sequence[Sequence[int]], settings: dict[str, float]
+) -> ResultsFile:
+    listed = ";".join(" ".join(map(str, task)) for task in tasks)
+    source = {
+        "parameter": parameter,
+        "model": finished.run.config.model,
+        "data": finished.run.config.data,
+        "weights_sha256": finished.weights_sha256,
+        "subtasks_sha256": hashlib.sha256(listed.encode()).hexdigest(),
+        **settings,
+    }
+    return ResultsFile.open(finished.run.path / f"sweep_{parameter}.csv", KIND, COLUMNS, source)
+
+
+def _missing(table: ResultsFile, values: Sequence[float]) -> list[float]:
+    there = {float(row["value"]) for row in table.rows}
+    return [value for value in dict.fromkeys(map(float, values)) if value not in there]
+
+
+def _close(table: ResultsFile, values: Sequence[float]) -> list[SweepPoint]:
+    """Order the table, and give the points asked for."""
+    table.rewrite(sorted(table.rows, key=lambda row: float(row["value"])))
+    table.note(finished=True)
+    return [point for point in read_sweep(table.path) if point.value in set(map(float, values))]
+
+
+def read_sweep(path: Path) -> list[SweepPoint]:
+    """The points of a `sweep_<parameter>.csv`.
+
+    Raises:
+        FormatError: the file is missing or malformed.
+    """
+    try:
+        return [SweepPoint(**_numbers(row)) for row in read_rows(path, COLUMNS)]
+    except FormatError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise FormatError(f"{path}: {error}") from None
+
+
+def _numbers(row: dict[str, str]) -> dict[str, Any]:
+    values: dict[str, Any] = {name: float(cell) if cell else None for name, cell in row.items()}
+    return values | {"tasks": int(row["tasks"])}

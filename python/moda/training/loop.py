@@ -1,0 +1,550 @@
+"""Modular and standard training, on Lightning: the paper's recipe, logged, checkpointed and resumable.
+
+`train(config, folder)` runs a whole training into a run folder (`moda.runs`). `ModularModule` is the Lightning module
+behind it, for users who bring their own Trainer; without Lightning the loop is ten lines (see the README).
+
+On one device a resumed training ends with bitwise the weights of one that was never stopped: the checkpoint holds
+weights, optimiser, schedule and random state, and the order and augmentation of samples follow from (seed, epoch)
+alone. (On a GPU this also takes deterministic kernels in the model: cuDNN is asked for them.)
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+import logging
+import signal
+import threading
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from moda.data.batches import Batch, BatchLoader, EpochOrder
+from moda.runs.config import RUNTIME_SETTINGS, TrainingConfig
+from moda.data import DataSplits
+from moda.files import FormatError, write_bytes
+from moda.runs.metrics import MetricsFile, read_metrics
+from moda.training.processes import SHARDED, SHARDED_PRECISIONS, process_rank, shard, trainer_options, whole_weights
+from moda.training.progress import TrainingProgress
+from moda.runs.folder import RunFolder, create_model, load_data, remove_partial_files
+from moda.observation.taps import HookedModel, InstrumentedModel, Route, instrument
+from moda_kernels import ModularLoss, backends
+
+if find_spec("lightning") is None:
+    raise ImportError("training needs Lightning, which is not installed: pip install 'moda-kernels[train]'")
+import lightning.pytorch as lightning
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.plugins.io import CheckpointIO
+
+__all__ = [
+    "ModularModule",
+    "RunFolder",
+    "TrainingConfig",
+    "TrainingInterrupted",
+    "TrainingResult",
+    "process_rank",
+    "train",
+]
+
+CHECKPOINT_VERSION = 1
+MOST_CLASSES_SUMMED = 200
+"""Over several processes, class sums of all classes are added up to so many classes, else of those present alone: where
+the crossover lies depends on the model and the network (docs/distributed.md)."""
+
+LOSSES = ("loss", "cross_entropy", "affinity", "dispersion", "compactness")
+"""What is averaged over each epoch: the total, the task's loss, and the unweighted modular terms."""
+
+STEP_COLUMNS = ("epoch", "step", "learning_rate", *LOSSES, "train_accuracy")
+EPOCH_COLUMNS = (*STEP_COLUMNS, "test_cross_entropy", "test_accuracy", "seconds")
+
+
+class TrainingInterrupted(KeyboardInterrupt):
+    """Training was stopped by Ctrl-C or SIGTERM; the last checkpoint is whole."""
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """What `train` gives back.
+
+    Attributes:
+        run: the run folder.
+        model: the trained model, on the CPU; instrumented if it was trained modular.
+        metrics: the last epoch's row of metrics.csv.
+        seconds: wall-clock time of the epochs trained by this call, tests included, without set-up.
+    """
+
+    run: RunFolder
+    model: nn.Module
+    metrics: dict[str, float]
+    seconds: float
+
+
+class ModularModule(lightning.LightningModule):
+    """Cross-entropy plus the modular loss; SGD with cosine annealing as in the paper (arXiv 2411.01074).
+
+    A step adds to sums on the device and synchronises nothing; the epoch's means are read once at its end. Logged
+    per epoch under the names of `LOSSES` and as train_accuracy, test_accuracy, test_cross_entropy, learning_rate. Means
+    over an epoch weigh every batch by its samples.
+
+    Args:
+        model: a plain model, which is instrumented if `config` is modular; an instrumented one is taken as it is.
+        config: weights of the terms, epochs, learning rate, momentum, backend and route.
+        num_classes: labels are in [0, num_classes); of use with several processes (see `moda_kernels.ModularLoss`).
+    """
+
+    model: nn.Module
+
+    def __init__(self, model: nn.Module, config: TrainingConfig, num_classes: int | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.modular_loss = _modular_loss(config, num_classes) if config.modular else None
+        self.model = _instrumented(model, config) if config.modular else model
+        self.losses = LOSSES if config.modular else LOSSES[:2]
+        self.epoch_metrics: dict[str, float] = {}
+        self.last_step: Tensor | None = None
+        self.learning_rate = config.learning_rate
+        self._train_sums: Tensor | None = None
+        self._test_sums: Tensor | None = None
+        self._random_state: dict[str, Tensor] = {}
+        self._sharded = False
+
+    def setup(self, stage: str) -> None:
+        """With several processes the modular terms are those of the batch that they hold together."""
+        if self.modular_loss is not None and self.trainer.world_size > 1:
+            self.modular_loss.group = "world"
+
+    def configure_model(self) -> None:
+        """Share out the weights, where the strategy does that."""
+        if self.device_mesh is not None and not self._sharded:
+            shard(self.model, self.device_mesh["data_parallel"])
+            self._sharded = True
+
+    def forward(self, images: Tensor) -> Tensor:
+        """The model's logits."""
+        logits: Tensor = self.model(images)
+        return logits
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Cross-entropy plus the weighted modular terms."""
+        images, labels = batch
+        logits = self.model(images)
+        cross_entropy = F.cross_entropy(logits, labels)
+        correct = (logits.argmax(1) == labels).sum() / len(labels)
+        weight = self._weight(batch_idx)
+        loss = cross_entropy
+        objective = cross_entropy if weight == 1 else cross_entropy * weight
+        terms: tuple[Tensor, ...] = ()
+        if self.modular_loss is not None:
+            modular = self.modular_loss(self.model.activations(), labels)  # type: ignore[operator]
+            loss, objective = loss + modular, objective + modular
+            terms = self.modular_loss.last or ()
+        self.last_step = _row([loss, cross_entropy, *terms, correct])
+        self._train_sums = _add(self._train_sums, self.last_step, len(labels))
+        self.learning_rate = self.trainer.optimizers[0].param_groups[0]["lr"]
+        return objective
+
+    def _weight(self, batch_idx: int) -> float:
+        """Of this process's cross-entropy: not 1 where processes have different numbers of a batch's samples."""
+        order = getattr(self.trainer.train_dataloader, "order", None)
+        return order.weight(batch_idx) if isinstance(order, EpochOrder) else 1.0
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Accuracy and cross-entropy on test samples."""
+        images, labels = batch
+        logits = self.model(images)
+        correct = (logits.argmax(1) == labels).sum() / len(labels)
+        row = _row([F.cross_entropy(logits, labels), correct])
+        self._test_sums = _add(self._test_sums, row, len(labels))
+
+    def configure_optimizers(self) -> Any:
+        """SGD, cosine annealing to 0 over the epochs, stepped once per epoch."""
+        optimizer = torch.optim.SGD(
+            self.model.parameters(),
+            lr=self.config.learning_rate,
+            momentum=self.config.momentum,
+            nesterov=self.config.momentum > 0,
+        )
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=self.config.epochs)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "epoch"}}
+
+    def on_train_start(self) -> None:
+        """Go on with the random numbers that the interrupted training would have drawn."""
+        if self.trainer.world_size > 1:  # each process its own dropout
+            torch.manual_seed(self.config.seed + self.trainer.global_rank + self.trainer.global_step)
+        elif self._random_state:
+            torch.set_rng_state(self._random_state["cpu"])
+            if self.device.type == "cuda" and "cuda" in self._random_state:
+                torch.cuda.set_rng_state(self._random_state["cuda"], self.device)
+
+    def on_train_epoch_start(self) -> None:
+        """Begin new means."""
+        self._train_sums = None
+
+    def on_validation_epoch_start(self) -> None:
+        """Begin new means."""
+        self._test_sums = None
+
+    def on_train_epoch_end(self) -> None:
+        """Read the means of the epoch: its one synchronisation."""
+        metrics = dict(zip((*self.losses, "train_accuracy"), self._means(self._train_sums), strict=True))
+        if self._test_sums is not None:
+            names = ("test_cross_entropy", "test_accuracy")
+            metrics |= dict(zip(names, self._means(self._test_sums), strict=True))
+        self.epoch_metrics = {"learning_rate": self.learning_rate, **metrics}
+        self.log_dict(self.epoch_metrics)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add what Lightning does not save: the settings, random state and the means so far."""
+        state = {"cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            state["cuda"] = torch.cuda.get_rng_state(self.device)
+        checkpoint["moda"] = {
+            "format_version": CHECKPOINT_VERSION,
+            "config": self.config.to_dict(),
+            "random_state": state,
+            "train_sums": None if self._train_sums is None else self._over_processes(self._train_sums),
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take back what `on_save_checkpoint` added.
+
+        Raises:
+            FormatError: the checkpoint is of another version or of a training with other settings.
+        """
+        ours = checkpoint.get("moda", {})
+        if ours.get("format_version") != CHECKPOINT_VERSION:
+            version = ours.get("format_version")
+            raise FormatError(f"checkpoint: expected format_version {CHECKPOINT_VERSION}, got {version}")
+        for name, value in self.config.to_dict().items():
+            saved = ours["config"].get(name)
+            if saved != value and name not in RUNTIME_SETTINGS:
+                raise FormatError(f"checkpoint: made with {name}={saved!r}, this run has {value!r}")
+        self._random_state = ours["random_state"]
+        sums = ours["train_sums"]
+        if sums is not None:  # of all processes: one of them goes on from it
+            self._train_sums = sums.to(self.device) * (self.trainer.global_rank == 0)
+
+    def _means(self, sums: Tensor | None) -> list[float]:
+        if sums is None:
+            raise RuntimeError("no batch was trained in this epoch")
+        total = self._over_processes(sums).tolist()
+        return [value / total[-1] for value in total[:-1]]
+
+    def _over_processes(self, sums: Tensor) -> Tensor:
+        total: Tensor = self.trainer.strategy.reduce(sums.clone(), reduce_op="sum")
+        return total
+
+
+def _modular_loss(config: TrainingConfig, num_classes: int | None) -> ModularLoss:
+    weights = config.affinity, config.dispersion, config.compactness
+    few = num_classes if num_classes is not None and num_classes <= MOST_CLASSES_SUMMED else None
+    return ModularLoss(*weights, backend=config.backend, num_classes=few)
+
+
+def _instrumented(model: nn.Module, config: TrainingConfig) -> nn.Module:
+    if isinstance(model, InstrumentedModel | HookedModel):
+        return model
+    return instrument(model, route=cast(Route, config.route))
+
+
+def _row(values: list[Tensor]) -> Tensor:
+    return torch.stack([value.detach().float() for value in values])
+
+
+def _add(sums: Tensor | None, row: Tensor, samples: int) -> Tensor:
+    """Sums of values times samples, and of samples; float64 where the device has it."""
+    if sums is None:
+        dtype = torch.float32 if row.device.type == "mps" else torch.float64
+        sums = torch.zeros(len(row) + 1, dtype=dtype, device=row.device)
+    sums[:-1].add_(row, alpha=samples)
+    sums[-1].add_(samples)
+    return sums
+
+
+class _Data(lightning.LightningDataModule):
+    """Each process's share of the training and test samples."""
+
+    def __init__(self, splits: DataSplits, config: TrainingConfig) -> None:
+        super().__init__()
+        self.splits = splits
+        self.config = config
+
+    def train_dataloader(self) -> DataLoader[Batch]:
+        return self._loader(self.splits.train, self.config.seed)
+
+    def val_dataloader(self) -> DataLoader[Batch]:
+        return self._loader(self.splits.test, None)
+
+    def _loader(self, dataset: Dataset[Any], seed: int | None) -> BatchLoader:
+        trainer = self.trainer
+        if trainer is None:
+            raise RuntimeError("the data module belongs to no trainer")
+        samples = len(dataset)  # type: ignore[arg-type]
+        if min(samples, self.config.batch_size) < trainer.world_size:
+            raise ValueError(
+                f"batch_size: expected a sample for each of {trainer.world_size} processes, got batches of "
+                f"{self.config.batch_size} from {samples} samples"
+            )
+        order = EpochOrder(
+            samples,
+            self.config.batch_size,
+            seed,
+            trainer.global_rank,
+            trainer.world_size,
+        )
+        on_gpu = trainer.strategy.root_device.type == "cuda"
+        return BatchLoader(dataset, order, num_workers=self.config.num_workers, pin_memory=on_gpu)
+
+
+class _SafeCheckpointIO(CheckpointIO):
+    """Checkpoints that are whole or absent, and run no code when read."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        buffer = io.BytesIO()
+        torch.save(checkpoint, buffer)
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        write_bytes(Path(path), buffer.getvalue())
+
+    def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = True) -> dict[str, Any]:
+        try:
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise FormatError(f"{path}: not a checkpoint that can be read: {reason}") from error
+        if not isinstance(checkpoint, dict):
+            raise FormatError(f"{path}: not a checkpoint: it holds a {type(checkpoint).__name__}")
+        return checkpoint
+
+    def remove_checkpoint(self, path: Any) -> None:
+        Path(path).unlink(missing_ok=True)
+
+
+class _RunRecorder(Checkpoint):
+    """Writes the run folder: rows of metrics first, then the checkpoint that stands for them.
+
+    (A `Checkpoint` to Lightning, so that it is called after the module has read its means.)
+    """
+
+    def __init__(self, run: RunFolder, progress: TrainingProgress, *, resumed: bool) -> None:
+        self.run = run
+        self.progress = progress
+        self.resumed = resumed
+        self.seconds = 0.0
+        self._epochs = MetricsFile(run.metrics)
+        self._steps = MetricsFile(run.steps)
+        self._since = time.perf_counter()
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        self._since = time.perf_counter()
+        if trainer.is_global_zero:
+            step = trainer.global_step if self.resumed else None
+            self._epochs.open(EPOCH_COLUMNS, keep_until_step=step)
+            self._steps.open(STEP_COLUMNS, keep_until_step=step)
+            self.progress.start(trainer.max_epochs, trainer.num_training_batches, trainer.global_step)
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        step, config = trainer.global_step, self.run.config
+        self.progress.step()
+        if _every(config.log_every_steps, step) and trainer.is_global_zero:
+            self._log_step(trainer, pl_module)
+        last = batch_idx + 1 == trainer.num_training_batches  # the epoch's own checkpoint follows
+        if _every(config.checkpoint_every_steps, step) and not last:
+            trainer.save_checkpoint(self.run.last_checkpoint)
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        epoch = trainer.current_epoch + 1
+        now = time.perf_counter()
+        seconds, self._since = now - self._since, now
+        self.seconds += seconds
+        if trainer.is_global_zero:
+            row = {"epoch": epoch, "step": trainer.global_step, **pl_module.epoch_metrics, "seconds": seconds}
+            self._epochs.write(row)
+            self.progress.epoch(epoch, row)
+        if _every(self.run.config.keep_every_epochs, epoch):
+            weights = whole_weights(pl_module.model)
+            if trainer.is_global_zero:
+                path = self.run.checkpoints / f"epoch-{epoch:04d}.safetensors"
+                path.parent.mkdir(exist_ok=True)
+                self.run.save_weights(weights, path)
+        trainer.save_checkpoint(self.run.last_checkpoint)
+
+    def _log_step(self, trainer: Any, pl_module: Any) -> None:
+        figures = dict(zip((*pl_module.losses, "train_accuracy"), pl_module.last_step.tolist(), strict=True))
+        figures["learning_rate"] = pl_module.learning_rate
+        self._steps.write({"epoch": trainer.current_epoch + 1, "step": trainer.global_step, **figures})
+        if trainer.logger is not None:
+            trainer.logger.log_metrics({f"step/{name}": value for name, value in figures.items()}, trainer.global_step)
+
+    def close(self) -> None:
+        """Nothing more will be written."""
+        self.progress.stop()
+        self._epochs.close()
+        self._steps.close()
+
+
+def _every(interval: int, count: int) -> bool:
+    return interval > 0 and count % interval == 0
+
+
+def train(
+    config: TrainingConfig,
+    folder: str | Path,
+    *,
+    resume: bool = False,
+    model: nn.Module | None = None,
+    data: DataSplits | None = None,
+    progress: TrainingProgress | None = None,
+) -> TrainingResult:
+    """A whole training, recorded in a run folder.
+
+    Args:
+        config: what to train and how.
+        folder: the run folder, new or empty; with `resume` one that holds a run.
+        resume: go on from the run's last checkpoint (from the beginning if it has none yet; not at all if the
+            run is finished). `config` may then differ from the run's in `RUNTIME_SETTINGS` only.
+        model: train this one; `config.model` is then a name and nothing else. It is trained in place, but for
+            strategy "fsdp", which shares out its weights and leaves it in pieces: the result has a whole copy.
+        data: train on this; `config.data` is then a name and nothing else.
+        progress: what to show; by default a progress bar.
+
+    Raises:
+        ValueError, TypeError: an argument is not as above, or the settings do not go together.
+        FileNotFoundError, ImportError: the data set, or a package that it needs, is missing.
+        FormatError (a ValueError): the run folder or its checkpoint is malformed.
+        TrainingInterrupted (a KeyboardInterrupt): Ctrl-C or SIGTERM; the last checkpoint is whole.
+    """
+    _check_runnable(config)
+    if resume:
+        _check_resumable(RunFolder.open(folder).config, config)
+    data = load_data(config) if data is None else data
+    torch.manual_seed(config.seed)
+    model = create_model(config, data) if model is None else model
+    module = ModularModule(model, config, data.num_classes)
+    if resume:
+        run = RunFolder(Path(folder), config)
+        if process_rank() == 0:
+            remove_partial_files(run.checkpoints)
+    else:
+        run = RunFolder.create(folder, config) if process_rank() == 0 else RunFolder(Path(folder), config)
+    if run.finished:
+        module.model.load_state_dict(run.load_weights())
+        return TrainingResult(run, module.model, read_metrics(run.metrics)[-1], 0.0)
+    resume = resume and run.last_checkpoint.exists()
+    unsharded = copy.deepcopy(module.model) if config.strategy == SHARDED else None
+    recorder = _RunRecorder(run, progress or TrainingProgress(), resumed=resume)
+    _fit(module, _Data(data, config), recorder, run.last_checkpoint if resume else None)
+    weights = whole_weights(module.model)
+    if module.trainer.is_global_zero:
+        run.save_weights(weights)
+    if unsharded is not None:
+        unsharded.load_state_dict(weights)
+    trained = module.model if unsharded is None else unsharded
+    return TrainingResult(run, trained, read_metrics(run.metrics)[-1], recorder.seconds)
+
+
+def _check_runnable(config: TrainingConfig) -> None:
+    """What only this machine can tell."""
+    on_gpu = config.accelerator in ("gpu", "cuda") or (config.accelerator == "auto" and torch.cuda.is_available())
+    if config.accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
+        raise ValueError(f"accelerator: {config.accelerator!r} asked for, but PyTorch sees no GPU (see: moda doctor)")
+    if config.precision == "16-mixed" and not on_gpu:
+        raise ValueError("precision: '16-mixed' needs a GPU; on the CPU use 'bf16-mixed'")
+    if config.strategy == SHARDED and config.precision not in SHARDED_PRECISIONS:
+        expected = " or ".join(SHARDED_PRECISIONS)
+        raise ValueError(f"precision: expected {expected} with strategy {SHARDED!r}, got {config.precision!r}")
+    if config.tensorboard and find_spec("tensorboard") is None:
+        raise ValueError("tensorboard: the package is not installed: pip install tensorboard")
+    if config.backend != "auto" and config.modular:
+        known = backends()
+        if config.backend not in known:
+            raise ValueError(f"backend: expected one of 'auto', {', '.join(map(repr, known))}, got {config.backend!r}")
+        if config.backend != "triton" and not known[config.backend]:
+            raise ValueError(f"backend: {config.backend!r} cannot run here: {known[config.backend]}")
+
+
+def _check_resumable(made_with: TrainingConfig, config: TrainingConfig) -> None:
+    for name, value in config.to_dict().items():
+        saved = getattr(made_with, name)
+        if saved != value and name not in RUNTIME_SETTINGS:
+            raise ValueError(f"{name}: the run to resume was started with {saved!r}, got {value!r}")
+
+
+def _fit(module: ModularModule, data: _Data, recorder: _RunRecorder, checkpoint: Path | None) -> None:
+    """Run Lightning's trainer, without its advertising; turn its ways of being interrupted into one."""
+    interrupt = signal.getsignal(signal.SIGINT)
+    try:
+        with _quiet_lightning(), _deterministic_cudnn():
+            _trainer(recorder).fit(module, datamodule=data, ckpt_path=checkpoint)
+    except (KeyboardInterrupt, SystemExit):
+        raise TrainingInterrupted(_interruption(recorder.run)) from None
+    finally:
+        recorder.close()
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, interrupt)  # Lightning leaves it ignored
+
+
+def _interruption(run: RunFolder) -> str:
+    rows = read_metrics(run.metrics) if run.metrics.exists() else []
+    done = int(rows[-1]["epoch"]) if rows else 0
+    return f"interrupted after {done} of {run.config.epochs} epochs; go on with: moda train {run.path} --resume"
+
+
+def _trainer(recorder: _RunRecorder) -> lightning.Trainer:
+    config = recorder.run.config
+    return lightning.Trainer(
+        accelerator=config.accelerator,
+        precision=config.precision,  # type: ignore[arg-type]
+        max_epochs=config.epochs,
+        logger=_tensorboard(recorder.run) if config.tensorboard else False,
+        log_every_n_steps=1,  # what is logged per step is the recorder's choice
+        callbacks=[recorder],
+        plugins=[_SafeCheckpointIO()],
+        default_root_dir=recorder.run.path,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+        **trainer_options(config),
+    )
+
+
+def _tensorboard(run: RunFolder) -> Any:
+    from lightning.pytorch.loggers import TensorBoardLogger
+
+    return TensorBoardLogger(run.path, name="tensorboard", version="")
+
+
+@contextmanager
+def _quiet_lightning() -> Iterator[None]:
+    """Its hints (workers, checkpoints, cloud services) are not for our users; its errors are."""
+    loggers = [logging.getLogger(name) for name in ("lightning", "lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"lightning\.")
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
+
+
+@contextmanager
+def _deterministic_cudnn() -> Iterator[None]:
+    before = torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = before

@@ -1,0 +1,81 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tests.moda._helpers.tapping import Tokens, images
+from torch import Tensor, nn
+
+from moda.observation.taps import TracingError, instrument
+
+
+def test_token_activations_have_their_neurons_moved_to_dim_1() -> None:
+    model = Tokens().eval()
+    tapped = instrument(model)
+    x = images(2, 16)
+    y = tapped(x)
+    conv, hidden, out = tapped.activations()
+    assert tapped.taps == ["relu", "mlp.2", "silu"]
+    assert [tapped.get_submodule(f"_taps.{i}").neuron_dim for i in range(3)] == [1, -1, -1]
+    assert (tuple(conv.shape), tuple(hidden.shape), tuple(out.shape)) == ((2, 8, 4, 4), (2, 12, 16), (2, 8, 16))
+    z = conv.flatten(2).transpose(1, 2)
+    n = model.norm(z)
+    z = z + model.attention(n, n, n, need_weights=False)[0]
+    torch.testing.assert_close(hidden, model.mlp[2](model.mlp[1](model.mlp[0](z))).transpose(1, 2))
+    torch.testing.assert_close(out, F.silu(z + model.mlp(z)).transpose(1, 2))
+    assert hidden._base is not None  # a view, not a copy
+    torch.testing.assert_close(y, model(x))
+
+
+class Chain(nn.Module):
+    def __init__(self, first: nn.Module, between: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.first, self.between = first, between
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.gelu(self.between(self.first(x)))
+
+
+AXES: dict[str, tuple[nn.Module, Callable[[Tensor], Tensor], tuple[int, ...], int]] = {
+    "linear on tokens": (nn.Linear(5, 7), lambda x: x, (2, 3, 5), -1),
+    "behind dropout and scaling": (nn.Linear(5, 7), lambda x: F.dropout(x, 0.5, False) * 2 + 1, (2, 3, 5), -1),
+    "layer norm": (nn.LayerNorm(5), lambda x: x, (2, 3, 5), -1),
+    "layer norm over everything": (nn.Sequential(nn.Conv1d(3, 7, 1), nn.LayerNorm((7, 5))), lambda x: x, (2, 3, 5), 1),
+    "functional layer norm": (nn.Identity(), lambda x: F.layer_norm(x, (5,)), (2, 3, 5), -1),
+    "rms norm": (nn.RMSNorm(5), lambda x: x, (2, 3, 5), -1),
+    "linear, function": (nn.Identity(), lambda x: F.linear(x, torch.ones(7, 5)), (2, 3, 5), -1),
+    "conv1d": (nn.Conv1d(3, 7, 1), lambda x: x, (2, 3, 5), 1),
+    "conv1d to tokens": (nn.Conv1d(3, 7, 1), lambda x: x.transpose(1, 2), (2, 3, 5), -1),
+    "tokens to channels": (nn.Linear(5, 7), lambda x: x.transpose(-1, -2), (2, 3, 5), 1),
+    "tokens to channels, function": (nn.Linear(5, 7), lambda x: torch.transpose(x, 1, 2), (2, 3, 5), 1),
+    "permuted to channels last": (nn.Conv2d(3, 7, 1), lambda x: x.permute(0, 2, 3, 1), (2, 3, 5, 4), -1),
+    "permuted twice": (
+        nn.Conv2d(3, 7, 1),
+        lambda x: x.permute((0, 2, 3, 1)).permute(0, 3, 1, 2),
+        (2, 3, 5, 4),
+        1,
+    ),
+    "batch norm": (nn.Sequential(nn.Linear(5, 7), nn.BatchNorm1d(3)), lambda x: x, (2, 3, 5), 1),
+    "flattened": (nn.Linear(5, 7), lambda x: x.flatten(1), (2, 3, 5), 1),
+    "nothing with neurons": (nn.Identity(), lambda x: x, (2, 3, 5), 1),
+    "sum with an embedding": (nn.Linear(5, 7), lambda x: torch.ones(1, 3, 7) + x, (2, 3, 5), -1),
+}
+
+
+@pytest.mark.parametrize("case", AXES)
+def test_the_axis_follows_from_the_producer(case: str) -> None:
+    first, between, shape, dim = AXES[case]
+    tapped = instrument(Chain(first, between))
+    x = torch.randn(shape)
+    y = tapped(x)
+    (seen,) = tapped.activations()
+    assert tapped.get_submodule("_taps.0").neuron_dim == dim
+    assert torch.equal(seen, y if dim == 1 else y.movedim(-1, 1))
+
+
+def test_neurons_between_the_axes_are_refused() -> None:
+    model = Chain(nn.Conv2d(3, 7, 1), lambda x: x.permute(0, 2, 1, 3))
+    with pytest.raises(TracingError, match="its neurons are at dim -2; only dim 1 and the last one are known"):
+        instrument(model)

@@ -1,0 +1,76 @@
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+
+from moda.files import FormatError
+from moda.study.results_file import ResultsFile, read_note, read_rows
+
+COLUMNS = ("name", "value")
+
+
+def table(path, source=None):
+    return ResultsFile.open(path, "moda-x", COLUMNS, {"weights": "abc"} if source is None else source)
+
+
+def test_a_killed_table_goes_on(tmp_path):
+    path = tmp_path / "folder" / "x.csv"
+    first = table(path)
+    first.append({"name": "a", "value": 0.1})
+    first.append({"name": "b", "value": None})
+    with path.open("a") as file:
+        file.write("c,0.")  # killed while writing
+    second = table(path)
+    assert second.rows == [{"name": "a", "value": "0.1"}, {"name": "b", "value": ""}]
+    second.append({"name": "c", "value": 0.25})
+    second.note(finished=True, summary={"mean": 1})
+    assert path.read_text() == "name,value\na,0.1\nb,\nc,0.25\n"
+    note = read_note(path, "moda-x")
+    assert (note["source"], note["finished"], note["summary"]) == ({"weights": "abc"}, True, {"mean": 1})
+
+
+def test_numbers_come_back_to_the_bit(tmp_path):
+    values = [1 / 3, 1e-300, 0.1 + 0.2]
+    made = table(tmp_path / "x.csv")
+    for value in values:
+        made.append({"name": "n", "value": value})
+    assert [float(row["value"]) for row in read_rows(tmp_path / "x.csv", COLUMNS)] == values
+
+
+def test_results_of_another_study_are_never_mixed_in(tmp_path):
+    table(tmp_path / "x.csv").append({"name": "a", "value": 1})
+    with pytest.raises(FormatError, match=re.escape("weights is 'abc' there and 'def' now; write to another file")):
+        table(tmp_path / "x.csv", {"weights": "def"})
+    with pytest.raises(FormatError, match=re.escape("standard is None there and 'def' now")):
+        table(tmp_path / "x.csv", {"weights": "abc", "standard": "def"})
+    assert (tmp_path / "x.csv").read_text() == "name,value\na,1\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("name\na\n", "expected the columns name, value, got ['name']"),
+        ("name,value\na\n", "expected 2 cells in every row"),
+        ("name,value\na,1,2\n", "expected 2 cells in every row"),
+        ("", "expected the columns name, value, got None"),
+    ],
+)
+def test_malformed_tables_are_refused(tmp_path, text, message):
+    (tmp_path / "x.csv").write_text(text)
+    with pytest.raises(FormatError, match=re.escape(message)):
+        read_rows(tmp_path / "x.csv", COLUMNS)
+
+
+def test_a_table_without_its_note_is_refused(tmp_path):
+    table(tmp_path / "x.csv")
+    note = tmp_path / "x.json"
+    note.write_text(json.dumps(json.loads(note.read_text()) | {"source": []}))
+    with pytest.raises(FormatError, match='expected an object "source", got'):
+        table(tmp_path / "x.csv")
+    note.unlink()
+    with pytest.raises(FormatError, match=r"x\.json: no such file"):
+        table(tmp_path / "x.csv")
+    with pytest.raises(FormatError, match=r"none\.csv: no such file"):
+        read_rows(tmp_path / "none.csv", COLUMNS)
