@@ -1,0 +1,1 @@
+"""The smaller model of some classes: masked, composed, replaced, measured, exported."""

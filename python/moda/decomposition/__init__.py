@@ -1,0 +1,1 @@
+"""From firing rates to one module per class."""

@@ -1,0 +1,1 @@
+"""The demonstration on handwritten digits, from training to the page."""

@@ -1,0 +1,1 @@
+"""Observing a model's activations while it runs."""

@@ -1,0 +1,1 @@
+"""Reuse, replacement, sweeps and analysis over trained runs."""
