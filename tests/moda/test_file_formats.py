@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from moda.composition import files as composed_files
-from moda.runs import folder as runs
 from moda.composition.compose import compose
-from moda.runs.config import TrainingConfig
 from moda.decomposition.container import FORMAT, FORMAT_VERSION, Decomposition
 from moda.files import FormatError, read_json, read_tensors, write_bytes, write_json, write_tensors
 from moda.models import small_vgg
 from moda.observation.taps import instrument
+from moda.runs import folder as runs
+from moda.runs.config import TrainingConfig
 
 PAGE = (Path(__file__).parents[2] / "docs" / "file_formats.md").read_text(encoding="utf-8")
 

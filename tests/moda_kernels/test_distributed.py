@@ -9,7 +9,6 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from tests.moda_kernels._helpers.rank_pool import RankPool
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -17,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from moda_kernels import FiringCounter, ModularLoss, backends, modular_losses, pool
 from moda_kernels import distributed as moda_distributed
+from tests.moda_kernels._helpers.rank_pool import RankPool
 
 WORLD = 4
 WEIGHTS = (1.0, 0.7, 0.3)

@@ -9,13 +9,13 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from tests.moda_kernels._helpers.firing_batches import assert_sums, batch_of_layers, summed
-from tests.moda_kernels._helpers.native_needed import needs_native
 from torch import Tensor
 
 import moda_kernels
 from moda_kernels import FiringCounter, _native_calls, closed_form, modular_losses, native
 from moda_kernels.segments import Segments
+from tests.moda_kernels._helpers.firing_batches import assert_sums, batch_of_layers, summed
+from tests.moda_kernels._helpers.native_needed import needs_native
 
 pytestmark = needs_native
 

@@ -12,6 +12,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from moda_kernels import _native_calls, closed_form, native
 from tests.moda_kernels._helpers.firing_batches import (
     DTYPES,
     assert_sums,
@@ -23,9 +26,6 @@ from tests.moda_kernels._helpers.firing_batches import (
     summed,
 )
 from tests.moda_kernels._helpers.native_needed import needs_native
-from torch._subclasses.fake_tensor import FakeTensorMode
-
-from moda_kernels import _native_calls, closed_form, native
 
 pytestmark = needs_native
 
@@ -170,7 +170,16 @@ def test_no_architecture_spills(tmp_path: Path, source: str, kernels: int):
     chosen = setup["architectures"](shutil.which("nvcc")).split(";")
     assert chosen == ["80-real", "86-real", "89-real", "90-real", "100-real", "120-real", "120-virtual"]
     numbers = [arch.removesuffix("-real") for arch in chosen if arch.endswith("-real")]
-    command = ["nvcc", "-std=c++17", "-O3", f"-I{CSRC}", "-c", str(CSRC / "cuda" / source), "-o", str(tmp_path / "kernels.o")]
+    command = [
+        "nvcc",
+        "-std=c++17",
+        "-O3",
+        f"-I{CSRC}",
+        "-c",
+        str(CSRC / "cuda" / source),
+        "-o",
+        str(tmp_path / "kernels.o"),
+    ]
     command += [f"-gencode=arch=compute_{number},code=sm_{number}" for number in numbers]
     done = subprocess.run([*command, "-Xptxas", "-v"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -8,10 +8,18 @@ import sys
 
 import pytest
 import torch
-from tests.moda_kernels._helpers.firing_batches import DTYPES, assert_sums, batch_of_layers, counted, exact_sums, one_per_row, summed
 from torch import Tensor
 
 from moda_kernels import FiringCounter, closed_form, native
+from tests.moda_kernels._helpers.firing_batches import (
+    DTYPES,
+    assert_sums,
+    batch_of_layers,
+    counted,
+    exact_sums,
+    one_per_row,
+    summed,
+)
 
 pytestmark = pytest.mark.gpu
 

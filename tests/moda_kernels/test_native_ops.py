@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.moda_kernels._helpers.native_needed import needs_native
 from torch import Tensor
 from torch.library import opcheck
 
 from moda_kernels import _native_ops as ops
 from moda_kernels import closed_form, native
 from moda_kernels.segments import Segments
+from tests.moda_kernels._helpers.native_needed import needs_native
 
 pytestmark = needs_native
 

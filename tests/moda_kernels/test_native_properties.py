@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import torch
-from tests.moda_kernels._helpers.firing_batches import DTYPES, assert_sums, count_emulated, counted, neurons_last, summed
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.moda_kernels._helpers.native_needed import needs_native
 from torch import Tensor
 
 from moda_kernels import closed_form, native
 from moda_kernels.segments import Segments
+from tests.moda_kernels._helpers.firing_batches import (
+    DTYPES,
+    assert_sums,
+    count_emulated,
+    counted,
+    neurons_last,
+    summed,
+)
+from tests.moda_kernels._helpers.native_needed import needs_native
 
 pytestmark = needs_native
 

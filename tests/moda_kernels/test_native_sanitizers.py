@@ -9,9 +9,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from tests.moda_kernels._helpers.native_needed import needs_native
 
 from moda_kernels import native
+from tests.moda_kernels._helpers.native_needed import needs_native
 
 pytestmark = needs_native
 
@@ -35,7 +35,17 @@ def compile_check(program: Path, sanitizers: str, isa: str) -> None:
     """The program of tests/csrc with the kernels of one instruction set."""
     flags = ["-std=c++17", "-O1", "-g1", "-pthread", f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all"]
     sources = [str(ROOT / name) for name in ("tests/csrc/cpu_kernels_check.cpp", *SOURCES)]
-    command = [str(COMPILER), *flags, *OPTIONS[isa], f"-DMODA_ISA={isa}", f"-I{ROOT / 'csrc'}", *sources, "-ldl", "-o", str(program)]
+    command = [
+        str(COMPILER),
+        *flags,
+        *OPTIONS[isa],
+        f"-DMODA_ISA={isa}",
+        f"-I{ROOT / 'csrc'}",
+        *sources,
+        "-ldl",
+        "-o",
+        str(program),
+    ]
     subprocess.run(command, check=True)
 
 

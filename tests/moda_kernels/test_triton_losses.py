@@ -5,10 +5,18 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from tests.moda_kernels._helpers.triton_oracle import DEVICES, HALF, assert_three_way, leaves, make_layers, rounded, three_ways
 
 from moda_kernels import closed_form, modular_losses, triton_kernels
 from moda_kernels.segments import Segments
+from tests.moda_kernels._helpers.triton_oracle import (
+    DEVICES,
+    HALF,
+    assert_three_way,
+    leaves,
+    make_layers,
+    rounded,
+    three_ways,
+)
 
 pytestmark = pytest.mark.parametrize("device", DEVICES)
 

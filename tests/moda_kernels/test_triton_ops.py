@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
-from tests.moda_kernels._helpers.triton_oracle import DEVICES, leaves, make_layers
 
 from moda_kernels import closed_form, modular_losses, pool, relu_pool, triton_kernels
 from moda_kernels.segments import Segments
 from moda_kernels.triton_kernels import ops
+from tests.moda_kernels._helpers.triton_oracle import DEVICES, leaves, make_layers
 
 pytestmark = pytest.mark.parametrize("device", DEVICES)
 

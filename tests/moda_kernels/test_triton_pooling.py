@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.moda_kernels._helpers.triton_oracle import DEVICES, HALF, assert_three_way, leaves
 
 from moda_kernels import class_similarity, closed_form, pool, relu_pool, triton_kernels
 from moda_kernels.triton_kernels import layouts
+from tests.moda_kernels._helpers.triton_oracle import DEVICES, HALF, assert_three_way, leaves
 
 pytestmark = pytest.mark.parametrize("device", DEVICES)
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 import triton.runtime.interpreter as interpreter
-from tests.moda_kernels._helpers.triton_oracle import DEVICES, leaves, make_layers
 
 from moda_kernels import triton_kernels
 from moda_kernels.segments import Segments
 from moda_kernels.triton_kernels import tables
+from tests.moda_kernels._helpers.triton_oracle import DEVICES, leaves, make_layers
 
 pytestmark = pytest.mark.parametrize("device", DEVICES[:1])  # counts what the interpreter launches
 

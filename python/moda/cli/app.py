@@ -13,9 +13,9 @@ from rich.table import Table
 from rich.text import Text
 
 from moda.cli.examples import example as _example
-from moda.runs.config import ACCELERATORS, PRECISIONS, ROUTES, TrainingConfig
 from moda.cli.report import register as register_report
 from moda.cli.study import register
+from moda.runs.config import ACCELERATORS, PRECISIONS, ROUTES, TrainingConfig
 
 if TYPE_CHECKING:
     from moda.data import DataSplits
@@ -179,9 +179,9 @@ def train(
         given["data_options"] = options
     config = _resumed_config(folder, given) if resume else TrainingConfig(**given)
 
-    from moda.training.processes import process_rank
     from moda.training.loop import TrainingInterrupted
     from moda.training.loop import train as run_training
+    from moda.training.processes import process_rank
 
     try:
         result = run_training(config, folder, resume=resume)
@@ -343,11 +343,11 @@ def evaluate(
 
 def _evaluate_composed(folder: Path, classes: str | None) -> None:
     from moda.composition import measure
-    from moda.data.batches import BatchLoader, EpochOrder
     from moda.composition.files import DESCRIPTION_FILE, FORMAT, FORMAT_VERSION, load_composed
+    from moda.data.batches import BatchLoader, EpochOrder
     from moda.files import FormatError, read_json
-    from moda.runs.folder import create_model, load_data
     from moda.observation.taps import instrument
+    from moda.runs.folder import create_model, load_data
 
     description = read_json(folder / DESCRIPTION_FILE, FORMAT, FORMAT_VERSION)
     settings = description.get("metadata", {}).get("training")

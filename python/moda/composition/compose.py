@@ -19,8 +19,8 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
 from moda.composition.channels import Kept
-from moda.decomposition.container import Decomposition, check_classes
 from moda.composition.slicing import Alignment, Plan, check_model, plan
+from moda.decomposition.container import Decomposition, check_classes
 from moda.observation.taps import InstrumentedModel, Tap
 
 __all__ = [

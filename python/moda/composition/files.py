@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from moda.composition.compose import ComposedModel, build
+from moda.composition.slicing import Slicer
 from moda.decomposition.container import check_classes
 from moda.files import FormatError, read_json, read_tensors, write_json, write_tensors
-from moda.composition.slicing import Slicer
 from moda.observation.taps import InstrumentedModel
 from moda_kernels import __version__
 

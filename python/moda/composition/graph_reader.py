@@ -21,7 +21,7 @@ _NORMS: dict[type[nn.Module], int | None] = {
     nn.BatchNorm1d: None, nn.BatchNorm2d: 4, nn.BatchNorm3d: 5, nn.SyncBatchNorm: None,
     nn.InstanceNorm1d: 3, nn.InstanceNorm2d: 4, nn.InstanceNorm3d: 5,
 }  # fmt: skip
-_POINTWISE = {  # element by element: type -> keeps zero
+_POINTWISE: dict[type[nn.Module], bool] = {  # element by element: type -> keeps zero
     **dict.fromkeys(
         (
             nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish, nn.Hardswish,

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from moda.composition.channels import Kept
+from moda.composition.slicing import Plan, Slicer, plan
 from moda.decomposition.container import Decomposition, check_classes
 from moda.inference import device_of, evaluating
-from moda.composition.slicing import Plan, Slicer, plan
 from moda.observation.taps import InstrumentedModel
 
 __all__ = ["accuracy", "flops", "overlap", "overlap_matrix", "plan_size", "size"]

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from moda.inference import evaluating
 from moda.composition.slicing import Plan
+from moda.inference import evaluating
 from moda.observation.taps import InstrumentedModel
 
 __all__ = ["PlannedFlops"]

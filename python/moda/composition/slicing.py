@@ -14,8 +14,8 @@ import numpy as np
 from torch import Tensor, fx
 
 from moda.composition.channels import Bools, Flatten, Indices, Kept, PerChannel, Route, Rule
-from moda.decomposition.container import Decomposition, check_classes
 from moda.composition.graph_reader import GraphReader, called
+from moda.decomposition.container import Decomposition, check_classes
 from moda.observation.taps import InstrumentedModel
 
 __all__ = ["Alignment", "Plan", "Slicer", "check_model", "plan"]

@@ -20,17 +20,17 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from moda.composition import measure
-from moda.data.batches import BatchLoader, EpochOrder
-from moda.runs.config import TrainingConfig
 from moda.data import DataSplits
+from moda.data.batches import BatchLoader, EpochOrder
 from moda.decomposition.container import Decomposition, FiringRates, count_firings, decompose
 from moda.files import write_bytes, write_json
 from moda.models.options import check_count
-from moda.training.progress import TrainingProgress
-from moda.study.reuse import TestSet, by_size, evaluate_subtasks
-from moda.runs.folder import load_data
 from moda.observation.taps import InstrumentedModel, instrument
+from moda.runs.config import TrainingConfig
+from moda.runs.folder import load_data
+from moda.study.reuse import TestSet, by_size, evaluate_subtasks
 from moda.training.loop import train
+from moda.training.progress import TrainingProgress
 from moda_kernels import ModularLosses, __version__, class_similarity, modular_losses
 
 RUNS, PAGE, PICTURE, RESULTS = "runs", "demo.html", "demo.png", "results.json"

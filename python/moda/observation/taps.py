@@ -37,15 +37,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from moda_kernels import relu_pool
-
-from moda.observation.calls import activation_name, called, calling_module, is_inplace, is_plain_relu, module_of, source_of, subject
+from moda.observation.calls import (
+    activation_name,
+    called,
+    calling_module,
+    is_inplace,
+    is_plain_relu,
+    module_of,
+    source_of,
+    subject,
+)
 from moda.observation.hooks import HookedModel, hooked
 from moda.observation.names import NO_ACTIVATION, unique_name
 from moda.observation.neuron_axis import neuron_dim
 from moda.observation.overwrites import is_spare, protect, users_after
 from moda.observation.recorder import Receiver, Recorder, neurons_second
 from moda.observation.tracing import TracingError, refusal, trace
+from moda_kernels import relu_pool
 
 Route = Literal["grouped", "fused", "auto"]
 # Activations of at least this many bytes are pooled by their tap under route="auto", by type of device. On the CPU all:

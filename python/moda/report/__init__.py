@@ -7,7 +7,3 @@ from importlib.util import find_spec
 _missing = [package for package in ("matplotlib", "jinja2") if find_spec(package) is None]
 if _missing:
     raise ImportError(f"figures need {' and '.join(_missing)}: pip install 'moda-kernels[train]'")
-
-
-
-

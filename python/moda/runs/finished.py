@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
-from moda.data.batches import BatchLoader, EpochOrder
 from moda.data import DataSplits
+from moda.data.batches import BatchLoader, EpochOrder
 from moda.decomposition.container import MASKS_FILE, METADATA_FILE, Decomposition, FiringRates, count_firings, decompose
-from moda.files import FormatError
 from moda.decomposition.rates_files import load_rates, rates_metadata, save_rates
-from moda.runs.folder import RunFolder, load_data
+from moda.files import FormatError
 from moda.observation.taps import InstrumentedModel, instrument
+from moda.runs.folder import RunFolder, load_data
 
 __all__ = ["FinishedRun", "cut", "file_sha256"]
 

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from moda import data as datasets
 from moda import models
-from moda.runs.config import TrainingConfig
 from moda.data import DataSplits
 from moda.files import FormatError, read_json, read_tensors, write_json, write_tensors
+from moda.runs.config import TrainingConfig
 from moda_kernels import __version__
 
 FORMAT = "moda-run"

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moda.runs.config import TrainingConfig
 from moda.decomposition.container import Decomposition
 from moda.files import FormatError
+from moda.runs.config import TrainingConfig
 from moda.runs.folder import RunFolder, create_model, load_data
 
 __all__ = [

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moda.decomposition.container import Decomposition, FiringRates
 from moda.composition.measure import overlap_matrix, size
+from moda.decomposition.container import Decomposition, FiringRates
 from moda.inference import device_of, evaluating
 from moda.observation.taps import InstrumentedModel
 from moda_kernels import ClassSimilarity

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from moda.study.analysis import analyze, class_similarities, off_diagonal_mean
+from moda.composition.measure import overlap_matrix
 from moda.files import read_json, write_json
 from moda.runs.finished import FinishedRun
-from moda.composition.measure import overlap_matrix
+from moda.study.analysis import analyze, class_similarities, off_diagonal_mean
 from moda_kernels import __version__
 
 __all__ = ["analyze_run", "read_analysis", "write_analysis"]

@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from moda.runs.config import TrainingConfig
 from moda.files import write_json
 from moda.models.options import check_count
+from moda.runs.config import TrainingConfig
 from moda_kernels import __version__
 
 __all__ = ["ARCHITECTURES", "Architecture", "StudySettings", "run_study"]
@@ -156,8 +156,8 @@ def _modular_folder(out: Path, model: str, seed: int) -> Path:
 
 def _study_pair(out: Path, settings: StudySettings, model: str, seed: int) -> str:
     """One architecture and seed: both trainings, modules, analysis, all sub-tasks."""
-    from moda.study.analysis_files import analyze_run, write_analysis
     from moda.runs.finished import cut
+    from moda.study.analysis_files import analyze_run, write_analysis
     from moda.study.replacement_study import trained
     from moda.study.reuse_run import run_reuse
     from moda.study.subtasks import choose

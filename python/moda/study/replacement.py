@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moda.data.batches import BatchLoader, EpochOrder
 from moda.composition.compose import compose
-from moda.files import FormatError, read_json, read_tensors, write_json
-from moda.runs.finished import FinishedRun, file_sha256
-from moda.inference import device_of, evaluating
 from moda.composition.replace import Calibration, normalize, replace
+from moda.data.batches import BatchLoader, EpochOrder
+from moda.files import FormatError, read_json, read_tensors, write_json
+from moda.inference import device_of, evaluating
+from moda.runs.finished import FinishedRun, file_sha256
 from moda_kernels import __version__
 
 __all__ = ["STRATEGIES", "RepairResult", "class_accuracies", "read_repairs", "repair", "write_repairs"]

@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from moda.composition.replace import Calibration
 from moda.runs.config import RUNTIME_SETTINGS, TrainingConfig
 from moda.runs.finished import FinishedRun, cut
-from moda.study.replacement import STRATEGIES, RepairResult, repair, write_repairs
-from moda.composition.replace import Calibration
 from moda.runs.folder import RunFolder
+from moda.study.replacement import STRATEGIES, RepairResult, repair, write_repairs
 
 __all__ = ["RepairStudy", "run_repair_study", "trained"]
 
@@ -151,8 +151,8 @@ def trained(folder: Path, config: TrainingConfig, device: str = "auto", *, progr
     """
     started = (folder / "config.json").exists()
     if not (started and RunFolder.open(folder).finished):
-        from moda.training.progress import TrainingProgress
         from moda.training.loop import train
+        from moda.training.progress import TrainingProgress
 
         label = f"{folder.parent.name}/{folder.name}"
         train(config, folder, resume=started, progress=TrainingProgress(label, shown=progress))

@@ -23,14 +23,14 @@ from rich.progress import Progress
 from torch import Tensor, nn
 
 from moda.composition.compose import build
+from moda.composition.measure import flops, plan_size
+from moda.composition.planned_flops import PlannedFlops
+from moda.composition.slicing import Slicer
 from moda.decomposition.container import Decomposition, check_classes
 from moda.files import FormatError, write_bytes
-from moda.composition.measure import flops, plan_size
 from moda.inference import device_of, evaluating
-from moda.composition.planned_flops import PlannedFlops
-from moda.study.results_file import read_rows
-from moda.composition.slicing import Slicer
 from moda.observation.taps import InstrumentedModel
+from moda.study.results_file import read_rows
 
 __all__ = [
     "COLUMNS",

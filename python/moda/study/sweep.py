@@ -9,12 +9,12 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from moda.study.analysis import off_diagonal_mean
+from moda.composition.measure import accuracy, overlap_matrix, size
 from moda.decomposition.container import Decomposition, decompose
 from moda.files import FormatError
 from moda.runs.finished import FinishedRun, cut
 from moda.runs.metrics import read_metrics
-from moda.composition.measure import accuracy, overlap_matrix, size
+from moda.study.analysis import off_diagonal_mean
 from moda.study.replacement_study import trained
 from moda.study.results_file import ResultsFile, read_rows
 from moda.study.reuse import TestSet, evaluate_subtasks, reuse_accuracy

@@ -29,15 +29,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from moda.data.batches import Batch, BatchLoader, EpochOrder
-from moda.runs.config import RUNTIME_SETTINGS, TrainingConfig
 from moda.data import DataSplits
+from moda.data.batches import Batch, BatchLoader, EpochOrder
 from moda.files import FormatError, write_bytes
+from moda.observation.taps import HookedModel, InstrumentedModel, Route, instrument
+from moda.runs.config import RUNTIME_SETTINGS, TrainingConfig
+from moda.runs.folder import RunFolder, create_model, load_data, remove_partial_files
 from moda.runs.metrics import MetricsFile, read_metrics
 from moda.training.processes import SHARDED, SHARDED_PRECISIONS, process_rank, shard, trainer_options, whole_weights
 from moda.training.progress import TrainingProgress
-from moda.runs.folder import RunFolder, create_model, load_data, remove_partial_files
-from moda.observation.taps import HookedModel, InstrumentedModel, Route, instrument
 from moda_kernels import ModularLoss, backends
 
 if find_spec("lightning") is None:

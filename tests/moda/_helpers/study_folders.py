@@ -9,15 +9,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from moda.study.analysis_files import write_analysis
-from moda.runs.config import TrainingConfig
 from moda.files import write_json
+from moda.runs.config import TrainingConfig
+from moda.runs.folder import RunFolder
 from moda.runs.metrics import MetricsFile
+from moda.study.analysis_files import write_analysis
 from moda.study.replacement import STRATEGIES, RepairResult, write_repairs
 from moda.study.results_file import ResultsFile
 from moda.study.reuse import COLUMNS, ReuseResult, to_row
 from moda.study.reuse_run import KIND
-from moda.runs.folder import RunFolder
 from moda.study.sweep import COLUMNS as SWEEP_COLUMNS
 from moda.study.sweep import GRIDS, SweepPoint
 

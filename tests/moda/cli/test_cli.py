@@ -12,14 +12,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_training import assert_same_weights, environment, wait_for
 
 from moda.cli import app as cli
 from moda.composition import measure
 from moda.decomposition.container import Decomposition
-from moda.runs.metrics import read_metrics
-from moda.runs.folder import RunFolder, load_data
 from moda.observation.taps import instrument
+from moda.runs.folder import RunFolder, load_data
+from moda.runs.metrics import read_metrics
+from tests.moda._helpers.processes import assert_same_weights, environment, wait_for
 
 Moda = Callable[..., "tuple[int, str, str]"]
 

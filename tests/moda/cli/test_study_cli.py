@@ -8,17 +8,17 @@ import sys
 
 import pytest
 import torch
-from tests.moda._helpers.studying import make_run
 
 from moda.cli import app as cli
-from moda.study.analysis_files import read_analysis
 from moda.composition.export import read_provenance
 from moda.files import FormatError
+from moda.runs.folder import RunFolder
+from moda.study.analysis_files import read_analysis
+from moda.study.digits import StudySettings
 from moda.study.replacement import read_repairs
 from moda.study.reuse import read_results
-from moda.runs.folder import RunFolder
-from moda.study.digits import StudySettings
 from moda.study.sweep import read_sweep
+from tests.moda._helpers.studying import make_run
 
 
 @pytest.fixture
@@ -231,7 +231,5 @@ def test_every_command_has_examples(moda, command):
 
 
 def test_help_imports_nothing_heavy():
-    program = (
-        "import sys\nimport moda.cli.study, moda.cli.app\nprint(sorted({'torch', 'numpy', 'lightning'} & set(sys.modules)))"
-    )
+    program = "import sys\nimport moda.cli.study, moda.cli.app\nprint(sorted({'torch', 'numpy', 'lightning'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout == "[]\n"

@@ -10,16 +10,16 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.moda._helpers.composing import assert_law, lively, random_modules, widths
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from moda import models
 from moda.composition.compose import Align, ComposedModel, compose, mask
-from moda.decomposition.container import Decomposition
 from moda.composition.slicing import plan
+from moda.decomposition.container import Decomposition
 from moda.observation.taps import instrument
+from tests.moda._helpers.composing import assert_law, lively, random_modules, widths
 
 MODELS = {
     "lenet5": (0.5, 32),

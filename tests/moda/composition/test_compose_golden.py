@@ -9,11 +9,11 @@ from torch import nn
 
 from moda.composition import measure
 from moda.composition.compose import compose, mask
+from moda.composition.slicing import plan
 from moda.decomposition.container import Decomposition
 from moda.models.mobilenet import MobileNet
 from moda.models.resnet import ResNet
 from moda.models.vgg import VGG
-from moda.composition.slicing import plan
 from moda.observation.taps import InstrumentedModel, instrument
 
 CASES = [

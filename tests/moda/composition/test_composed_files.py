@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from tests.moda._helpers.composing import lively, random_modules, widths
 from torch import Tensor, nn
 
 from moda import models
@@ -17,6 +16,7 @@ from moda.composition.compose import ComposedModel, compose, mask
 from moda.composition.files import load_composed, save_composed
 from moda.files import FormatError
 from moda.observation.taps import InstrumentedModel, instrument
+from tests.moda._helpers.composing import lively, random_modules, widths
 
 
 def model(seed: int = 0, width: float = 0.05, num_classes: int = 4) -> InstrumentedModel:

@@ -6,12 +6,12 @@ import zipfile
 
 import pytest
 import torch
-from tests.moda._helpers.studying import make_run
 
 import moda
 from moda.composition import export as exporting
 from moda.composition.export import export, provenance_of, read_provenance
 from moda.files import FormatError
+from tests.moda._helpers.studying import make_run
 
 
 @pytest.fixture(scope="module")

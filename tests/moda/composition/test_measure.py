@@ -6,15 +6,15 @@ import time
 
 import pytest
 import torch
-from tests.moda._helpers.composing import lively, random_modules, widths
 from torch import Tensor, nn
 
 from moda import models
 from moda.composition import measure
 from moda.composition.compose import compose, mask
-from moda.decomposition.container import Decomposition
 from moda.composition.slicing import plan
+from moda.decomposition.container import Decomposition
 from moda.observation.taps import InstrumentedModel, instrument
+from tests.moda._helpers.composing import lively, random_modules, widths
 
 
 def small() -> tuple[InstrumentedModel, Decomposition]:

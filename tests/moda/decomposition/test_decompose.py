@@ -17,7 +17,14 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from moda.bench.memory import peak_bytes
-from moda.decomposition.container import Decomposition, FiringRates, check_classes, count_firings, decompose, masks_from_rates
+from moda.decomposition.container import (
+    Decomposition,
+    FiringRates,
+    check_classes,
+    count_firings,
+    decompose,
+    masks_from_rates,
+)
 from moda.files import FormatError
 from moda.models.mobilenet import MobileNet
 from moda.models.resnet import ResNet

@@ -5,12 +5,12 @@ import re
 
 import pytest
 import torch
-from tests.moda._helpers.studying import make_run
 
 import moda
+from moda.decomposition.rates_files import load_rates, rates_metadata, save_rates
 from moda.files import FormatError
 from moda.runs.finished import FinishedRun, checked_device, cut
-from moda.decomposition.rates_files import load_rates, rates_metadata, save_rates
+from tests.moda._helpers.studying import make_run
 
 
 @pytest.fixture(scope="module")

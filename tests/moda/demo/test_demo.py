@@ -16,13 +16,13 @@ from PIL import Image
 from rich.console import Console
 from torch.utils.data import DataLoader, Subset
 
-from moda.demo import run as demo
 from moda.composition import measure
 from moda.composition.compose import compose
 from moda.decomposition.container import Decomposition
+from moda.demo import run as demo
 from moda.demo.run import DemoResult, DemoSettings, choose_subtasks, run_demo
-from moda.runs.folder import RunFolder, load_data
 from moda.observation.taps import instrument
+from moda.runs.folder import RunFolder, load_data
 
 SETTINGS = DemoSettings(seeds=(0, 1), epochs=3, subtask_sizes=(2, 10), samples=3)
 

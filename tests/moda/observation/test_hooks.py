@@ -5,10 +5,10 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.moda._helpers.tapping import Checkpointing, Deciding, images, spied
 from torch import Tensor, nn
 
 from moda.observation.taps import HookedModel, instrument
+from tests.moda._helpers.tapping import Checkpointing, Deciding, images, spied
 
 
 class Wandering(Deciding):

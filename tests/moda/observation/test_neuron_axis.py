@@ -5,10 +5,10 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.moda._helpers.tapping import Tokens, images
 from torch import Tensor, nn
 
 from moda.observation.taps import TracingError, instrument
+from tests.moda._helpers.tapping import Tokens, images
 
 
 def test_token_activations_have_their_neurons_moved_to_dim_1() -> None:

@@ -5,11 +5,11 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.moda._helpers.tapping import Lambda, images, line_of
 from torch import Tensor
 from torchvision import models
 
 from moda.observation.taps import TracingError, instrument
+from tests.moda._helpers.tapping import Lambda, images, line_of
 
 
 def shifted(x: Tensor) -> Tensor:

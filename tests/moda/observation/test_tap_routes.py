@@ -5,13 +5,13 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.moda._helpers.tapping import closed_form_loss, images, spied
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from moda.observation import taps
 from moda.observation.taps import instrument
 from moda_kernels import modular_losses
+from tests.moda._helpers.tapping import closed_form_loss, images, spied
 
 
 class Mixed(nn.Module):

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.moda._helpers.tapping import Lambda, closed_form_loss, images, small_cnn, spied
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torchvision import models
 
 from moda.observation.taps import InstrumentedModel, Tap, instrument
+from tests.moda._helpers.tapping import Lambda, closed_form_loss, images, small_cnn, spied
 
 ZOO = {
     "resnet18": (17, 32, ["relu", "layer1.0.relu", "layer1.0.relu_1", "layer1.1.relu", "layer1.1.relu_1"]),

@@ -6,11 +6,11 @@ import inspect
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.moda._helpers.tapping import Checkpointing, Deciding, images, line_of
 from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
 from moda.observation.taps import TracingError, instrument
+from tests.moda._helpers.tapping import Checkpointing, Deciding, images, line_of
 
 
 class Functional(nn.Module):

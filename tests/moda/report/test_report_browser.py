@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.moda._helpers.browser import Browser
-from tests.moda._helpers.study_folders import STANDARD, config, write_analyses, write_reuse, write_run, write_study
 
 from moda.report.study import read_inputs, study_page
+from tests.moda._helpers.browser import Browser
+from tests.moda._helpers.study_folders import STANDARD, config, write_analyses, write_reuse, write_run, write_study
 
 BOXES = """return [...document.querySelectorAll('svg')].map(svg => {
   const box = svg.getBoundingClientRect();

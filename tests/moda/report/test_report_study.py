@@ -12,6 +12,16 @@ from typing import Any
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
+from typer.testing import CliRunner
+
+from moda.cli.app import app
+from moda.files import FormatError
+from moda.report.curves import Line, Scale, heat_map, lines, spread_out
+from moda.report.page import Panel, Panels, Section, draw_all, inline
+from moda.report.spread import Spread
+from moda.report.study import read_inputs, study_page
+from moda.report.study.references import find, find_replacement, find_sweep, from_paper, references
+from moda.report.style import PAPER, drawing
 from tests.moda._helpers.study_folders import (
     CIFAR10,
     STANDARD,
@@ -23,16 +33,6 @@ from tests.moda._helpers.study_folders import (
     write_study,
     write_sweep,
 )
-from typer.testing import CliRunner
-
-from moda.cli.app import app
-from moda.files import FormatError
-from moda.report.curves import Line, Scale, heat_map, lines, spread_out
-from moda.report.page import Panel, Panels, Section, draw_all, inline
-from moda.report.spread import Spread
-from moda.report.study import read_inputs, study_page
-from moda.report.study.references import find, find_replacement, find_sweep, from_paper, references
-from moda.report.style import PAPER, drawing
 
 # ---- the paper's numbers --------------------------------------------------------------------------------------------
 

@@ -5,11 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.moda._helpers.studying import make_run
 
 import moda
-from moda.runs.config import TrainingConfig
 from moda.files import FormatError
+from moda.runs.config import TrainingConfig
 from moda.runs.finished import FinishedRun
 from moda.runs.published import (
     agreement,
@@ -19,6 +18,7 @@ from moda.runs.published import (
     load_published_masks,
     load_published_weights,
 )
+from tests.moda._helpers.studying import make_run
 
 CONFIG = TrainingConfig(model="small_vgg", width=0.25, seed=0)
 

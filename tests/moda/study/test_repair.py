@@ -6,15 +6,15 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tests.moda._helpers.studying import make_run
 
 import moda
+from moda.composition.replace import CalibratedModel, Calibration, NormalizedModel
 from moda.files import FormatError
 from moda.runs.finished import file_sha256
+from moda.runs.folder import RunFolder
 from moda.study.replacement import class_accuracies, read_repairs, repair, write_repairs
 from moda.study.replacement_study import RepairStudy, run_repair_study
-from moda.composition.replace import CalibratedModel, Calibration, NormalizedModel
-from moda.runs.folder import RunFolder
+from tests.moda._helpers.studying import make_run
 
 STUDY = RepairStudy(
     data="digits",

@@ -5,14 +5,14 @@ from itertools import combinations
 
 import pytest
 import torch
-from tests.moda._helpers.studying import make_run
 
-from moda.study import reuse_run
 from moda.files import FormatError
 from moda.runs.finished import cut
+from moda.study import reuse_run
 from moda.study.results_file import read_note
 from moda.study.reuse import TestSet, by_size, evaluate_subtasks, read_results, reuse_accuracy
 from moda.study.reuse_run import KIND, run_reuse
+from tests.moda._helpers.studying import make_run
 
 TASKS = [*combinations(range(4), 2), (0, 1, 2), (9, 3, 4)]
 

@@ -8,20 +8,18 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
-from tests.moda._helpers.studying import make_run
 
-from moda.study import analysis_files
 from moda.decomposition import rates_files
-from moda.study import replacement as repair
-from moda.study import reuse_run
+from moda.study import analysis_files, reuse_run, sweep
 from moda.study import digits as study
-from moda.study import sweep
+from moda.study import replacement as repair
 from moda.study.analysis import LayerAnalysis
 from moda.study.analysis_files import analyze_run, write_analysis
+from moda.study.digits import StudySettings
 from moda.study.replacement import RepairResult, write_repairs
 from moda.study.reuse import COLUMNS
 from moda.study.reuse_run import run_reuse
-from moda.study.digits import StudySettings
+from tests.moda._helpers.studying import make_run
 
 DOCS = Path(__file__).parents[3] / "docs"
 PAGE = (DOCS / "file_formats.md").read_text(encoding="utf-8")

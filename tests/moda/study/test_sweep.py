@@ -4,16 +4,16 @@ import re
 
 import pytest
 import torch
-from tests.moda._helpers.studying import make_run
 
 import moda
+from moda.files import FormatError
+from moda.runs.folder import RunFolder
+from moda.runs.metrics import read_metrics
 from moda.study import sweep
 from moda.study.analysis import analyze
-from moda.files import FormatError
-from moda.runs.metrics import read_metrics
 from moda.study.reuse import TestSet, evaluate_subtasks, reuse_accuracy
-from moda.runs.folder import RunFolder
 from moda.study.sweep import read_sweep, sweep_threshold, sweep_weight
+from tests.moda._helpers.studying import make_run
 
 TASKS = [(0, 1), (4, 7), (2, 3, 8)]
 

@@ -16,13 +16,13 @@ import pytest
 import torch
 from torch import nn
 
-from moda.runs.config import TrainingConfig
 from moda.data.splits import DataSplits, InMemory
 from moda.files import read_tensors
-from moda.runs.metrics import read_metrics
-from moda.training.progress import TrainingProgress
+from moda.runs.config import TrainingConfig
 from moda.runs.folder import RunFolder
+from moda.runs.metrics import read_metrics
 from moda.training.loop import train
+from moda.training.progress import TrainingProgress
 
 SAMPLES, CLASSES, BATCH = (
     42,

@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +17,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from moda.training import loop as training
 from moda.data.batches import BatchLoader, EpochOrder, SampleBatches, epoch_order
-from moda.runs.config import TrainingConfig
 from moda.data.splits import DataSplits, InMemory
 from moda.files import FormatError, read_tensors
-from moda.runs.metrics import MetricsFile, read_metrics
-from moda.training.progress import TrainingProgress
-from moda.runs.folder import RunFolder
 from moda.observation.taps import InstrumentedModel, instrument
+from moda.runs.config import TrainingConfig
+from moda.runs.folder import RunFolder
+from moda.runs.metrics import MetricsFile, read_metrics
+from moda.training import loop as training
 from moda.training.loop import TrainingInterrupted, TrainingResult, train
+from moda.training.progress import TrainingProgress
 from moda_kernels import ModularLoss
+from tests.moda._helpers.processes import assert_same_weights, environment, wait_for
 
 SAMPLES, CLASSES = 42, 3  # with batches of 16: three steps per epoch, the last of 10
 
@@ -89,12 +89,6 @@ class StopAfter(TrainingProgress):
 
 def weights(result: TrainingResult) -> dict[str, Tensor]:
     return result.model.state_dict()
-
-
-def assert_same_weights(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
-    assert a.keys() == b.keys()
-    for name in a:
-        assert torch.equal(a[name], b[name]), name
 
 
 def without_seconds(path: Path) -> list[dict[str, float]]:
@@ -386,22 +380,6 @@ def test_kill_loses_at_most_the_steps_since_the_last_checkpoint(tmp_path: Path) 
 def logged_steps(folder: Path) -> int:
     path = folder / "steps.csv"
     return max(0, path.read_text().count("\n") - 1) if path.exists() else 0
-
-
-def wait_for(condition: Any, process: subprocess.Popen[Any], seconds: float = 120) -> None:
-    """Until `condition()`; fails if the process ends before."""
-    end = time.monotonic() + seconds
-    while not condition():
-        assert process.poll() is None, f"ended with {process.returncode}"
-        assert time.monotonic() < end, "took too long"
-        time.sleep(0.02)
-
-
-def environment() -> dict[str, str]:
-    """Of a subprocess that finds the packages as the tests do."""
-    root = Path(__file__).parents[3]
-    paths = [str(root), str(root / "python"), os.environ.get("PYTHONPATH", "")]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": "1"}
 
 
 # ---- malformed input ----------------------------------------------------------------------------------------------

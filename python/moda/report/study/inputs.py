@@ -8,16 +8,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from moda.study.analysis_files import read_analysis
-from moda.runs.config import RUNTIME_SETTINGS, TrainingConfig
 from moda.files import FormatError, read_json
+from moda.runs.config import RUNTIME_SETTINGS, TrainingConfig
+from moda.runs.folder import RunFolder
 from moda.runs.metrics import read_metrics
+from moda.study.analysis_files import read_analysis
+from moda.study.digits import DESCRIPTION, FORMAT, FORMAT_VERSION
 from moda.study.replacement import RepairResult, read_repairs
 from moda.study.results_file import read_note
 from moda.study.reuse import ReuseResult, read_results
 from moda.study.reuse_run import KIND as REUSE_KIND
-from moda.runs.folder import RunFolder
-from moda.study.digits import DESCRIPTION, FORMAT, FORMAT_VERSION
 from moda.study.sweep import GRIDS, SweepPoint, read_sweep
 
 __all__ = ["Inputs", "Replacement", "RunResults", "Setting", "read_inputs"]

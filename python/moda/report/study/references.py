@@ -8,8 +8,8 @@ from functools import cache
 from importlib.resources import files
 from typing import Any
 
-from moda.runs.config import TrainingConfig
 from moda.report.study.inputs import DATA_NAMES, MODEL_NAMES, WEIGHTS
+from moda.runs.config import TrainingConfig
 
 __all__ = ["Match", "find", "find_replacement", "find_sweep", "references"]
 

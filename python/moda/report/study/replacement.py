@@ -7,14 +7,14 @@ from dataclasses import replace
 from statistics import fmean
 from typing import Any
 
-from moda.runs.config import RUNTIME_SETTINGS
-from moda.study.replacement import STRATEGIES, RepairResult
 from moda.report.curves import Change, changes
 from moda.report.page import Block, Panel, Panels, Row, Section, Table, Words
 from moda.report.spread import Spread
 from moda.report.study.inputs import DATA_NAMES, MODEL_NAMES, Replacement
 from moda.report.study.references import find_replacement
 from moda.report.study.words import DASH
+from moda.runs.config import RUNTIME_SETTINGS
+from moda.study.replacement import STRATEGIES, RepairResult
 
 __all__ = ["replacement"]
 
