@@ -35,7 +35,10 @@ if TYPE_CHECKING:
     from moda.composition.compose import compose, mask
     from moda.composition.files import load_composed, save_composed
     from moda.composition.replace import replace
-    from moda.decomposition.container import Decomposition, FiringRates, count_firings, decompose
+    from moda.decomposition.container import Decomposition
+    from moda.decomposition.counting import count_firings
+    from moda.decomposition.rates import FiringRates
+    from moda.decomposition.rule import decompose
     from moda.observation.taps import InstrumentedModel, TracingError, instrument
     from moda.runs.config import TrainingConfig
     from moda.training.callback import ModularCallback
@@ -83,15 +86,15 @@ _MODULES = {
 }
 _HOME = {
     "Decomposition": "moda.decomposition.container",
-    "FiringRates": "moda.decomposition.container",
+    "FiringRates": "moda.decomposition.rates",
     "InstrumentedModel": "moda.observation.taps",
     "ModularCallback": "moda.training.callback",
     "TracingError": "moda.observation.taps",
     "TrainingConfig": "moda.runs.config",
     "__version__": "moda_kernels",
     "compose": "moda.composition.compose",
-    "count_firings": "moda.decomposition.container",
-    "decompose": "moda.decomposition.container",
+    "count_firings": "moda.decomposition.counting",
+    "decompose": "moda.decomposition.rule",
     "instrument": "moda.observation.taps",
     "load_composed": "moda.composition.files",
     "mask": "moda.composition.compose",

@@ -6,7 +6,8 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,19 @@ from torch import Tensor
 
 class FormatError(ValueError):
     """A file or folder is not what it should be; the message names it and says what is wrong."""
+
+
+@contextmanager
+def format_errors(path: Path) -> Iterator[None]:
+    """Turn what is raised by the values that the file `path` holds into a FormatError that names the file."""
+    try:
+        yield
+    except FormatError:
+        raise
+    except KeyError as error:
+        raise FormatError(f"{path}: entry {error} is missing") from None
+    except (TypeError, ValueError) as error:
+        raise FormatError(f"{path}: {error}") from None
 
 
 def write_bytes(path: Path, data: bytes) -> None:

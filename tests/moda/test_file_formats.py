@@ -11,7 +11,8 @@ import torch
 
 from moda.composition import files as composed_files
 from moda.composition.compose import compose
-from moda.decomposition.container import FORMAT, FORMAT_VERSION, Decomposition
+from moda.decomposition.container import Decomposition
+from moda.decomposition.files import FORMAT, FORMAT_VERSION
 from moda.files import FormatError, read_json, read_tensors, write_bytes, write_json, write_tensors
 from moda.models import small_vgg
 from moda.observation.taps import instrument

@@ -22,7 +22,10 @@ from torch.utils.data import DataLoader, Dataset
 from moda.composition import measure
 from moda.data import DataSplits
 from moda.data.batches import BatchLoader, EpochOrder
-from moda.decomposition.container import Decomposition, FiringRates, count_firings, decompose
+from moda.decomposition.container import Decomposition
+from moda.decomposition.counting import count_firings
+from moda.decomposition.rates import FiringRates
+from moda.decomposition.rule import decompose
 from moda.files import write_bytes, write_json
 from moda.models.options import check_count
 from moda.observation.taps import InstrumentedModel, instrument

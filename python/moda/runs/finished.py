@@ -12,8 +12,11 @@ from torch.utils.data import Dataset
 
 from moda.data import DataSplits
 from moda.data.batches import BatchLoader, EpochOrder
-from moda.decomposition.container import MASKS_FILE, METADATA_FILE, Decomposition, FiringRates, count_firings, decompose
-from moda.decomposition.rates_files import load_rates, rates_metadata, save_rates
+from moda.decomposition.container import Decomposition
+from moda.decomposition.counting import count_firings
+from moda.decomposition.files import MASKS_FILE, METADATA_FILE, load_rates, rates_metadata, save_rates
+from moda.decomposition.rates import FiringRates
+from moda.decomposition.rule import decompose
 from moda.files import FormatError
 from moda.observation.taps import InstrumentedModel, instrument
 from moda.runs.folder import RunFolder, load_data

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from moda.composition.measure import overlap_matrix, size
-from moda.decomposition.container import Decomposition, FiringRates
+from moda.decomposition.container import Decomposition
+from moda.decomposition.rates import FiringRates
 from moda.inference import device_of, evaluating
 from moda.observation.taps import InstrumentedModel
 from moda_kernels import ClassSimilarity

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from moda.composition.measure import accuracy, overlap_matrix, size
-from moda.decomposition.container import Decomposition, decompose
+from moda.decomposition.container import Decomposition
+from moda.decomposition.rule import decompose
 from moda.files import FormatError
 from moda.runs.finished import FinishedRun, cut
 from moda.runs.metrics import read_metrics

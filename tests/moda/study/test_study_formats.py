@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from moda.decomposition import rates_files
+from moda.decomposition import files as decomposition_files
 from moda.study import analysis_files, reuse_run, sweep
 from moda.study import digits as study
 from moda.study import replacement as repair
@@ -49,7 +49,7 @@ def folder(tmp_path_factory):
 @pytest.mark.parametrize(
     ("file", "words", "kind"),
     [
-        ("rates/rates.json", "\n`rates.json`:\n", rates_files.FORMAT),
+        ("rates/rates.json", "\n`rates.json`:\n", decomposition_files.RATES_FORMAT),
         ("analysis.json", "\n`analysis.json`:\n", analysis_files.FORMAT),
         ("repair.json", "\n`repair.json`:\n", repair.FORMAT),
         ("reuse.json", "The note (`reuse.json`, `sweep_<parameter>.json`):\n", reuse_run.KIND),

@@ -1,0 +1,190 @@
+"""Model and data -> firing rates: run the model over a loader and count at every tap."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor
+from torch.utils.data import DistributedSampler
+
+from moda.decomposition.rates import FiringRates
+from moda.inference import device_of, evaluating
+from moda_kernels import FiringCounter
+
+if TYPE_CHECKING:
+    from moda.observation.taps import HookedModel, InstrumentedModel
+    from moda_kernels.distributed import Group
+
+GROUP_BYTES = 32 << 20
+"""Of activations that are counted together on the CPU: fewer calls than layers, and little memory."""
+CHANGING = "model: expected the same activations in every forward pass, got others than in the first one"
+
+_Batch: TypeAlias = "tuple[Tensor, Tensor, int]"
+
+
+def count_firings(
+    model: InstrumentedModel | HookedModel,
+    loader: Iterable[Any],
+    num_classes: int,
+    *,
+    threshold: float = 0.0,
+    backend: str = "auto",
+    group: Group | None = None,
+    progress: bool = True,
+) -> FiringRates:
+    """Firing rates of an instrumented model over the batches of a loader.
+
+    Runs in evaluation mode without gradients, on the device of the model; every submodule's train/eval mode is put
+    back afterwards. On the CPU every activation is counted while the model runs and then forgotten, which takes the
+    memory of a plain pass; ReLUs overwrite their input where nobody else sees it (`InstrumentedModel.overwriting`).
+    The samples that a `DistributedSampler` repeats to give every process the same number are run but not counted, so
+    that with `group` the rates are those of one process over the whole data set.
+
+    Args:
+        model: `moda.instrument(model)`.
+        loader: gives batches whose first two items are inputs and labels ((N,) int64 or int32).
+        num_classes: K.
+        threshold: magnitude that a position must exceed to fire; the published code uses 0.
+        backend: see `moda_kernels.backends`.
+        group: a process group, or "world" for the default one, whose ranks each bring a part of the data: every rank
+            gets the rates of all of it. A rank may have no batch.
+        progress: show a progress bar on standard error, if that is a terminal.
+
+    Raises:
+        TypeError: `model` is not instrumented, or a batch is not a pair.
+        ValueError: the loader gives no batch, or labels are outside [0, num_classes).
+    """
+    if not all(hasattr(type(model), name) for name in ("taps", "activations", "recording")):
+        raise TypeError(f"model: expected an instrumented model, moda.instrument(model), got {type(model).__name__}")
+    counter = FiringCounter(num_classes, threshold=threshold, backend=backend)
+    count = _count_while_running if device_of(model).type == "cpu" else _count_when_run
+    with evaluating(model), torch.no_grad(), model.overwriting():
+        count(model, _batches(loader, progress), counter)
+    if group is not None:
+        counter.all_reduce(group)
+    if not counter.counts:
+        raise ValueError("loader: expected at least one batch, got none")
+    taps = tuple(model.taps)
+    return FiringRates(
+        taps=taps,
+        rates={tap: rate.cpu() for tap, rate in zip(taps, counter.rates, strict=True)},
+        counts={tap: count.cpu() for tap, count in zip(taps, counter.counts, strict=True)},
+        class_sizes=counter.class_sizes.cpu(),
+        threshold=counter.threshold,
+    )
+
+
+def _count_when_run(model: InstrumentedModel | HookedModel, batches: Iterable[_Batch], counter: FiringCounter) -> None:
+    """All layers of a batch together: one launch."""
+    device = device_of(model)
+    with model.recording():
+        for inputs, labels, own in batches:
+            model(inputs.to(device))
+            activations = model.activations()
+            if own:
+                counter.update([activation[:own] for activation in activations], labels[:own].to(device))
+
+
+def _count_while_running(
+    model: InstrumentedModel | HookedModel, batches: Iterable[_Batch], counter: FiringCounter
+) -> None:
+    """A few layers at a time, as soon as they are there: still in cache, and their memory free for layers to come."""
+    groups = _LayerGroups(counter)
+    for inputs, labels, own in batches:
+        if own:
+            groups.count(model, inputs.cpu(), labels[:own].cpu())
+        else:
+            model(inputs.cpu())
+    groups.add_to(counter)
+
+
+class _LayerGroups:
+    """Counters of consecutive layers, which the first forward pass cuts into groups of some `GROUP_BYTES`."""
+
+    def __init__(self, counter: FiringCounter) -> None:
+        self._make = partial(FiringCounter, counter.num_classes, threshold=counter.threshold, backend=counter.backend)
+        self._counters: list[FiringCounter] = []
+        self._cut = False  # whether the groups are known
+        self._done = 0  # groups of this forward pass
+        self._pending: list[Tensor] = []
+
+    def count(self, model: InstrumentedModel | HookedModel, inputs: Tensor, labels: Tensor) -> None:
+        """Run the model, and count its activations of the first len(labels) samples."""
+        self._done = 0
+        with model.recording(partial(self._receive, labels)):
+            model(inputs)
+        if self._pending and not self._cut:
+            self._flush(labels)
+        if self._pending or self._done != len(self._counters):
+            raise ValueError(CHANGING)
+        self._cut = True
+
+    def add_to(self, counter: FiringCounter) -> None:
+        """Bring the groups together in a counter that has counted nothing yet."""
+        if not self._counters:
+            return
+        counts = [count for group in self._counters for count in group.counts]
+        state = {f"counts.{index}": count for index, count in enumerate(counts)}
+        counter.load_state_dict({**self._counters[0].state_dict(), **state})
+
+    def _receive(self, labels: Tensor, _index: int, activation: Tensor) -> None:
+        self._pending.append(activation[: len(labels)])
+        if self._cut and self._done < len(self._counters):
+            complete = len(self._pending) == len(self._counters[self._done].counts)
+        else:
+            complete = sum(layer.nbytes for layer in self._pending) >= GROUP_BYTES
+        if complete:
+            self._flush(labels)
+
+    def _flush(self, labels: Tensor) -> None:
+        if self._done == len(self._counters):
+            if self._cut:
+                raise ValueError(CHANGING)
+            self._counters.append(self._make())
+        layers, self._pending = self._pending, []
+        self._counters[self._done].update(layers, labels)
+        self._done += 1
+
+
+def _batches(loader: Iterable[Any], progress: bool) -> Iterator[_Batch]:
+    """Inputs, labels, and how many of the samples, the first ones, are to be counted."""
+    console = Console(stderr=True)
+    uncounted = _own_samples(loader)
+    if progress and console.is_terminal:  # a log file wants no bar
+        loader = track(loader, "Counting firings", console=console, transient=True)
+    for batch in loader:
+        inputs, labels = _inputs_and_labels(batch)
+        own = int(min(len(labels), uncounted))
+        uncounted -= own
+        yield inputs, labels, own
+
+
+def _own_samples(loader: Iterable[Any]) -> float:
+    """How many samples of the loader, from its first, are not repeated ones; infinity if it repeats none.
+
+    A `DistributedSampler` without `drop_last` fills up the order of all processes at its end, and each takes every
+    W-th sample of it, beginning with its own rank's.
+    """
+    batch_sampler = getattr(loader, "batch_sampler", None)
+    sampler = getattr(batch_sampler, "sampler", getattr(loader, "sampler", None))
+    if not isinstance(sampler, DistributedSampler):
+        return math.inf
+    size = len(sampler.dataset)  # type: ignore[arg-type]
+    return len(range(sampler.rank, size, sampler.num_replicas))
+
+
+def _inputs_and_labels(batch: Any) -> tuple[Tensor, Tensor]:
+    if not isinstance(batch, (tuple, list)):
+        raise TypeError(f"loader: expected batches of (inputs, labels), got {type(batch).__name__}")
+    if len(batch) < 2:
+        raise TypeError(f"loader: expected batches of (inputs, labels), got {type(batch).__name__} of {len(batch)}")
+    for name, value in zip(("inputs", "labels"), batch, strict=False):
+        if not isinstance(value, Tensor):
+            raise TypeError(f"loader: expected tensors in each batch, got {name} of type {type(value).__name__}")
+    return batch[0], batch[1]
