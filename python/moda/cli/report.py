@@ -6,17 +6,19 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
-from moda.cli.examples import example
+from moda.cli.commands import example, group
+from moda.cli.printing import say
+from moda.files import write_bytes
 
-
-def register(app: typer.Typer) -> None:
-    """Add the command to the `moda` command."""
-    lines = ("moda report runs/digits runs/standard -o report.html", "moda report study -o docs/study/report.html")
-    app.command("report", epilog=example(*lines), rich_help_panel="The paper's study")(report)
+commands = group()
 
 
+@commands.command(
+    epilog=example(
+        "moda report runs/digits runs/standard -o report.html", "moda report study -o docs/study/report.html"
+    )
+)
 def report(
     folders: Annotated[
         list[Path],
@@ -35,10 +37,9 @@ def report(
     modular ones against the standard ones of the same settings. What a run has no results of is left out, with the
     command that makes them.
     """
-    from moda.files import write_bytes
     from moda.report.study import read_inputs, study_page
 
     page = study_page(read_inputs(folders), title)
     output.parent.mkdir(parents=True, exist_ok=True)
     write_bytes(output, page.encode())
-    Console().print(f"Page: {output}", highlight=False, soft_wrap=True)
+    say(f"Page: {output}")

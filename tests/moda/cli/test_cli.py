@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from moda.cli import app as cli
+from moda.cli.arguments import parse_classes
 from moda.composition import measure
 from moda.decomposition.container import Decomposition
 from moda.observation.taps import instrument
@@ -143,9 +144,31 @@ def test_help_has_examples(moda: Moda, name: str) -> None:
     assert f"$ moda {name}" in out
 
 
-def test_help_is_quick_because_it_imports_little() -> None:
-    script = "import sys; from moda import cli; sys.exit(sum(p in sys.modules for p in ('torch', 'lightning', 'matplotlib')))"
-    assert subprocess.run([sys.executable, "-c", script], env=environment(), check=False).returncode == 0
+@pytest.mark.parametrize("arguments", [["--help"], [], ["trian"]])
+def test_main_help_imports_nothing_heavy(arguments: list[str]) -> None:
+    program = (
+        "import sys\n"
+        "from moda.cli.app import main\n"
+        f"sys.argv = ['moda', *{arguments}]\n"
+        "try:\n    main()\nexcept SystemExit:\n    pass\n"
+        "print(sorted({'torch', 'numpy', 'lightning', 'matplotlib'} & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment(), capture_output=True, text=True, check=True
+    )
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_main_help_shows_what_each_command_does(moda: Moda) -> None:
+    status, out, _ = moda("--help")
+    assert status == 0
+    for name, command in cli.commands().items():
+        summary = (command.load().help or "").partition("\n")[0]
+        assert (f"{name} " in out) != command.hidden
+        if not command.hidden:
+            assert command.help == summary
+            assert len(summary) > 20
+            assert summary.split()[0] in out
 
 
 def test_resume_after_ctrl_c(moda: Moda, tmp_path: Path) -> None:
@@ -286,4 +309,4 @@ def test_parse_classes(text: str, expected: list[int]) -> None:
     names = ("bird", "cat", "dog")
     if text == "0":
         names = ("bird", "cat", "0")
-    assert cli.parse_classes(text, names) == expected
+    assert parse_classes(text, names) == expected

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 
 import pytest
@@ -228,8 +227,3 @@ def test_every_command_has_examples(moda, command):
     code, out, _ = moda(command, "--help")
     assert code == 0
     assert f"$ moda {command} " in out
-
-
-def test_help_imports_nothing_heavy():
-    program = "import sys\nimport moda.cli.study, moda.cli.app\nprint(sorted({'torch', 'numpy', 'lightning'} & set(sys.modules)))"
-    assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout == "[]\n"

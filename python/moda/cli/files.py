@@ -1,0 +1,94 @@
+"""Commands between moda and the files of others: export, import."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from moda.cli.arguments import ClassesOption, DecomposedRun, DeviceOption, parse_classes
+from moda.cli.commands import example, group
+from moda.cli.printing import percent, say, show, table
+from moda.composition.compose import compose
+from moda.composition.export import export as write
+from moda.composition.export import provenance_of
+from moda.runs.finished import FinishedRun, cut
+from moda.runs.published import agreement, described, import_run, load_published_masks
+from moda.study.reuse import TestSet
+
+commands = group()
+
+
+@commands.command(
+    epilog=example(
+        "moda export runs/digits --classes 1,7 -o one-seven.pt2",
+        "moda export runs/digits --classes 3,5,8 -o three-five-eight.onnx",
+    )
+)
+def export(
+    folder: DecomposedRun,
+    classes: ClassesOption,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="A file that ends in .pt2 or .onnx.", show_default=False)
+    ],
+) -> None:
+    """Write a composed model to a file that runs without moda: torch.export or ONNX.
+
+    The file takes batches of any size. It is read back and must give the same logits on test images; its classes and
+    the hashes of what it was made from are inside.
+    """
+    finished = FinishedRun.open(folder, "cpu")
+    chosen = parse_classes(classes, finished.data.class_names)
+    model = compose(finished.model, finished.decomposition(), chosen)
+    names = [finished.data.class_names[k] for k in chosen]
+    origin = provenance_of(model, names, finished.data.input_shape, str(folder), finished.provenance())
+    few = [finished.data.test[index] for index in range(min(16, len(finished.data.test)))]  # type: ignore[arg-type]
+    difference = write(model, TestSet.of(few).images, output, origin)
+    say(f"{output}: {', '.join(names)}; its logits differ from the model's by at most {difference:.1e}")
+
+
+@commands.command(
+    "import",
+    epilog=example(
+        "moda import vgg16_cifar10/model__bs128__ep200__lr0.05__aff1.0_dis1.0_comp0.3/v1/model.pt runs/published",
+        "moda import model.pt runs/published --model vgg16 --data cifar10 --masks model.pt.mod_mask.thres0.9.pt",
+    ),
+)
+def import_published(
+    weights: Annotated[Path, typer.Argument(help="A published model.pt.", show_default=False)],
+    folder: Annotated[Path, typer.Argument(help="The run folder to make.", show_default=False)],
+    model: Annotated[str | None, typer.Option(help="Architecture.  \\[default: from the folder names]")] = None,
+    data: Annotated[str | None, typer.Option(help="Data set.  \\[default: from the folder names]")] = None,
+    data_root: Annotated[str | None, typer.Option(help="Folder that holds the data set.  \\[default: ./data]")] = None,
+    class_list: Annotated[str | None, typer.Option(help="File with the classes (imagefolder).")] = None,
+    width: Annotated[float, typer.Option(help="Multiplier of all hidden widths.")] = 1.0,
+    masks: Annotated[
+        Path | None, typer.Option(help="A published mask file: cut the model, and compare.", show_default=False)
+    ] = None,
+    augmented: Annotated[
+        bool, typer.Option("--augmented", help="Count firings on augmented images, as the published code does.")
+    ] = False,
+    device: DeviceOption = "auto",
+) -> None:
+    """Make a run of a published checkpoint, so that every command works on it; compare its modules with ours.
+
+    The published files are pickles; they are read without running anything in them. Without --masks, go on with
+    moda decompose.
+    """
+    options = {} if class_list is None else {"class_list": class_list}
+    given = {"model": model, "data": data, "data_root": data_root, "width": width, "data_options": options}
+    config = described(weights, **{name: value for name, value in given.items() if value is not None})
+    run = import_run(weights, folder, config)
+    say(f"{run.path}: {config.model} on {config.data}")
+    if masks is None:
+        say(f"Next: moda decompose {run.path}")
+        return
+    finished = FinishedRun.open(folder, device)
+    theirs = load_published_masks(masks, finished.model.taps)
+    ours = cut(finished, theirs.threshold, augmented=augmented)
+    rows = table(f"Our modules and {masks.name}", "tap", "same", "in both", "ours alone", "theirs alone")
+    for layer in agreement(ours, theirs):
+        counts = (layer.both, layer.only_first, layer.only_second)
+        rows.add_row(layer.tap, percent(layer.agreement), *map(str, counts))
+    show(rows)

@@ -1,0 +1,166 @@
+"""Commands that make modules of a trained model and put them together: decompose, compose, evaluate."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from torch import nn
+
+from moda.cli.arguments import OptionalClasses, RunArgument, parse_classes
+from moda.cli.commands import example, group
+from moda.cli.printing import percent, say, show, table
+from moda.composition import measure
+from moda.composition.compose import compose as build
+from moda.composition.files import DESCRIPTION_FILE, FORMAT, FORMAT_VERSION, load_composed, save_composed
+from moda.data import DataSplits
+from moda.data.batches import BatchLoader, EpochOrder
+from moda.decomposition.container import Decomposition
+from moda.files import FormatError, read_json
+from moda.observation.taps import InstrumentedModel, instrument
+from moda.runs.config import TrainingConfig
+from moda.runs.finished import FinishedRun, cut
+from moda.runs.folder import create_model, load_data
+from moda.study.analysis import off_diagonal_mean
+
+commands = group()
+
+
+@commands.command(epilog=example("moda decompose runs/digits", "moda decompose runs/digits --threshold 0.8"))
+def decompose(
+    folder: RunArgument,
+    threshold: Annotated[float, typer.Option(help="Firing rate from which a neuron is kept.")] = 0.9,
+    min_fraction: Annotated[float, typer.Option(help="Least share of a layer's neurons that a class keeps.")] = 0.005,
+    backend: Annotated[str, typer.Option(help="Of the firing counts (see moda doctor).")] = "auto",
+    augmented: Annotated[
+        bool, typer.Option("--augmented", help="Count on augmented images, as the published code does.")
+    ] = False,
+) -> None:
+    """Cut a trained model into one module per class.
+
+    Counts, on the training data, for which share of each class's samples every neuron fires, and writes the
+    modules to the run's folder decomposition/.
+    """
+    finished = FinishedRun.open(folder)
+    decomposition = cut(finished, threshold, min_fraction, backend=backend, augmented=augmented)
+    run = finished.run
+    _print_modules(finished.model, decomposition, finished.data)
+    say(f"Modules: {run.decomposition}/")
+    say(f"Next: moda compose {folder} --classes 0,1")
+
+
+def _print_modules(model: InstrumentedModel, decomposition: Decomposition, data: DataSplits) -> None:
+    rows = table("Modules", "class", "neurons", "parameters")
+    neurons = sum(mask.shape[1] for mask in decomposition.masks.values())
+    sizes = []
+    for index, name in enumerate(data.class_names):
+        kept = sum(int(mask.sum()) for mask in decomposition.select([index]).values())
+        sizes.append(measure.size(model, decomposition, [index]))
+        rows.add_row(name, f"{kept} of {neurons}", percent(sizes[-1], 1))
+    show(rows)
+    overlap = off_diagonal_mean(measure.overlap_matrix(model, decomposition))
+    say(
+        f"Mean module: {percent(sum(sizes) / len(sizes), 1)} of the parameters; "
+        f"mean overlap of two modules: {percent(overlap, 1)}."
+    )
+
+
+@commands.command(
+    epilog=example("moda compose runs/digits --classes 1,7", "moda compose runs/digits -c 3,5,8 -o three-five-eight")
+)
+def compose(
+    folder: RunArgument,
+    classes: OptionalClasses = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Where to write it.  \\[default: composed-... in the run]"),
+    ] = None,
+) -> None:
+    """Build the smaller model of some classes from their modules."""
+    if classes is None:
+        raise typer.BadParameter("--classes: name the classes that the model is to tell apart, e.g. --classes 1,7")
+    finished = FinishedRun.open(folder, "cpu")
+    run, data = finished.run, finished.data
+    chosen = parse_classes(classes, data.class_names)
+    model = build(finished.model, finished.decomposition(), chosen)
+    names = [data.class_names[index] for index in chosen]
+    target = output or run.path / f"composed-{'-'.join(map(str, chosen))}"
+    metadata = {"source_run": str(run.path), "class_names": names, "training": run.config.to_dict()}
+    save_composed(model, target, metadata)
+    _print_accuracies(finished, chosen, model)
+    say(f"The composed model: {target}/")
+    say(f"Next: moda evaluate {target}")
+
+
+@commands.command(
+    epilog=example(
+        "moda evaluate runs/digits",
+        "moda evaluate runs/digits --classes 1,7",
+        "moda evaluate runs/digits/composed-1-7",
+    )
+)
+def evaluate(
+    folder: Annotated[Path, typer.Argument(help="A run folder, or one that `moda compose` wrote.", show_default=False)],
+    classes: OptionalClasses = None,
+) -> None:
+    """Test a trained model, or a composed one, on the test data.
+
+    With --classes only samples and outputs of these classes count, and where the run is decomposed the model composed
+    of them is tested beside the whole one.
+    """
+    if (folder / "composed.json").exists():
+        _evaluate_composed(folder, classes)
+        return
+    finished = FinishedRun.open(folder, "cpu")
+    if classes is not None:
+        chosen = parse_classes(classes, finished.data.class_names)
+        _print_accuracies(finished, chosen, _composed(finished, chosen))
+        return
+    share = measure.accuracy(finished.model, finished.loader(finished.data.test))
+    say(f"{finished.run.config.model}: {percent(share)} of the test samples")
+
+
+def _evaluate_composed(folder: Path, classes: str | None) -> None:
+    description = read_json(folder / DESCRIPTION_FILE, FORMAT, FORMAT_VERSION)
+    settings = description.get("metadata", {}).get("training")
+    if not isinstance(settings, dict):
+        raise FormatError(
+            f"{folder / DESCRIPTION_FILE}: does not say how the model was trained; was it made by moda compose?"
+        )
+    config = TrainingConfig.from_dict(settings)
+    data = load_data(config)
+    model = load_composed(folder, instrument(create_model(config, data)))
+    chosen = list(model.classes) if classes is None else parse_classes(classes, data.class_names)
+    loader = BatchLoader(data.test, EpochOrder(len(data.test), config.batch_size, None))  # type: ignore[arg-type]
+    share = measure.accuracy(model, loader, chosen)
+    names = ", ".join(data.class_names[index] for index in chosen)
+    say(
+        f"composed of {names}: {percent(share)} of their test samples, "
+        f"{sum(parameter.numel() for parameter in model.parameters()):,} parameters"
+    )
+
+
+def _composed(finished: FinishedRun, classes: list[int]) -> nn.Module | None:
+    """The model of these classes, or None where the run is not decomposed."""
+    if not finished.run.decomposition.exists():
+        return None
+    return build(finished.model, finished.decomposition(), classes)
+
+
+def _print_accuracies(finished: FinishedRun, classes: list[int], composed: nn.Module | None) -> None:
+    """The whole model and the composed one on the test samples of some classes."""
+    names = ", ".join(finished.data.class_names[index] for index in classes)
+    rows = table(f"On the test samples of {names}", "model", "accuracy", "parameters", "FLOPs")
+    example = torch.zeros(1, *finished.data.input_shape)
+    whole = None
+    for title, model in (("whole", finished.model), ("composed", composed)):
+        if model is None:
+            continue
+        share = measure.accuracy(model, finished.loader(finished.data.test), classes)
+        cost = sum(parameter.numel() for parameter in model.parameters()), measure.flops(model, example)
+        whole = whole or cost
+        cells = [f"{value:,} ({100 * value / total:.0f} %)" for value, total in zip(cost, whole, strict=True)]
+        rows.add_row(title, percent(share), *cells)
+    show(rows)

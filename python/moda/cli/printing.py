@@ -1,0 +1,30 @@
+"""How commands print: tables, shares in per cent, and lines that are not coloured word by word."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+
+
+def table(title: str, first: str, *others: str) -> Table:
+    """An empty table: its first column is text, the others are numbers and aligned to the right."""
+    made = Table(title=title, title_justify="left")
+    made.add_column(first)
+    for name in others:
+        made.add_column(name, justify="right")
+    return made
+
+
+def show(printed: Table) -> None:
+    """Print a table on stdout."""
+    Console().print(printed)
+
+
+def say(line: str) -> None:
+    """Print a line on stdout, unbroken, as it is."""
+    Console().print(line, highlight=False, soft_wrap=True)
+
+
+def percent(share: float | None, digits: int = 2) -> str:
+    """A share in per cent; nothing for None."""
+    return "" if share is None else f"{100 * share:.{digits}f} %"
