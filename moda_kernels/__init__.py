@@ -5,6 +5,7 @@ from moda_kernels.backends import BackendUnavailableError, Status, backends
 from moda_kernels.firing import FiringCounter
 from moda_kernels.losses import ModularLoss, ModularLosses, modular_losses
 from moda_kernels.means import class_means
+from moda_kernels.norm import norm_relu_pool
 from moda_kernels.pooling import pool, relu_pool
 from moda_kernels.similarity import ClassSimilarity, class_similarity
 
@@ -20,6 +21,7 @@ __all__ = [
     "class_means",
     "class_similarity",
     "modular_losses",
+    "norm_relu_pool",
     "pool",
     "relu_pool",
 ]

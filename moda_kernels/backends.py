@@ -11,6 +11,7 @@ backend"):
     grouped_losses(activations, segments) -> (affinity, dispersion, compactness)
     pool(activations) -> [pooled activation of each layer]
     relu_pool(x, inplace) -> (relu(x), pooled)
+    norm_relu_pool(x, norm) -> (relu(batch_norm(x) + residual), pooled); norm is a BatchNorm
     class_sums(pooled, labels, num_classes, *, normalize=True) -> [(K, C) sums over each class of each layer's rows]
     count_firings(activations, labels, threshold, counts, class_sizes, invalid, sums=()) -> None (in place, no graph)
 

@@ -20,13 +20,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from moda_kernels.batch_norm import BatchNorm
 from moda_kernels.segments import Segments
 
 _FLOATS = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 
-OPS = frozenset({"grouped_losses", "pool", "relu_pool", "class_sums", "count_firings"})
+OPS = frozenset({"grouped_losses", "pool", "relu_pool", "norm_relu_pool", "class_sums", "count_firings"})
 DTYPES: Mapping[str, frozenset[torch.dtype]] = dict.fromkeys(OPS, _FLOATS)
 DEVICES: Mapping[str, frozenset[str]] | None = None  # any
 
@@ -59,10 +61,25 @@ def pool(activations: Sequence[Tensor]) -> list[Tensor]:
 def relu_pool(x: Tensor, inplace: bool) -> tuple[Tensor, Tensor]:
     """`relu(x)` and its pooled activation."""
     y = torch.relu_(x) if inplace else torch.relu(x)
+    return y, _pooled_relu(y)
+
+
+def _pooled_relu(y: Tensor) -> Tensor:
+    """The pooled activation of a ReLU's output."""
     if y.dim() == 2:
-        return y, pooled_activation(y)
+        return pooled_activation(y)
     # y is its own absolute value, and the ReLU's gradient is 0 where that of |y| would be.
-    return y, y.mean(dim=tuple(range(2, y.dim())), dtype=accumulation_dtype(y.dtype))
+    return y.mean(dim=tuple(range(2, y.dim())), dtype=accumulation_dtype(y.dtype))
+
+
+def norm_relu_pool(x: Tensor, norm: BatchNorm) -> tuple[Tensor, Tensor]:
+    """`relu(batch_norm(x) + residual)` and its pooled activation."""
+    z = F.batch_norm(
+        x, norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.training, norm.momentum, norm.eps
+    )
+    # Neither batch norm nor an addition keeps its result: the ReLU may have its memory.
+    y = torch.relu_(z if norm.residual is None else z + norm.residual)
+    return y, _pooled_relu(y)
 
 
 def normalized_rows(pooled: Tensor) -> Tensor:
