@@ -1,4 +1,4 @@
-"""The C library's allocator, told to keep large blocks."""
+"""Tells the C library's allocator to keep large blocks."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ _LARGEST_MMAP_THRESHOLD = 32 << 20  # what glibc's own adaptation settles at in 
 
 @contextmanager
 def kept_memory() -> Iterator[None]:
-    """Inside, what is freed stays with the process and is handed out again; PyTorch's CPU allocator asks the C library.
+    """Keep freed memory with the process and hand it out again; PyTorch's CPU allocator asks the C library.
 
     By default glibc takes every block of more than 32 MiB from the operating system and gives it back when it is freed.
     A tensor of that size then costs its page faults each time it is made, several times what a kernel takes to
-    fill it, and the same kernel looks much slower from that size on. Does nothing where there is no glibc.
+    fill it, and the same kernel looks much slower from that size on. The block has no effect where there is no glibc.
     """
     settings = getattr(ctypes.CDLL(None), "mallopt", None)
     if settings is None:

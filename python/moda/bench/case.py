@@ -1,4 +1,4 @@
-"""A case of the benchmarks and its contenders."""
+"""Defines a benchmark's case and its contenders."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ class Contender:
     """One way to do what the case asks for.
 
     Attributes:
-        name: unique in the case.
-        phases: what is timed, by phase ("forward", "backward", "both", "step", ...).
-        check: empty when its results are right, else what is wrong with them; runs before anything is timed.
-        memory: bytes of device memory at the peak of one call, where that is asked for.
-        flops: floating-point operations of one call, where that is asked for.
-        skipped: why it cannot run here; then it has no phases.
+        name: the contender's name, unique in the case.
+        phases: the calls to time, by phase ("forward", "backward", "both", "step", ...).
+        check: returns "" when the results are right, else what is wrong with them; it runs before anything is timed.
+        memory: returns the peak device memory of one call in bytes; None if the case does not ask for it.
+        flops: the floating-point operations of one call; None if the case does not ask for them.
+        skipped: the reason why it cannot run here, in which case it has no phases.
     """
 
     name: str
@@ -35,15 +35,16 @@ class Contender:
 
 @dataclass(frozen=True)
 class Case:
-    """One question.
+    """A question that the benchmarks answer.
 
     Attributes:
-        suite: the family of cases it belongs to.
-        name: unique in the suite.
-        baseline: name of the contender that the others are compared with.
+        suite: the family that the case belongs to.
+        name: the case's name, unique in the suite.
+        baseline: the name of the contender that the others are compared with.
         build: makes the inputs and the contenders; what they hold is freed when they are dropped.
         budget: how often to sample each phase.
-        moved: bytes that an ideal implementation must read and write, by phase; none where that says nothing.
+        moved: the bytes that an ideal implementation must read and write, by phase; empty where bandwidth is not the
+            limit.
         keeps_memory: whether freed memory stays with the process (`allocator.kept_memory`): it does in a question about
             kernels at sizes where fresh memory would be most of what is timed.
         parameters: numbers and words that describe the case (shapes, classes, ...), as stored in the results.

@@ -1,4 +1,4 @@
-"""Timing: one cold sample at a time, contenders in turn, medians with quartiles."""
+"""Times contenders in turn, one cold sample at a time, and reports medians with quartiles."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 
 @dataclass(frozen=True)
 class Quartiles:
-    """What is kept of a series of samples."""
+    """The median of a series of samples with its quartiles and extremes."""
 
     median: float
     q1: float
@@ -24,7 +24,7 @@ class Quartiles:
 
     @staticmethod
     def of(samples: Sequence[float]) -> Quartiles:
-        """Quartiles by linear interpolation, both ends included; ValueError for no samples."""
+        """Compute quartiles by linear interpolation, both ends included; raise ValueError if there are no samples."""
         if not samples:
             raise ValueError("samples: expected at least one, got none")
         if len(samples) == 1:
@@ -35,7 +35,7 @@ class Quartiles:
 
 @dataclass(frozen=True)
 class Timed:
-    """Something to time: `call(prepare())`, of which only `call` counts."""
+    """A call to time: `call(prepare())`, of which only `call` is timed."""
 
     call: Callable[[Any], object]
     prepare: Callable[[], Any] = lambda: None
@@ -43,7 +43,7 @@ class Timed:
 
 @dataclass(frozen=True)
 class Budget:
-    """How often to sample: at least `least` rounds, then on until `seconds` have passed or `most` rounds are done."""
+    """The number of rounds to sample: at least `least`, then more until `seconds` have passed or `most` are done."""
 
     least: int
     most: int
@@ -52,14 +52,14 @@ class Budget:
 
 
 class Clock(Protocol):
-    """Takes one sample, in seconds."""
+    """A clock that takes one sample, in seconds."""
 
     def sample(self, timed: Timed) -> float:
-        """Seconds that one call takes with cold caches."""
+        """Return the seconds that one call takes with cold caches."""
 
 
 class HostClock:
-    """Wall time of a call on the CPU.
+    """A clock of the wall time of a call on the CPU.
 
     Before each sample a buffer larger than the last-level cache is written, so that no contender finds in cache what
     the one before it, or its own last call, left there.
@@ -69,24 +69,26 @@ class HostClock:
         self._evict = torch.zeros(2 * cache_bytes, dtype=torch.uint8)
 
     def sample(self, timed: Timed) -> float:
-        """Seconds that one call takes with cold caches."""
+        """Return the seconds that one call takes with cold caches."""
         state = timed.prepare()
         self._evict.add_(1)
         begin = time.perf_counter()
         result = timed.call(state)
         seconds = time.perf_counter() - begin
-        del result  # freeing it is no part of the call
+        del result  # the time to free the result is not counted
         return seconds
 
 
 class CudaClock:
-    """Time of a call on the GPU between two events, its launches included: the stream is idle when the call begins."""
+    """A clock of the time between two events on the GPU. Launches count, because the stream is idle when the call
+    begins.
+    """
 
     def __init__(self, cache_bytes: int) -> None:
         self._evict = torch.zeros(2 * cache_bytes, dtype=torch.uint8, device="cuda")
 
     def sample(self, timed: Timed) -> float:
-        """Seconds that one call takes with a cold L2 cache."""
+        """Return the seconds that one call takes with a cold L2 cache."""
         event: Any = torch.cuda.Event
         begin, end = event(enable_timing=True), event(enable_timing=True)
         state = timed.prepare()
@@ -101,9 +103,9 @@ class CudaClock:
 
 
 def interleave(contenders: Mapping[str, Timed], clock: Clock, budget: Budget) -> dict[str, list[float]]:
-    """Samples of every contender in seconds, taken in turn; sample i of each belongs to round i.
+    """Return every contender's samples in seconds, taken in turn; sample i of each belongs to round i.
 
-    Each round begins with the next contender, so that none always runs behind the same neighbour.
+    Each round begins with another contender, so that none always runs behind the same neighbour.
     """
     names = list(contenders)
     samples: dict[str, list[float]] = {name: [] for name in names}
@@ -127,5 +129,5 @@ def interleave(contenders: Mapping[str, Timed], clock: Clock, budget: Budget) ->
 
 
 def ratios(samples: Sequence[float], baseline: Sequence[float]) -> Quartiles:
-    """Quartiles of the ratios round by round: what drifts over the rounds cancels."""
+    """Return the quartiles of the ratios taken round by round, in which drift over the rounds cancels."""
     return Quartiles.of([mine / other for mine, other in zip(samples, baseline, strict=True)])

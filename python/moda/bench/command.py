@@ -1,4 +1,4 @@
-"""What `moda bench` does: run, write the results, print one table last."""
+"""Runs what `moda bench` asks for, writes the results and prints one table last."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ _TABLE_WIDTH = 190
 
 
 def bench(*, quick: bool, device: str, suites: Sequence[str], folder: Path | None) -> bool:
-    """Run the suites and print their table; False if a contender was wrong.
+    """Run the suites and print their table; return False if a contender was wrong.
 
     Args:
-        quick: few cases and rounds.
+        quick: run few cases and rounds.
         device: "auto" (a GPU if there is one), "cpu" or "cuda".
-        suites: of `moda.bench.plan.SUITES`; none means all.
-        folder: where `<device>.json` goes. None: `benchmarks/results` of a checkout or else the current folder for a
-            full run of all suites, nowhere for any other.
+        suites: names from `moda.bench.plan.SUITES`; an empty sequence means all.
+        folder: the folder for `<device>.json`. With None, a full run of all suites writes to `benchmarks/results` in a
+            checkout and to the current folder elsewhere; any other run writes nothing.
 
     Raises:
         ValueError: an argument is not as above, or there is no such device.

@@ -1,4 +1,4 @@
-"""`torch.compile` as a contender."""
+"""Makes `torch.compile` a contender."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ import torch
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` compiled for the shapes it is called with.
+    """Compile `function` for the shapes it is called with.
 
-    What was compiled before is forgotten: at its limit of recompilations PyTorch would quietly run the plain function.
+    Earlier compilations are discarded first: at its limit of recompilations PyTorch would silently run the plain
+    function.
     """
     torch.compiler.reset()
     return torch.compile(function, dynamic=False)
@@ -20,9 +21,9 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 @functools.cache
 def compile_problem(device_type: str) -> str:
-    """Why Inductor cannot compile for this device; empty if it can. Tried once, on one small function."""
+    """Say why Inductor cannot compile for this device, or return "" if it can. It tries one small function, once."""
     try:
         compiled(lambda x: x * 2 + 1)(torch.ones(8, device=device_type))
-    except Exception as error:  # whatever it is, it is the reason that is shown
+    except Exception as error:  # any error is the reason to show
         return f"torch.compile fails here: {type(error).__name__}: {str(error).splitlines()[0][:200]}"
     return ""

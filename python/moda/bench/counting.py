@@ -21,7 +21,7 @@ _BACKENDS = ("reference", "torch", "triton", "native")
 
 @dataclass(frozen=True)
 class CountInputs:
-    """What a counting case is about; `silent` activations are all zero, so that nothing can be skipped."""
+    """The inputs of a counting case. `silent` activations are all zero, so that no read can be skipped."""
 
     shapes: inputs.Shapes
     classes: int
@@ -30,9 +30,10 @@ class CountInputs:
 
 
 def counting_case(name: str, about: CountInputs, budget: Budget, *, compiling: bool = False) -> Case:
-    """Every backend at the given shapes. The bytes are one read of every activation; firing early reads less.
+    """Compare every backend at the given shapes. The bytes count one read of every activation, although a neuron that
+    fires early needs less.
 
-    Memory is kept, which helps the published loop: page faults of its temporaries cost more than its arithmetic.
+    Freed memory is kept. That helps the published loop, whose temporaries cost more in page faults than in arithmetic.
     """
     return Case(
         suite="firing",

@@ -25,7 +25,7 @@ _BACKENDS = ("reference", "torch", "triton", "native")
 
 @dataclass(frozen=True)
 class PassInputs:
-    """What a case is about."""
+    """The model and batches of a case."""
 
     model: str
     batch: int
@@ -33,7 +33,7 @@ class PassInputs:
     device: torch.device
 
     def make(self) -> tuple[nn.Module, list[tuple[Tensor, Tensor]]]:
-        """The model in evaluation mode, and a loader of a few batches."""
+        """Return the model in evaluation mode and a loader of a few batches."""
         torch.manual_seed(0)
         model = models.create(self.model, num_classes=_CLASSES, image_size=self.image_size).to(self.device).eval()
         batch = (
@@ -44,17 +44,17 @@ class PassInputs:
 
     @property
     def parameters(self) -> dict[str, int | float | str]:
-        """For the results."""
+        """The description stored in the results."""
         return {"model": self.model, "batch": self.batch, "image_size": self.image_size}
 
     @property
     def name(self) -> str:
-        """For the results."""
+        """The description stored in the results."""
         return f"{self.model} {self.image_size} px batch {self.batch}"
 
 
 def decomposition_case(about: PassInputs, budget: Budget) -> Case:
-    """`moda.count_firings` over a few batches by every backend, against the same pass without counting."""
+    """Compare `moda.count_firings` by every backend with the same pass without counting."""
     return Case(
         suite="decomposition",
         name=about.name,
@@ -100,7 +100,7 @@ def _counter(name: str, count: Callable[[], list[Tensor]], expected: Callable[[]
 
 
 def composition_case(about: PassInputs, kept: tuple[float, ...], budget: Budget) -> Case:
-    """Inference by models composed of random modules that keep a given share of every tap's neurons."""
+    """Time inference by models composed of random modules that keep a given share of every tap's neurons."""
     return Case(
         suite="composition",
         name=about.name,
@@ -124,7 +124,7 @@ def _composed_models(about: PassInputs, kept: tuple[float, ...]) -> list[Contend
 
 
 def _random_decomposition(neurons: dict[str, int], share: float) -> moda.Decomposition:
-    """The same `share` of each tap's neurons, drawn anew per tap, for every class."""
+    """Draw a random `share` of each tap's neurons, the same for every class."""
     generator = torch.Generator().manual_seed(3)
     masks = {}
     for tap, count in neurons.items():

@@ -15,9 +15,9 @@ TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 4e-3, tor
 
 
 def difference(name: str, got: Tensor, expected: Tensor, tolerance: float, noise: float = 0.0) -> str:
-    """Empty if `got` is within `tolerance` of `expected`, else one line with the worst element.
+    """Return "" if `got` is within `tolerance` of `expected`, else one line about the worst element.
 
-    `noise` is an absolute error that is let pass, for tensors whose true value may be zero.
+    `noise` is an absolute error that is accepted, for tensors whose true value may be zero.
     """
     if got.shape != expected.shape:
         return f"{name}: shape {tuple(got.shape)}, expected {tuple(expected.shape)}"
@@ -25,7 +25,7 @@ def difference(name: str, got: Tensor, expected: Tensor, tolerance: float, noise
     error = (got.double() - expected.double()).abs()
     scale = float(expected.abs().amax()) or 1.0
     worst = float(error.amax())
-    if worst <= tolerance * scale + noise:  # not `>`: NaN is wrong
+    if worst <= tolerance * scale + noise:  # `not <=` also catches NaN
         return ""
     index = int(error.nan_to_num(torch.inf).argmax())
     found, wanted = float(got.flatten()[index]), float(expected.flatten()[index])
@@ -35,7 +35,7 @@ def difference(name: str, got: Tensor, expected: Tensor, tolerance: float, noise
 def first_difference(
     name: str, got: Sequence[Tensor], expected: Sequence[Tensor], tolerance: float, noise: float = 0.0
 ) -> str:
-    """`difference` of the first pair of tensors that differ."""
+    """Return the `difference` of the first pair of tensors that differ."""
     if len(got) != len(expected):
         return f"{name}: {len(got)} tensors, expected {len(expected)}"
     for index, (mine, theirs) in enumerate(zip(got, expected, strict=True)):

@@ -1,4 +1,4 @@
-"""Inputs of the cases: shapes read from the real models, activations like those behind a ReLU, labels."""
+"""Makes the cases' inputs: shapes read from the real models, activations like those behind a ReLU, and labels."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MODELS = ("vgg16", "resnet18", "mobilenet")
 
 @functools.cache
 def tap_shapes(model: str, image_size: int, batch: int) -> Shapes:
-    """Shapes of a model's activations in execution order, by tracing it without memory or arithmetic."""
+    """Return the shapes of a model's activations in execution order, without memory or arithmetic."""
     with FakeTensorMode(), torch.no_grad():
         instrumented = moda.instrument(models.create(model, image_size=image_size))
         with instrumented.recording():
@@ -30,22 +30,22 @@ def tap_shapes(model: str, image_size: int, batch: int) -> Shapes:
 
 
 def activations(shapes: Shapes, device: torch.device, dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    """One tensor per shape, half of it zero, as behind a ReLU; the same numbers in every run."""
+    """Return one tensor per shape, half of it zero as behind a ReLU, with the same numbers in every run."""
     generator = torch.Generator(device).manual_seed(0)
     return [torch.randn(shape, generator=generator, device=device, dtype=dtype).relu_() for shape in shapes]
 
 
 def labels(samples: int, classes: int, device: torch.device) -> Tensor:
-    """(samples,) int64 in [0, classes), every class as often as any other, in random order."""
+    """Return (samples,) int64 labels in [0, classes) in random order, with every class equally frequent."""
     generator = torch.Generator().manual_seed(1)
     return (torch.arange(samples) % classes)[torch.randperm(samples, generator=generator)].to(device)
 
 
 def images(samples: int, size: int, device: torch.device) -> Tensor:
-    """(samples, 3, size, size) float32."""
+    """Return (samples, 3, size, size) float32 images."""
     return torch.randn(samples, 3, size, size, generator=torch.Generator().manual_seed(2)).to(device)
 
 
 def total_bytes(shapes: Sequence[Sequence[int]], dtype: torch.dtype = torch.float32) -> int:
-    """Bytes of one tensor of each shape."""
+    """Return the bytes of one tensor of each shape together."""
     return sum(math.prod(shape) for shape in shapes) * dtype.itemsize

@@ -25,7 +25,7 @@ _PUBLISHED_BYTES_PER_PAIR = 64
 
 @dataclass(frozen=True)
 class LossInputs:
-    """What a loss case is about."""
+    """The shapes, labels and dtype of a loss case."""
 
     shapes: inputs.Shapes
     classes: int
@@ -34,21 +34,23 @@ class LossInputs:
 
     @property
     def samples(self) -> int:
-        """N."""
+        """The number of samples, N."""
         return self.shapes[0][0]
 
     @property
     def bytes(self) -> int:
-        """Bytes of all activations."""
+        """The bytes of all activations."""
         return inputs.total_bytes(self.shapes, self.dtype)
 
     def moved(self) -> dict[str, int]:
-        """Forward reads every activation; backward reads it again (its sign) and writes its gradient."""
+        """The bytes to move: forward reads every activation, backward reads it again for its sign and writes its
+        gradient.
+        """
         return {"forward": self.bytes, "backward": 2 * self.bytes, "both": 3 * self.bytes}
 
 
 class Oracle:
-    """The published formulas in float64, layer by layer, so that a large case needs memory for one layer only."""
+    """The published formulas in float64. They run layer by layer, so that a large case holds one layer only."""
 
     def __init__(self, activations: Sequence[Tensor], labels: Tensor, loss: ModularLoss) -> None:
         self.losses = torch.zeros(3, dtype=torch.float64, device=labels.device)
@@ -62,7 +64,7 @@ class Oracle:
             self.gradients.append(gradient.float())
 
     def problem(self, losses: Sequence[Tensor], gradients: Sequence[Tensor]) -> str:
-        """What is wrong with a contender's results; empty if nothing is."""
+        """Say what is wrong with a contender's results, or return ""."""
         wide = gate.difference("losses", torch.stack([*losses]), self.losses, gate.TOLERANCES[losses[0].dtype])
         tolerance = gate.TOLERANCES[gradients[0].dtype]
         return wide or gate.first_difference("gradients", gradients, self.gradients, tolerance)
@@ -79,7 +81,7 @@ def loss_case(
     keeps_memory: bool = False,
     parameters: dict[str, int | float | str] | None = None,
 ) -> Case:
-    """Every backend, and with `compiling` also torch.compile of the plain ones, at the given shapes."""
+    """Compare every backend at the given shapes, with `compiling` also torch.compile of the plain ones."""
     described: dict[str, int | float | str] = {
         "samples": about.samples,
         "classes": about.classes,

@@ -1,4 +1,4 @@
-"""What is measured on: the machine's name, versions, and its own limits."""
+"""Describes the machine that is measured: its name, versions and limits."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ _PACKAGES = ("torch", "triton", "numpy", "lightning")
 
 
 def clock_for(device: torch.device) -> Clock:
-    """The clock of a device."""
+    """Return the clock for a device."""
     return CudaClock(cache_bytes(device)) if device.type == "cuda" else HostClock(cache_bytes(device))
 
 
 def cache_bytes(device: torch.device) -> int:
-    """Size of the last cache before memory; 32 MiB where the system does not tell."""
+    """Return the size of the last-level cache in bytes; 32 MiB where the system does not tell."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).L2_cache_size)
     sizes = [_size(path) for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
@@ -41,7 +41,7 @@ def _size(path: Path) -> int:
 
 
 def memory_bytes(device: torch.device) -> int:
-    """Memory of the device that is free now; 4 GiB where the system does not tell."""
+    """Return the device's free memory in bytes; 4 GiB where the system does not tell."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     try:
@@ -53,7 +53,7 @@ def memory_bytes(device: torch.device) -> int:
 
 
 def device_name(device: torch.device) -> str:
-    """The GPU's name, or the processor's with its number of threads in use."""
+    """Return the GPU's name, or the processor's with the number of threads in use."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     threads = torch.get_num_threads()
@@ -69,7 +69,7 @@ def _processor() -> str:
 
 
 def describe(device: torch.device) -> dict[str, Any]:
-    """Everything that a reader needs to judge a number: device, machine, versions, source, date, load."""
+    """Return what a reader needs to judge a number: device, machine, versions, source, date and load."""
     return {
         "device": device_name(device),
         "device_type": device.type,
@@ -102,7 +102,7 @@ def _versions() -> dict[str, str]:
 
 
 def _commit() -> dict[str, Any]:
-    """Commit of the source that is measured, and whether the working tree had changes; None outside a checkout."""
+    """Return the commit of the measured source and whether the working tree had changes; None outside a checkout."""
     folder = Path(__file__).parent
     commit = _output("git", "-C", str(folder), "rev-parse", "HEAD")
     if not commit:
@@ -119,9 +119,10 @@ def _output(*command: str) -> str:
 
 
 def limits(device: torch.device, clock: Clock, budget: Budget) -> dict[str, Any]:
-    """What no kernel on this machine can beat: copy bandwidth (bytes read and written), and the cost of one call.
+    """Measure what no kernel on this machine can beat: copy bandwidth (bytes read and written) and the cost of one
+    call.
 
-    A call is the smallest there is, an addition to one element, taken back to back.
+    The call is an addition to one element, repeated back to back.
     """
     floats = _copied_floats(device)
     source, target = torch.ones(floats, device=device), torch.empty(floats, device=device)
@@ -141,6 +142,6 @@ def limits(device: torch.device, clock: Clock, budget: Budget) -> dict[str, Any]
 
 
 def _copied_floats(device: torch.device) -> int:
-    """A buffer of at least 8 times the last cache, 256 MiB or more, within an eighth of memory."""
+    """Return the size of a buffer of at least 8 times the last-level cache and 256 MiB, within an eighth of memory."""
     wanted = max(8 * cache_bytes(device), 256 << 20)
     return min(wanted, memory_bytes(device) // 8) // 4

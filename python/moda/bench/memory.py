@@ -1,4 +1,4 @@
-"""Peak memory of one call."""
+"""Measures the peak memory of one call."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from torch.profiler import ProfilerActivity, profile
 
 
 def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
-    """Bytes that PyTorch's allocator gave out at the peak of one call, beyond what was allocated before it.
+    """Return the bytes that PyTorch's allocator had given out at the peak of one call, beyond what was allocated
+    before.
 
-    On a GPU from the allocator's own statistics. The CPU allocator keeps none: there the profiler's record of every
-    allocation and release is added up, which repeats exactly, unlike the process's resident set, in which the C library
-    keeps what was freed. Scratch memory that a library takes behind PyTorch's back is seen by neither.
+    On a GPU they come from the allocator's own statistics. The CPU allocator keeps none, so the profiler's record of
+    every allocation and release is added up. That repeats exactly, unlike the process's resident set, in which the C
+    library keeps what was freed. Scratch memory that a library takes behind PyTorch's back is seen by neither.
     """
     return _cuda_peak(call, device) if device.type == "cuda" else _cpu_peak(call)
 
@@ -31,7 +32,7 @@ def _cuda_peak(call: Callable[[], object], device: torch.device) -> int:
 
 
 def _cpu_peak(call: Callable[[], object]) -> int:
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler greets on standard error
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler writes a line to standard error when it starts
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         call()
     results: Any = record.profiler.kineto_results
@@ -44,6 +45,6 @@ def _cpu_peak(call: Callable[[], object]) -> int:
 
 
 def held_bytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes of the tensors' storages, each counted once."""
+    """Return the bytes of the tensors' storages, each counted once."""
     storages = {storage.data_ptr(): storage.nbytes() for storage in (tensor.untyped_storage() for tensor in tensors)}
     return sum(storages.values())

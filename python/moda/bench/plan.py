@@ -1,4 +1,4 @@
-"""Which cases a run has, quick or full, on the CPU or on a GPU."""
+"""Decides which cases a run has, quick or full, on the CPU or on a GPU."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _POOLED_IMAGENET = ((64, 224, 224), (128, 112, 112), (512, 14, 14))
 
 @dataclass(frozen=True)
 class Plan:
-    """How much to run.
+    """The extent of a run.
 
     A CPU gets ImageNet shapes at a sixteenth of the batch (they are far larger than its caches all the same), and
     `torch.compile` for kernels of one model only, no whole steps, which it compiles for minutes: a full run stays
@@ -43,39 +43,39 @@ class Plan:
 
     @property
     def budget(self) -> Budget:
-        """Of one phase of a kernel's case. Every contender has run before, in its check."""
+        """The budget of one phase of a kernel's case. Its contenders are warm, because the check has run each."""
         if self.quick:
             return Budget(least=3, most=10, seconds=0.5, warmups=1)
         return Budget(least=5, most=50, seconds=2.0 if self.gpu else 1.0, warmups=1)
 
     @property
     def step_budget(self) -> Budget:
-        """Of a training step: ratios near 1 need rounds, not seconds. Measuring its memory has warmed it up."""
+        """The budget of a training step. Ratios near 1 need many rounds; measuring memory has warmed it up."""
         if self.quick:
             return Budget(least=3, most=3, seconds=0, warmups=0)
         return Budget(least=15, most=50, seconds=10.0, warmups=3) if self.gpu else Budget(7, 15, 40.0, warmups=0)
 
     @property
     def dtypes(self) -> tuple[torch.dtype, ...]:
-        """Of kernels: half precision where the hardware has it."""
+        """The dtypes that kernels are measured in: half precision only where the hardware has it."""
         return (torch.float32, torch.bfloat16) if self.gpu else (torch.float32,)
 
     @property
     def models(self) -> tuple[str, ...]:
-        """Model names."""
+        """The names of the models to measure."""
         return ("mobilenet",) if self.quick else MODELS
 
     @property
     def imagenet_batch(self) -> int:
-        """Published: 64."""
+        """The batch size at ImageNet shapes; the published one is 64."""
         return 64 if self.gpu else 4
 
     def compiles(self, model: str) -> bool:
-        """Whether torch.compile takes part."""
+        """Whether torch.compile is a contender."""
         return not self.quick and (self.gpu or model == "mobilenet")
 
     def cases(self, suites: tuple[str, ...] = SUITES) -> list[Case]:
-        """The cases of the suites, in this order."""
+        """Return the cases of the suites, in this order."""
         makers = {
             "step": self._step,
             "loss": self._loss,
@@ -91,7 +91,8 @@ class Plan:
         batch = 32 if self.quick else 128
         for model in self.models:
             about = StepInputs(model, batch, CIFAR, self.device)
-            yield step_case(about, self.step_budget, compiling=self.gpu and not self.quick)  # minutes a model on a CPU
+            # compiling takes minutes per model on a CPU
+            yield step_case(about, self.step_budget, compiling=self.gpu and not self.quick)
             if self.gpu and not self.quick:
                 yield step_case(replace(about, autocast=torch.bfloat16), self.step_budget, compiling=True)
                 large = replace(about, batch=64, image_size=IMAGENET)
@@ -99,7 +100,7 @@ class Plan:
                 yield step_case(replace(large, autocast=torch.bfloat16), self.step_budget, compiling=True)
 
     def _shapes(self) -> Iterator[tuple[str, str, Shapes]]:
-        """Model, size and shapes of every combination that kernels are measured at."""
+        """Return model, size and shapes of every combination that kernels are measured at."""
         for model in self.models:
             yield model, "CIFAR", tap_shapes(model, CIFAR, 128)
             if not self.quick:
@@ -108,7 +109,8 @@ class Plan:
     def _loss(self) -> Iterator[Case]:
         for model, size, shapes in self._shapes():
             for dtype in self.dtypes:
-                # Four samples of a class, two at least: the published formulas give NaN without a pair of each kind.
+                # A class has four samples, and never fewer than two: the published formulas give NaN without a pair of
+                # each kind.
                 classes = 10 if size == "CIFAR" else max(2, shapes[0][0] // 4)
                 about = LossInputs(shapes, classes, self.device, dtype)
                 name = f"{model} {size} {str(dtype).removeprefix('torch.')}"
@@ -150,7 +152,7 @@ class Plan:
 
     def _scaling(self) -> Iterator[Case]:
         axes = {"batch": scaling.BATCHES, "classes": scaling.CLASSES, "layers": scaling.LAYERS}
-        if not self.gpu:  # where PyTorch's allocator keeps memory itself
+        if not self.gpu:  # PyTorch's CUDA allocator keeps memory itself
             axes[scaling.FRESH_MEMORY] = scaling.FRESH_BATCHES
         if self.quick:
             axes = {"batch": (128, 512, 2048)}

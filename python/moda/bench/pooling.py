@@ -22,7 +22,7 @@ _BACKENDS = ("torch", "triton", "native")
 def pooling_case(
     shape: tuple[int, ...], device: torch.device, budget: Budget, *, dtype: torch.dtype, compiling: bool
 ) -> Case:
-    """ReLU with pooling by every backend, against ReLU alone, for a (N, C, H, W) tensor."""
+    """Compare ReLU with pooling by every backend with ReLU alone, for a (N, C, H, W) tensor."""
     values, pooled = math.prod(shape) * dtype.itemsize, shape[0] * shape[1] * 4
     # Forward reads x and writes y and the pooled rows; backward reads y, dy and the rows' gradient and writes dx.
     moved = {"forward": 2 * values + pooled, "backward": 3 * values + pooled, "both": 5 * values + 2 * pooled}
@@ -80,7 +80,7 @@ def _contender(name: str, function: Function, x: Tensor) -> Contender:
 
 
 def _problem(x: Tensor, outputs: tuple[Tensor, ...], dx: Tensor, gradients: list[Tensor]) -> str:
-    """Against the closed form in float64."""
+    """Compare with the closed form in float64; return what differs, or ""."""
     wide = x.detach().double().requires_grad_()
     expected = closed_form.relu_pool(wide, inplace=False)[: len(outputs)]
     upstream = [gradient.double() for gradient in gradients[: len(outputs)]]

@@ -1,4 +1,4 @@
-"""Results of a run: one JSON file per device."""
+"""Holds a run's results, and keeps them in one JSON file per device."""
 
 from __future__ import annotations
 
@@ -20,17 +20,18 @@ MEASURED, SKIPPED, WRONG = "measured", "skipped", "wrong"
 
 @dataclass(frozen=True)
 class Row:
-    """One contender in one phase of one case.
+    """The measurement of one contender in one phase of one case.
 
     Attributes:
-        suite, case, parameters, baseline: of the case.
-        contender, phase: what was timed; phase "" for one that was not.
+        suite, case, parameters, baseline: the case's own.
+        contender, phase: what was timed; the phase is "" for a contender that was not timed.
         status: "measured"; "skipped" or "wrong", with the reason in `note`.
-        seconds: quartiles of the samples.
-        ratio: quartiles of its time over the baseline's, round by round; below 1 is faster. None without a baseline.
-        moved: bytes that an ideal implementation must read and write.
-        memory: peak bytes.
-        flops: floating-point operations for one input.
+        seconds: the quartiles of the samples.
+        ratio: the quartiles of its time over the baseline's, round by round; below 1 is faster. None without a
+            baseline.
+        moved: the bytes that an ideal implementation must read and write.
+        memory: the peak memory in bytes.
+        flops: the floating-point operations for one input.
     """
 
     suite: str
@@ -49,13 +50,13 @@ class Row:
 
     @property
     def bandwidth(self) -> float | None:
-        """Bytes moved per second at the median."""
+        """The bytes moved per second at the median."""
         return self.moved / self.seconds.median if self.moved and self.seconds else None
 
 
 @dataclass(frozen=True)
 class Results:
-    """A run: where, how, and its rows."""
+    """A run: the machine, the settings and the rows."""
 
     machine: Mapping[str, Any]
     limits: Mapping[str, Any]
@@ -69,12 +70,12 @@ class Results:
 
     @property
     def copy_bandwidth(self) -> float:
-        """Median bytes per second of a copy, read and written."""
+        """The median bytes per second of a copy, read and written."""
         return float(self.limits["copy_bytes_per_second"]["median"])
 
 
 def file_name(device: str) -> str:
-    """The device's name as a file name: "AMD EPYC, 2 threads" -> "amd-epyc-2-threads.json"."""
+    """Return the device's name as a file name: "AMD EPYC, 2 threads" -> "amd-epyc-2-threads.json"."""
     return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-") + ".json"
 
 

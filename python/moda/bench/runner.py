@@ -1,4 +1,4 @@
-"""Run a plan: check, time, note."""
+"""Runs a plan: every contender is checked, then timed, then noted."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Report = Callable[[str], None]
 def run(
     device: torch.device, *, quick: bool = False, suites: Sequence[str] = SUITES, report: Report = lambda _: None
 ) -> Results:
-    """Measure `suites` on `device`; `report` is told of every case before it begins."""
+    """Measure `suites` on `device`; `report` is called with every case before it begins."""
     clock = machine.clock_for(device)
     described = machine.describe(device)
     report("machine's limits")
@@ -36,7 +36,7 @@ def run(
 
 
 def run_case(case: Case, clock: Clock) -> list[Row]:
-    """Rows of one case: contenders that are right are timed, the others are noted with the reason."""
+    """Return the rows of one case: right contenders are timed, the others are noted with the reason."""
     with kept_memory() if case.keeps_memory else nullcontext():
         return _run_case(case, clock)
 
@@ -59,7 +59,7 @@ def _run_case(case: Case, clock: Clock) -> list[Row]:
 
 
 def _problem(contender: Contender) -> str:
-    """What its check finds. A contender that fails is as unfit for timing as one that is wrong."""
+    """Return what the check finds. A contender that raises is as unfit for timing as one that is wrong."""
     try:
         return contender.check()
     except Exception as error:
@@ -101,6 +101,6 @@ def _row(case: Case, contender: Contender, phase: str, status: str, **measured: 
 
 
 def default_folder() -> Path:
-    """`benchmarks/results` in a checkout, else the current folder."""
+    """Return `benchmarks/results` in a checkout, else the current folder."""
     checkout = Path("benchmarks/results")
     return checkout if checkout.is_dir() else Path()

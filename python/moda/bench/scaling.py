@@ -21,7 +21,7 @@ _LAYER = (64, 8, 8)
 
 
 def scaling_cases(device: torch.device, budget: Budget, axes: dict[str, Sequence[int]]) -> list[Case]:
-    """Forward and backward of the losses along each axis.
+    """Measure forward and backward of the losses along each axis.
 
     `axes` gives the points of "batch", "classes", "layers", and of "fresh memory": batch sizes again, but without
     keeping memory, as the other axes do.

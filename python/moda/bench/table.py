@@ -1,4 +1,4 @@
-"""Results as text: one table for the terminal, and the figures as the documents show them."""
+"""Shows results as text: one table for the terminal, and the figures as the documents print them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ NUMBER_COLUMNS = ("median", "quartiles", "over baseline", "GB/s", "of copy", "pe
 
 
 def table(results: Results) -> Table:
-    """All measured rows."""
+    """Return a table of all measured rows."""
     shown = Table(box=box.SIMPLE, title=f"{results.device}: {results.copy_bandwidth / 1e9:.1f} GB/s copied")
     for column in TEXT_COLUMNS:
         shown.add_column(column)
@@ -28,7 +28,7 @@ def table(results: Results) -> Table:
 
 
 def notes(results: Results) -> Iterator[str]:
-    """A line for every contender that was not timed, with the reason; equal reasons once."""
+    """Return a line for every contender that was not timed, with the reason; equal reasons come once."""
     seen = set()
     for row in results.rows:
         if row.status == MEASURED or (row.status == SKIPPED and (row.suite, row.contender, row.note) in seen):
@@ -38,7 +38,7 @@ def notes(results: Results) -> Iterator[str]:
 
 
 def cells(row: Row, results: Results) -> tuple[str, ...]:
-    """A measured row, as text."""
+    """Return the cells of a measured row as text."""
     if row.seconds is None:
         raise ValueError(f"row: expected a measured one, got {row.status} {row.suite} {row.case} {row.contender}")
     bandwidth = row.bandwidth
@@ -57,7 +57,7 @@ def cells(row: Row, results: Results) -> tuple[str, ...]:
 
 
 def ratio(row: Row) -> str:
-    """Time over the baseline's with its quartiles, `1.02x (1.01 .. 1.03)`; empty for the baseline itself."""
+    """Format the time over the baseline's with its quartiles, `1.02x (1.01 .. 1.03)`; "" for the baseline itself."""
     if row.ratio is None or row.contender == row.baseline:
         return ""
     digits = 3 if row.ratio.median >= 0.1 else 4
@@ -65,7 +65,7 @@ def ratio(row: Row) -> str:
 
 
 def duration(seconds: float) -> str:
-    """With three digits and a unit."""
+    """Format seconds with three digits and a unit."""
     for unit, scale in (("s", 1.0), ("ms", 1e-3)):
         if seconds >= scale:
             return f"{_three_digits(seconds / scale)} {unit}"
@@ -77,5 +77,5 @@ def _three_digits(value: float) -> str:
 
 
 def size(count: int) -> str:
-    """Bytes in MiB."""
+    """Format bytes in MiB."""
     return f"{count / 2**20:.1f} MiB"

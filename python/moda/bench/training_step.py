@@ -33,7 +33,7 @@ _NOISE = 1e-5
 
 @dataclass(frozen=True)
 class StepInputs:
-    """What a step case is about."""
+    """The model, batch and dtype of a step case."""
 
     model: str
     batch: int
@@ -45,7 +45,7 @@ class StepInputs:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a contender trains: no loss is standard training."""
+    """The way a contender trains. Without a loss it is standard training."""
 
     name: str
     loss: ModularLoss | None = None
@@ -54,7 +54,7 @@ class Recipe:
 
 
 def step_case(about: StepInputs, budget: Budget, *, compiling: bool = False) -> Case:
-    """Forward, cross entropy, modular loss, backward and an SGD step with momentum, for each way to do it."""
+    """Compare whole steps (forward, cross entropy, modular loss, backward, SGD with momentum) of each way to train."""
     dtype = str(about.autocast).removeprefix("torch.") if about.autocast else "float32"
     return Case(
         suite="step",
@@ -101,7 +101,7 @@ def _contender(
 
     def check() -> str:
         if recipe.loss is None:
-            return ""  # it is what the others are compared with
+            return ""  # the baseline is right by definition
         wanted = expected(_REFERENCE)
         # The bias of a convolution in front of a batch norm has no effect: its gradient is rounding noise.
         noise = _NOISE * max(float(gradient.abs().amax()) for gradient in wanted)
@@ -127,14 +127,14 @@ def _problem(about: StepInputs, recipe: Recipe) -> str:
 
 
 def _gradients(about: StepInputs, model: nn.Module, recipe: Recipe) -> list[Tensor]:
-    """Parameter gradients of the first step of a few samples."""
+    """Return the parameter gradients of the first step of a few samples."""
     step = Step(about, copy.deepcopy(model), recipe, samples=_CHECKED_SAMPLES)
     step.loss().backward()
     return [parameter.grad for parameter in step.model.parameters() if parameter.grad is not None]
 
 
 class Step:
-    """One training step, over and over on the same batch."""
+    """A training step that repeats on the same batch."""
 
     def __init__(self, about: StepInputs, model: nn.Module, recipe: Recipe, samples: int | None = None) -> None:
         self.about = about
@@ -157,14 +157,14 @@ class Step:
         return loss
 
     def __call__(self) -> None:
-        """The step."""
+        """Run the step."""
         self.optimizer.zero_grad()
         self.loss().backward()
         self.optimizer.step()
 
     def peak_bytes(self) -> int:
-        """Memory at the peak of a step: what training holds between steps, and what a step adds to it."""
-        self()  # the optimizer's state comes with the first step
+        """Return the memory at the peak of a step in bytes: what training holds between steps, and what a step adds."""
+        self()  # the first step makes the optimizer's state
         self.optimizer.zero_grad()
         state = [value for values in self.optimizer.state.values() for value in values.values()]
         held = [*self.model.parameters(), *self.model.buffers(), *(v for v in state if isinstance(v, Tensor))]

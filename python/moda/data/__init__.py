@@ -1,4 +1,4 @@
-"""Data sets by name: the offline digits, and the published ones through torchvision."""
+"""Loads data sets by name: the offline digits, and the published ones through torchvision."""
 
 from __future__ import annotations
 
@@ -26,14 +26,15 @@ NAMES: tuple[str, ...] = tuple(_LOADERS)
 
 
 def load(name: str, root: str | Path = "data", **options: Any) -> DataSplits:
-    """A data set by name.
+    """Load a data set by name.
 
     Args:
         name: one of `NAMES`.
-        root: folder that holds it; `digits` needs none.
-        options: of that data set: `seed`, `channels`, `image_size` for digits; `augment`, `download` for cifar10,
-            cifar100 and svhn; `class_list`, `image_size`, `augment` for imagefolder. Of every data set: `replacement`,
-            a mapping of the arguments of `moda.data.replacement.replacement_part`, for one side of that study.
+        root: the folder that holds it; `digits` needs none.
+        options: the data set's own options: `seed`, `channels`, `image_size` for digits; `augment`, `download` for
+            cifar10, cifar100 and svhn; `class_list`, `image_size`, `augment` for imagefolder. Every data set takes
+            `replacement`, a mapping of the arguments of `moda.data.replacement.replacement_part`, for one side of that
+            study.
 
     Raises:
         ValueError: the name is unknown, an option is out of range, or what lies in `root` is not the data set.

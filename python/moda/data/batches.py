@@ -1,7 +1,7 @@
-"""Training batches whose order and augmentation depend on (seed, epoch) and nothing else.
+"""Loads training batches whose order and augmentation depend on (seed, epoch) and nothing else.
 
-So a training that stops after any step continues with exactly the batches it would have had, however many processes
-load them: no state of a random generator has to be carried over.
+A training that stops after any step therefore continues with exactly the batches it would have had, however many
+processes load them; no state of a random generator has to be saved.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ class EpochOrder(Sampler[Samples]):
     is left out in training, and joined with the one before in testing.
 
     Args:
-        size: samples in the data set.
-        batch_size: samples per batch, over all processes together; at least `world_size`, as is `size`.
-        seed: of the order; None: ascending order, for testing.
-        rank: of this process.
-        world_size: number of processes.
+        size: the number of samples in the data set.
+        batch_size: the samples per batch over all processes together; it and `size` are at least `world_size`.
+        seed: the seed of the order; None gives ascending order, for testing.
+        rank: the index of this process.
+        world_size: the number of processes.
     """
 
     def __init__(self, size: int, batch_size: int, seed: int | None, rank: int = 0, world_size: int = 1) -> None:
@@ -42,7 +42,7 @@ class EpochOrder(Sampler[Samples]):
         self.start = 0  # batches of this epoch that are done already
 
     def set_epoch(self, epoch: int) -> None:
-        """Begin with this epoch; where it is the one that was resumed, behind the batches done already."""
+        """Begin this epoch; in the epoch that was resumed, go on behind the batches that are done already."""
         if epoch != self.epoch:
             self.epoch, self.start = epoch, 0
 
@@ -51,7 +51,7 @@ class EpochOrder(Sampler[Samples]):
         return full + (rest >= self.world_size)
 
     def weight(self, batch: int) -> float:
-        """What to multiply this process's mean over its share with, so that the processes' mean is the batch's."""
+        """Return the factor for this process's mean over its share that makes the processes' mean the batch's mean."""
         samples = min(self.batch_size, self.size - batch * self.batch_size)
         return len(range(self.rank, samples, self.world_size)) * self.world_size / samples
 
@@ -65,14 +65,14 @@ class EpochOrder(Sampler[Samples]):
 
 
 def epoch_order(size: int, seed: int | None, epoch: int) -> Tensor:
-    """(size,) int64: the order of the samples in an epoch."""
+    """Return the order of the samples in an epoch, (size,) int64."""
     if seed is None:
         return torch.arange(size)
     return torch.randperm(size, generator=torch.Generator().manual_seed(_mix(seed, epoch)))
 
 
 def _mix(*numbers: int) -> int:
-    """A 63-bit seed from several numbers: different tuples give unrelated generators."""
+    """Mix several numbers into a 63-bit seed; different tuples give unrelated generators."""
     state = 0x9E3779B97F4A7C15
     for number in numbers:
         state = (state ^ number) * 0xBF58476D1CE4E5B9 % 2**64
@@ -81,9 +81,9 @@ def _mix(*numbers: int) -> int:
 
 
 class SampleBatches(Dataset[Batch]):
-    """Whole batches of a data set, fetched by (epoch, indices).
+    """A data set of whole batches, fetched by (epoch, indices).
 
-    Samples of a `TensorDataset` are taken in one go. Any other data set may transform its samples at random: each is
+    Samples of a `TensorDataset` are taken in one go. Any other data set may transform its samples at random, so each is
     drawn with the random generator seeded from (seed, epoch, index).
     """
 
@@ -106,10 +106,10 @@ class SampleBatches(Dataset[Batch]):
 
 
 class BatchLoader(DataLoader[Batch]):
-    """A data loader that knows where in which epoch it is, and can be put there again.
+    """A data loader that knows its epoch and its place in it, and can return to them.
 
-    Its `state_dict` counts the batches handed out: with Lightning, which fetches none ahead of a loader of known
-    length, those that were trained on.
+    Its `state_dict` counts the batches handed out. Lightning fetches none ahead of a loader of known length, so these
+    are the batches trained on.
     """
 
     def __init__(self, dataset: Dataset[Any], order: EpochOrder, *, num_workers: int = 0, pin_memory: bool = False):
@@ -120,7 +120,7 @@ class BatchLoader(DataLoader[Batch]):
             num_workers=num_workers,
             persistent_workers=num_workers > 0,
             pin_memory=pin_memory,
-            generator=torch.Generator(),  # its own: loading data draws nothing from the global generator
+            generator=torch.Generator(),  # a generator of its own, so that loading draws nothing from the global one
         )
         self.order = order
         self.done = 0
@@ -132,7 +132,7 @@ class BatchLoader(DataLoader[Batch]):
             yield batch
 
     def state_dict(self) -> dict[str, int]:
-        """The epoch and how many of its batches are done."""
+        """Return the epoch and how many of its batches are done."""
         return {"epoch": self.order.epoch, "done": self.done}
 
     def load_state_dict(self, state: dict[str, int]) -> None:

@@ -1,4 +1,4 @@
-"""CIFAR-10 and CIFAR-100: 50,000 + 10,000 photographs of 32x32."""
+"""Loads CIFAR-10 and CIFAR-100: 50,000 + 10,000 photographs of 32x32."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from moda.data.vision import Source, small_image_transforms
 
 
 def load_cifar10(root: Path, *, augment: bool = True, download: bool = False) -> DataSplits:
-    """CIFAR-10 from `<root>/cifar-10-batches-py`; options as `load_cifar100`."""
+    """Load CIFAR-10 from `<root>/cifar-10-batches-py`; the options are those of `load_cifar100`."""
     data_sets = require("torchvision.datasets", "cifar10", "vision")
     mean, std = (0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)
     transforms = small_image_transforms("cifar10", mean, std, augment)
@@ -19,10 +19,10 @@ def load_cifar10(root: Path, *, augment: bool = True, download: bool = False) ->
 
 
 def load_cifar100(root: Path, *, augment: bool = True, download: bool = False) -> DataSplits:
-    """CIFAR-100 with its 100 fine classes from `<root>/cifar-100-python`.
+    """Load CIFAR-100 with its 100 fine classes from `<root>/cifar-100-python`.
 
     Args:
-        root: folder that holds it.
+        root: the folder that holds it.
         augment: crop and flip training images at random, as published.
         download: fetch it if it is not there.
 

@@ -1,4 +1,4 @@
-"""scikit-learn's handwritten digits: 1797 real 8x8 images that come with the package, so no network is needed."""
+"""Loads scikit-learn's handwritten digits: 1797 real 8x8 images that come with the package, so no network is needed."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from moda.models.options import check_count
 
 
 def load(root: object, *, seed: int = 0, channels: int = 3, image_size: int = 8) -> DataSplits:
-    """Digits in [0, 1], split 80/20 with equal shares of every class.
+    """Load the digits with values in [0, 1], split 80/20 with equal shares of every class.
 
     Args:
         root: not used.
-        seed: of the split, at least 0.
-        channels: how many times the grey channel is given.
-        image_size: height and width; other than 8 the images are resized bilinearly.
+        seed: the seed of the split, at least 0.
+        channels: the number of times the grey channel is repeated.
+        image_size: the height and width; images are resized bilinearly unless it is 8.
 
     Raises:
         TypeError, ValueError: an argument is not as above.

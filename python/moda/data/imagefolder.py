@@ -1,4 +1,4 @@
-"""Folders of images, one folder per class, optionally only listed classes (ImageNet100R, ImageNet100D)."""
+"""Loads folders of images, one folder per class, optionally only listed classes (ImageNet100R, ImageNet100D)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _RESIZE_OVER_CROP = 256 / 224
 
 
 class _Pictures(Dataset[Any]):
-    """(RGB picture, class) from files."""
+    """A data set of (RGB picture, class) from files."""
 
     def __init__(self, samples: list[tuple[str, int]], read: Any) -> None:
         self.samples = samples
@@ -32,7 +32,7 @@ class _Pictures(Dataset[Any]):
 def load(
     root: Path, *, class_list: str | Path | None = None, image_size: int = 224, augment: bool = False
 ) -> DataSplits:
-    """Images from `<root>/train/<class>/` and `<root>/val/<class>/`.
+    """Load images from `<root>/train/<class>/` and `<root>/val/<class>/`.
 
     Classes are numbered by folder name in sorted order, whatever the order of the list. Evaluation resizes the shorter
     side to 256/224 of `image_size` and crops the centre.
@@ -64,7 +64,9 @@ def load(
 
 
 def read_class_list(path: Path) -> dict[str, str]:
-    """Folder -> class name from lines of `<folder> <name>` (the name may hold spaces; without one it is the folder).
+    """Read a mapping of folder to class name from lines of `<folder> <name>`.
+
+    The name may hold spaces; without one it is the folder's.
 
     Raises:
         FileNotFoundError: no such file.

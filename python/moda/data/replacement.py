@@ -1,4 +1,4 @@
-"""The data of the module-replacement study: what the strong and the weak model are trained on (arXiv 2411.01074)."""
+"""Makes the data of the module-replacement study: a strong and a weak model's (arXiv 2411.01074)."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ PARTS = ("strong", "weak")
 
 
 class Selected(Dataset[Any]):
-    """Some samples of a data set, in a given order, under other class indices.
+    """A data set of some samples of another one, in a given order and under other class indices.
 
     Args:
-        dataset: of (image, class).
-        indices: of the samples.
-        classes: class in the data set -> class here.
+        dataset: the data set of (image, class).
+        indices: the indices of the samples.
+        classes: maps a class in the data set to the class here.
     """
 
     def __init__(self, dataset: Dataset[Any], indices: Sequence[int], classes: Mapping[int, int]) -> None:
@@ -40,7 +40,7 @@ class Selected(Dataset[Any]):
 def replacement_part(
     splits: DataSplits, part: str, mixed_class: int, *, fraction: float = 0.1, seed: int = 42
 ) -> DataSplits:
-    """One side of the published replacement protocol, made from a data set of K classes.
+    """Make one side of the published replacement protocol from a data set of K classes.
 
     The first K // 2 classes are the strong ones. "strong": all samples of those, labels unchanged, augmented as the
     data set is; it does not depend on `mixed_class`. "weak": `fraction` of the training samples of each other class,
@@ -48,11 +48,11 @@ def replacement_part(
     samples of these classes.
 
     Args:
-        splits: a data set of at least 4 classes.
+        splits: the data set, of at least 4 classes.
         part: "strong" or "weak".
         mixed_class: the strong class that the weak model is to know too.
         fraction: share of the training samples of each class that the weak model sees, in (0, 1]; published: 0.1.
-        seed: of the choice and order of the weak samples.
+        seed: the seed of the choice and order of the weak samples.
 
     Raises:
         ValueError: an argument is not as above.
@@ -76,7 +76,7 @@ def replacement_part(
 
 
 def labels_of(dataset: Dataset[Any]) -> Tensor:
-    """(n,) int64 classes of a data set, without decoding its images where it keeps them apart."""
+    """Return the (n,) int64 classes of a data set, without decoding its images where it keeps them apart."""
     if isinstance(dataset, TensorDataset):
         return dataset.tensors[1].long()
     pictures = getattr(dataset, "pictures", dataset)
@@ -87,7 +87,7 @@ def labels_of(dataset: Dataset[Any]) -> Tensor:
 
 
 def _restricted(splits: DataSplits, classes: Sequence[int]) -> DataSplits:
-    """All samples of some classes, numbered in the order given."""
+    """Return all samples of some classes, which are numbered in the order given."""
 
     def of_classes(dataset: Dataset[Any]) -> Dataset[Any]:
         members = torch.isin(labels_of(dataset), torch.tensor(classes)).nonzero().flatten().tolist()
@@ -112,7 +112,7 @@ def _selected(dataset: Dataset[Any], indices: Sequence[int], classes: Sequence[i
 
 
 def _sample(labels: Tensor, classes: Sequence[int], fraction: float, seed: int) -> list[int]:
-    """floor(fraction * count) samples of each class, drawn without replacement, in random order."""
+    """Draw floor(fraction * count) samples of each class without replacement, in random order."""
     generator = torch.Generator().manual_seed(seed)
     chosen = []
     for k in classes:

@@ -1,4 +1,4 @@
-"""What a data set consists of, and the views of it that training and counting need."""
+"""Defines what a data set consists of, and the views of it that training and counting need."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ class DataSplits:
     """A data set, ready for training. Samples are (image, class): float32 (C, H, W) and an int in [0, num_classes).
 
     Attributes:
-        train: training split, augmented where the data set is.
-        train_eval: training split as the test split is seen: not augmented, the same every time.
-        test: test split.
-        num_classes: K.
-        class_names: K names.
+        train: the training split, augmented where the data set is.
+        train_eval: the training split seen as the test split is: not augmented, the same every time.
+        test: the test split.
+        num_classes: the number of classes, K.
+        class_names: the K names.
         input_shape: (C, H, W).
     """
 
@@ -34,16 +34,17 @@ class DataSplits:
     input_shape: tuple[int, int, int]
 
     def for_firing_rates(self, *, augmented: bool = False) -> Dataset[Any]:
-        """The split to count firings over.
+        """Return the split to count firings over.
 
-        Not augmented by default, so that a decomposition is a function of model and data. With `augmented` the split
-        that training sees, as in the published code, whose rates are one random draw.
+        By default it is not augmented, so that a decomposition is a function of model and data. With `augmented` it is
+        the
+        split that training sees, as in the published code, whose rates are one random draw.
         """
         return self.train if augmented else self.train_eval
 
 
 class InMemory(TensorDataset):
-    """Images that are one tensor.
+    """A data set whose images are one tensor.
 
     Args:
         images: (N, C, H, W) float32.
@@ -54,7 +55,7 @@ class InMemory(TensorDataset):
         super().__init__(images, labels)
 
     def __getitem__(self, index: Any) -> Any:
-        """Image and class (an int) for an int; images and classes of a whole batch for a tensor of indices."""
+        """Return image and class (an int) for an int, images and classes of a whole batch for a tensor of indices."""
         images, labels = (tensor[index] for tensor in self.tensors)
         return images, labels if labels.dim() else int(labels)
 
@@ -75,7 +76,7 @@ class Transformed(Dataset[Sample]):
 
 
 def require(module: str, data_set: str, extra: str) -> Any:
-    """Import a module that only some data sets need.
+    """Import and return a module that only some data sets need.
 
     Raises:
         ImportError: it cannot be imported; the message says what to install.
@@ -88,7 +89,7 @@ def require(module: str, data_set: str, extra: str) -> Any:
             f"data set {data_set!r} needs {package}, which cannot be imported ({error}); "
             f"install it: pip install moda-kernels[{extra}]"
         ) from error
-    except RuntimeError as error:  # how torchvision says that it was built for another torch
+    except RuntimeError as error:  # torchvision's words when it was built for another torch
         raise ImportError(
             f"data set {data_set!r} needs {package}, which does not fit the torch that is installed ({error}); "
             "install both from one release and one index"

@@ -1,4 +1,4 @@
-"""SVHN: 73,257 + 26,032 photographed house-number digits of 32x32 (without the extra split, as published)."""
+"""Loads SVHN: 73,257 + 26,032 photographed house-number digits of 32x32 (without the extra split, as published)."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from moda.data.vision import IMAGENET_MEAN, IMAGENET_STD, Source, small_image_tr
 
 
 def load(root: Path, *, augment: bool = True, download: bool = False) -> DataSplits:
-    """SVHN from `<root>/train_32x32.mat` and `<root>/test_32x32.mat`.
+    """Load SVHN from `<root>/train_32x32.mat` and `<root>/test_32x32.mat`.
 
     Args:
-        root: folder that holds the two files.
+        root: the folder that holds the two files.
         augment: crop and flip training images at random, as published (which flips digits too).
         download: fetch the files if they are not there.
 

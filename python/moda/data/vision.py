@@ -1,4 +1,4 @@
-"""What the torchvision data sets share: normalisation, augmentation, and what to say when one is missing."""
+"""Holds what the torchvision data sets share: normalisation, augmentation, and the message when one is missing."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True)
 class Source:
-    """Where a downloadable data set lies and comes from.
+    """A downloadable data set's place and origin.
 
     Attributes:
-        title: what people call it.
-        place: file or folder that must be there.
-        archives: what to fetch.
-        instruction: what to do with that.
+        title: the data set's usual name.
+        place: the file or folder that must be there.
+        archives: the files to fetch.
+        instruction: what to do with those files.
     """
 
     title: str
@@ -30,16 +30,16 @@ class Source:
     instruction: str
 
     def open(self, read: Callable[[], Any], download: bool) -> Any:
-        """`read()`, its failures explained.
+        """Call `read()` and explain its failures.
 
         Raises:
             FileNotFoundError: the data set is not there.
-            ValueError: something else is there.
+            ValueError: what is there is not the data set.
             OSError: it could not be downloaded.
         """
         try:
             return read()
-        except RuntimeError as error:  # torchvision's for missing files and for wrong checksums
+        except RuntimeError as error:  # torchvision raises it for missing files and for wrong checksums
             if self.place.exists():
                 raise ValueError(
                     f"{self.title}: {self.place} is incomplete or not the published data (checksum differs); "
@@ -58,7 +58,7 @@ class Source:
 def small_image_transforms(
     data_set: str, mean: tuple[float, float, float], std: tuple[float, float, float], augment: bool
 ) -> tuple[Any, Any]:
-    """Transforms of training and of evaluation for 32x32 images.
+    """Return the transforms of training and of evaluation for 32x32 images.
 
     Augmentation is the published one: a random 32x32 crop after padding by 4 zeros, and a random horizontal flip.
     """

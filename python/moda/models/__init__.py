@@ -1,4 +1,4 @@
-"""The published architectures, with the published checkpoints' state_dict keys, and a small one for the demo."""
+"""Makes the published architectures, with the published checkpoints' state_dict keys, and a small one for the demo."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ NAMES: tuple[str, ...] = (*_OF_ONE_SIZE, *_OF_ANY_SIZE)
 def create(
     name: str, *, num_classes: int = 10, in_channels: int = 3, width: float = 1.0, image_size: int | None = None
 ) -> nn.Module:
-    """A freshly initialised model by name.
+    """Create a freshly initialised model by name.
 
     Args:
         name: one of `NAMES`.
-        num_classes: logits.
-        in_channels: channels of the images.
-        width: multiplier of the hidden layers' neurons.
-        image_size: height and width of the images, None for the model's own; models that end in adaptive pooling
-            (resnet18, mobilenet) are the same for all.
+        num_classes: the number of logits.
+        in_channels: the channels of the images.
+        width: the multiplier of the hidden layers' neurons.
+        image_size: the height and width of the images; None means the model's own. Models that end in adaptive
+            pooling (resnet18, mobilenet) are the same for all sizes.
 
     Raises:
         ValueError: the name is unknown or a number out of range.

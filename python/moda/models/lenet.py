@@ -8,7 +8,7 @@ from moda.models.options import check_count, check_width, scaled
 
 
 class LeNet5(nn.Module):
-    """See `lenet5`."""
+    """The network that `lenet5` makes."""
 
     def __init__(self, num_classes: int, in_channels: int, width: float, image_size: int) -> None:
         super().__init__()
@@ -28,7 +28,7 @@ class LeNet5(nn.Module):
         self.fc3 = nn.Linear(fourth, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, in_channels, image_size, image_size) -> (N, num_classes) logits."""
+        """Map (N, in_channels, image_size, image_size) images to (N, num_classes) logits."""
         x = self.pool1(self.relu1(self.conv1(x)))
         x = self.pool2(self.relu2(self.conv2(x)))
         x = self.relu3(self.fc1(self.flatten(x)))
@@ -40,10 +40,10 @@ def lenet5(num_classes: int = 10, in_channels: int = 3, width: float = 1.0, imag
     """LeNet5 with ReLU and max-pooling; PyTorch's default initialisation, as published.
 
     Args:
-        num_classes: logits.
-        in_channels: channels of the images.
-        width: multiplier of the hidden layers' neurons (6, 16, 120, 84 at 1).
-        image_size: height and width of the images, at least 16; the published one is 32.
+        num_classes: the number of logits.
+        in_channels: the channels of the images.
+        width: the multiplier of the hidden layers' neurons (6, 16, 120, 84 at 1).
+        image_size: the height and width of the images, at least 16; the published one is 32.
 
     Raises:
         TypeError, ValueError: an argument is not as above.

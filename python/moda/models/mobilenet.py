@@ -41,20 +41,20 @@ class DepthwiseBlock(nn.Module):
         self.relu2 = nn.ReLU()
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, inputs, H, W) -> (N, outputs, ceil(H / stride), ceil(W / stride))."""
+        """Map (N, inputs, H, W) to (N, outputs, ceil(H / stride), ceil(W / stride))."""
         x = self.relu1(self.bn1(self.conv1(x)))
         y: Tensor = self.relu2(self.bn2(self.conv2(x)))
         return y
 
 
 class MobileNet(nn.Module):
-    """MobileNet of any plan; `mobilenet` is one.
+    """MobileNet of any plan; `mobilenet` makes the published one.
 
     Args:
-        stem: neurons of the first convolution.
-        blocks: of each block, neurons of its pointwise convolution and stride of its depthwise one.
-        num_classes: logits.
-        in_channels: channels of the images.
+        stem: the neurons of the first convolution.
+        blocks: each block's neurons (of the pointwise convolution) and stride (of the depthwise one).
+        num_classes: the number of logits.
+        in_channels: the channels of the images.
 
     Raises:
         TypeError, ValueError: an argument is not as above.
@@ -79,7 +79,7 @@ class MobileNet(nn.Module):
         init_linears(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, in_channels, H, W) -> (N, num_classes) logits."""
+        """Map (N, in_channels, H, W) images to (N, num_classes) logits."""
         x = self.layers(self.relu1(self.bn1(self.conv1(x))))
         logits: Tensor = self.linear(self.flatten(self.avgpool(x)))
         return logits
@@ -89,9 +89,9 @@ def mobilenet(num_classes: int = 10, in_channels: int = 3, width: float = 1.0) -
     """MobileNet with a stem of stride 1, as published.
 
     Args:
-        num_classes: logits.
-        in_channels: channels of the images.
-        width: multiplier of the hidden layers' neurons (32 in the stem to 1024 at the end at 1).
+        num_classes: the number of logits.
+        in_channels: the channels of the images.
+        width: the multiplier of the hidden layers' neurons (32 in the stem to 1024 at the end at 1).
 
     Raises:
         TypeError, ValueError: an argument is not as above.

@@ -1,4 +1,4 @@
-"""What every model takes: checks of sizes, the width multiplier, the published weight initialisation."""
+"""Holds what every model needs: checks of sizes, the width multiplier, the published weight initialisation."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from torch import nn
 
 
 def check_count(name: str, value: int, least: int = 1) -> int:
-    """`value`, if it is an int of at least `least`."""
+    """Return `value` if it is an int of at least `least`."""
     if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
     if value < least:
@@ -15,7 +15,7 @@ def check_count(name: str, value: int, least: int = 1) -> int:
 
 
 def check_width(width: float) -> float:
-    """`width`, if it is a positive number."""
+    """Return `width` if it is a positive number."""
     if not isinstance(width, (int, float)) or isinstance(width, bool):
         raise TypeError(f"width: expected a number, got {type(width).__name__}")
     if not 0 < width < float("inf"):
@@ -24,12 +24,12 @@ def check_width(width: float) -> float:
 
 
 def scaled(neurons: int, width: float) -> int:
-    """The neurons of a layer at a width multiplier, at least 1."""
+    """Return the neurons of a layer at a width multiplier, at least 1."""
     return max(1, round(neurons * width))
 
 
 def init_convolutions(model: nn.Module) -> None:
-    """Kaiming-normal weights (fan-out, gain sqrt 2) and zero biases in every convolution, as published."""
+    """Give every convolution Kaiming-normal weights (fan-out, gain sqrt 2) and zero biases, as published."""
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -38,7 +38,7 @@ def init_convolutions(model: nn.Module) -> None:
 
 
 def init_linears(model: nn.Module) -> None:
-    """Normal weights of standard deviation 0.01 and zero biases in every linear layer, as published."""
+    """Give every linear layer normal weights of standard deviation 0.01 and zero biases, as published."""
     for module in model.modules():
         if isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, 0.0, 0.01)

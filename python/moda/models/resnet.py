@@ -27,7 +27,7 @@ class BasicBlock(nn.Module):
         self.relu2 = nn.ReLU()
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, inputs, H, W) -> (N, outputs, ceil(H / stride), ceil(W / stride))."""
+        """Map (N, inputs, H, W) to (N, outputs, ceil(H / stride), ceil(W / stride))."""
         identity = x if self.downsample is None else self.downsample(x)
         x = self.relu1(self.bn1(self.conv1(x)))
         y: Tensor = self.relu2(self.bn2(self.conv2(x)) + identity)
@@ -35,13 +35,14 @@ class BasicBlock(nn.Module):
 
 
 class ResNet(nn.Module):
-    """ResNet of basic blocks in four stages; `resnet18` is one.
+    """ResNet of basic blocks in four stages; `resnet18` makes the published one.
 
     Args:
-        widths: neurons of the four stages; the stem has those of the first. From the second on, a stage halves the map.
-        depths: blocks in each stage.
-        num_classes: logits.
-        in_channels: channels of the images.
+        widths: the neurons of the four stages; the stem has those of the first. From the second on, a stage halves the
+            map.
+        depths: the number of blocks in each stage.
+        num_classes: the number of logits.
+        in_channels: the channels of the images.
 
     Raises:
         TypeError, ValueError: an argument is not as above.
@@ -65,7 +66,7 @@ class ResNet(nn.Module):
         init_convolutions(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, in_channels, H, W) -> (N, num_classes) logits."""
+        """Map (N, in_channels, H, W) images to (N, num_classes) logits."""
         x = self.relu1(self.bn1(self.conv1(x)))
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         logits: Tensor = self.fc(self.flatten(self.avgpool(x)))
@@ -81,9 +82,9 @@ def resnet18(num_classes: int = 10, in_channels: int = 3, width: float = 1.0) ->
     """ResNet18 with the stem for small images, as published (also for 224 x 224 there).
 
     Args:
-        num_classes: logits.
-        in_channels: channels of the images.
-        width: multiplier of the stages' neurons (64, 128, 256, 512 at 1).
+        num_classes: the number of logits.
+        in_channels: the channels of the images.
+        width: the multiplier of the stages' neurons (64, 128, 256, 512 at 1).
 
     Raises:
         TypeError, ValueError: an argument is not as above.

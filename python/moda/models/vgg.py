@@ -17,14 +17,14 @@ _SMALL = (32, 32, POOL, 64, 64, POOL)
 
 
 class VGG(nn.Module):
-    """VGG of any plan; `vgg16` and `small_vgg` are two.
+    """VGG of any plan; `vgg16` and `small_vgg` make two of them.
 
     Args:
-        plan: neurons of the convolutions in order, `POOL` for a 2x2 max-pooling.
-        hidden: neurons of the hidden linear layers.
-        num_classes: logits.
-        in_channels: channels of the images.
-        image_size: height and width of the images, at least 2 to the number of poolings.
+        plan: the neurons of the convolutions in order, with `POOL` for a 2x2 max-pooling.
+        hidden: the neurons of the hidden linear layers.
+        num_classes: the number of logits.
+        in_channels: the channels of the images.
+        image_size: the height and width of the images, at least 2 to the number of poolings.
 
     Raises:
         TypeError, ValueError: an argument is not as above.
@@ -47,7 +47,7 @@ class VGG(nn.Module):
         init_linears(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, in_channels, image_size, image_size) -> (N, num_classes) logits."""
+        """Map (N, in_channels, image_size, image_size) images to (N, num_classes) logits."""
         logits: Tensor = self.classifier(self.flatten(self.features(x)))
         return logits
 
@@ -74,10 +74,10 @@ def vgg16(num_classes: int = 10, in_channels: int = 3, width: float = 1.0, image
     """VGG16 with batch norm and two hidden linear layers of 4096, no dropout, as published.
 
     Args:
-        num_classes: logits.
-        in_channels: channels of the images.
-        width: multiplier of the hidden layers' neurons.
-        image_size: height and width of the images, at least 32; published ones are 32 and 224.
+        num_classes: the number of logits.
+        in_channels: the channels of the images.
+        width: the multiplier of the hidden layers' neurons.
+        image_size: the height and width of the images, at least 32; published ones are 32 and 224.
 
     Raises:
         TypeError, ValueError: an argument is not as above.
@@ -89,10 +89,10 @@ def small_vgg(num_classes: int = 10, in_channels: int = 3, width: float = 1.0, i
     """The demo's VGG for the 8x8 digits: four convolutions, one hidden linear layer, 100,138 parameters.
 
     Args:
-        num_classes: logits.
-        in_channels: channels of the images.
-        width: multiplier of the hidden layers' neurons (32, 32, 64, 64, 128 at 1).
-        image_size: height and width of the images, at least 4.
+        num_classes: the number of logits.
+        in_channels: the channels of the images.
+        width: the multiplier of the hidden layers' neurons (32, 32, 64, 64, 128 at 1).
+        image_size: the height and width of the images, at least 4.
 
     Raises:
         TypeError, ValueError: an argument is not as above.

@@ -1,4 +1,4 @@
-"""Small charts that stand side by side: lines with a band, bars, changes, heat maps; labels stand at the data."""
+"""Draws small charts to stand side by side: lines with a band, bars, changes and heat maps, with labels at the data."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from moda.report.style import SEQUENTIAL, Theme, bare, contrasting
 
 __all__ = ["Change", "Line", "Scale", "bars", "changes", "heat_map", "lines"]
 
-SIZE = (3.0, 2.4)  # inches; every panel of a row has it, so that letters are of one size
+SIZE = (3.0, 2.4)  # inches; all panels of a row share it, so that their letters have one size
 SMALL, LABEL = 8.0, 8.5  # points
-_LEFT, _RIGHT, _BOTTOM, _TOP = 0.14, 0.735, 0.165, 0.88  # of the figure; labels of lines stand right of the axes
+_LEFT, _RIGHT, _BOTTOM, _TOP = 0.14, 0.735, 0.165, 0.88  # share of the figure; labels of lines stand right of the axes
 
 
 @dataclass(frozen=True)
@@ -28,12 +28,12 @@ class Line:
     """A line of a chart.
 
     Attributes:
-        name: stands at its end.
-        x: ascending.
-        y: one value per x, with its range over seeds.
-        colour: a field of `Theme`.
-        dashed: for other people's numbers, and second quantities.
-        points: mark the values.
+        name: the label that stands at the line's end.
+        x: the horizontal places, ascending.
+        y: a value per x, with its range over seeds.
+        colour: the name of a field of `Theme`.
+        dashed: draw the line dashed, for other people's numbers and second quantities.
+        points: mark the values with dots.
     """
 
     name: str
@@ -49,11 +49,11 @@ class Scale:
     """A vertical axis.
 
     Attributes:
-        unit: what is shown, e.g. "accuracy, %".
-        factor: numbers are multiplied by it.
-        logarithmic: whether the axis is.
-        low: where it begins, in the unit; None: below the data.
-        high: where it ends.
+        unit: the quantity and its unit, e.g. "accuracy, %".
+        factor: what numbers are multiplied by.
+        logarithmic: whether the axis is logarithmic.
+        low: the axis's lower end in that unit; None places it below the data.
+        high: the axis's upper end; None places it above the data.
     """
 
     unit: str
@@ -64,7 +64,7 @@ class Scale:
 
 
 def lines(name: str, title: str, drawn: Sequence[Line], scale: Scale, along: str) -> Panel:
-    """A line chart; `along` says what is on the horizontal axis."""
+    """Make a line chart; `along` says what is on the horizontal axis."""
 
     def draw(figure: Figure, theme: Theme) -> None:
         axes = figure.add_axes((_LEFT, _BOTTOM, _RIGHT - _LEFT, _TOP - _BOTTOM))
@@ -109,7 +109,7 @@ def _limit(axes: Axes, scale: Scale) -> None:
 
 
 def _places(drawn: Sequence[Line]) -> FixedLocator | MaxNLocator:
-    """Ticks at the values if they are few, else at round numbers."""
+    """Return ticks at the values if they are few, else at round numbers."""
     values = sorted({value for line in drawn for value in line.x})
     whole = all(float(value).is_integer() for value in values)
     if whole and len(values) <= 10 and values[-1] < 100:
@@ -127,7 +127,7 @@ def _furnish(axes: Axes, theme: Theme, unit: str, along: str) -> None:
 
 
 def _name_ends(axes: Axes, theme: Theme, drawn: Sequence[Line], factor: float) -> None:
-    """Names at the ends of lines, moved apart where they would stand on each other."""
+    """Write names at the ends of lines, moved apart where they would overlap."""
     ends = [(line.x[-1], factor * line.y[-1].mean) for line in drawn]
     to_axes = axes.transData + axes.transAxes.inverted()
     wanted = [float(np.clip(to_axes.transform(end)[1], 0, 1)) for end in ends]
@@ -138,7 +138,7 @@ def _name_ends(axes: Axes, theme: Theme, drawn: Sequence[Line], factor: float) -
 
 
 def spread_out(places: Sequence[float], gap: float) -> list[float]:
-    """Places between 0 and 1 at least `gap` apart, in the same order and as near as a pass up and a pass down give."""
+    """Return places between 0 and 1 in the same order and at least `gap` apart, moved by a pass up and a pass down."""
     order = sorted(range(len(places)), key=lambda index: places[index])
     moved = list(places)
     for below, above in itertools.pairwise(order):
@@ -159,7 +159,7 @@ def _described(title: str, drawn: Sequence[Line], scale: Scale, along: str) -> s
 
 
 def bars(name: str, title: str, names: Sequence[str], values: Sequence[Spread], unit: str) -> Panel:
-    """Horizontal bars of shares in per cent with their numbers, one under another."""
+    """Make horizontal bars of shares in per cent with their numbers, one under another."""
     height = max(SIZE[1], 0.21 * len(names) + 0.3)
     listed = ", ".join(f"{label} {100 * band.mean:.1f}" for label, band in zip(names, values, strict=True))
 
@@ -188,7 +188,7 @@ def bars(name: str, title: str, names: Sequence[str], values: Sequence[Spread], 
 
 @dataclass(frozen=True)
 class Change:
-    """A number before and after, per row; `colour` is a field of `Theme`."""
+    """Numbers before and after a change, a pair per row; `colour` is the name of a field of `Theme`."""
 
     name: str
     before: Sequence[float]
@@ -197,7 +197,7 @@ class Change:
 
 
 def changes(name: str, title: str, names: Sequence[str], drawn: Sequence[Change], unit: str) -> Panel:
-    """From a hollow mark (before) to a filled one (after), in per cent; one row per name and change."""
+    """Draw each change from a hollow mark (before) to a filled one (after), in per cent, a row per name and change."""
     step = 0.17
     height = max(SIZE[1], 0.6 + len(names) * (step * len(drawn) + 0.1))
     told = "; ".join(
@@ -233,15 +233,15 @@ def changes(name: str, title: str, names: Sequence[str], drawn: Sequence[Change]
 def heat_map(
     name: str, title: str, names: Sequence[str], values: np.ndarray, unit: str, *, half: bool = False
 ) -> Panel:
-    """A square of shares in per cent, with numbers in it where there is room.
+    """Make a square heat map of shares in per cent, with numbers in it where there is room.
 
     Args:
         name: see `Panel`.
         title: see `Panel`.
-        names: of rows and columns.
+        names: the names of rows and columns.
         values: (K, K), in [0, 1].
-        unit: what is shown.
-        half: the matrix is symmetric, leave out what is above the diagonal.
+        unit: the quantity that is shown.
+        half: leave out what is above the diagonal, for a symmetric matrix.
     """
     count = len(names)
     shown = np.tril(np.ones_like(values, dtype=bool)) if half else np.ones_like(values, dtype=bool)
@@ -282,7 +282,7 @@ def _write_cells(axes: Axes, values: np.ndarray, shown: np.ndarray, ink: Callabl
 
 
 def _name_classes(axes: Axes, names: Sequence[str]) -> None:
-    """Names at rows, and at columns where they are short; of many, about every tenth one's index."""
+    """Write names at rows, and at columns where they are short; of many classes, about every tenth index."""
     every = 1 if len(names) <= 12 else -(-len(names) // 10)
     places = range(0, len(names), every)
     told = [names[place] if every == 1 else str(place) for place in places]

@@ -1,4 +1,4 @@
-"""What a page of results is made of: sections of words, figures and tables, and the HTML they become."""
+"""Makes a page of results: sections of words, figures and tables become HTML."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ __all__ = ["Block", "Panel", "Panels", "Row", "Section", "Table", "Words", "draw
 
 @dataclass(frozen=True)
 class Panel:
-    """A figure.
+    """A figure of the page.
 
     Attributes:
-        name: unique in the page, for ids.
-        title: what it shows.
-        description: the same with its numbers, for those who do not see it.
-        size: width and height in inches.
-        draw: draws it.
+        name: the figure's name, unique in the page and used in ids.
+        title: a line that says what the figure shows.
+        description: the figure in words with its numbers, for those who do not see it.
+        size: the width and height in inches.
+        draw: the function that draws it.
     """
 
     name: str
@@ -36,7 +36,7 @@ class Panel:
     draw: Callable[[Figure, Theme], None]
 
     def svg(self) -> str:
-        """As an SVG element; call it while drawing for the screen."""
+        """Return the figure as an SVG element; call it while drawing for the screen."""
         figure = Figure(figsize=self.size)
         self.draw(figure, SCREEN)
         return to_svg(figure, self.name, self.description)
@@ -44,7 +44,7 @@ class Panel:
 
 @dataclass(frozen=True)
 class Panels:
-    """Figures side by side, as far as the page is wide enough, under a heading and a caption if there are any."""
+    """Figures that stand side by side where the page is wide enough, under an optional heading and caption."""
 
     panels: tuple[Panel, ...]
     heading: str = ""
@@ -54,7 +54,7 @@ class Panels:
 
 @dataclass(frozen=True)
 class Row:
-    """A row of a table; the first cell is its heading. A reference is someone else's numbers."""
+    """A row of a table. The first cell is its heading; `reference` marks other people's numbers."""
 
     cells: tuple[str, ...]
     reference: bool = False
@@ -65,11 +65,11 @@ class Table:
     """A table.
 
     Attributes:
-        caption: what its numbers are.
-        columns: headings.
-        rows: as many cells each.
-        emphasis: index of the column, or heading of the row, that matters most.
-        prose: cells are words, not numbers.
+        caption: a sentence that says what the numbers are.
+        columns: the headings.
+        rows: the rows, each with one cell per heading.
+        emphasis: the index of the column, or the heading of the row, that matters most.
+        prose: whether cells hold words instead of numbers.
     """
 
     caption: str
@@ -84,7 +84,7 @@ class Table:
 class Words:
     """A paragraph; `code` stands between backticks, [text](#section) is a link.
 
-    A note says what is missing, or what cannot be compared.
+    With `note` it says what is missing, or what cannot be compared.
     """
 
     text: str
@@ -105,10 +105,10 @@ class Section:
 
 
 def draw_all(sections: Iterable[Section]) -> dict[str, str]:
-    """The figures of sections as SVG, by name.
+    """Return the figures of sections as SVG, by name.
 
     Raises:
-        ValueError: two figures have one name.
+        ValueError: two figures share a name.
     """
     panels = [p for section in sections for block in section.blocks if isinstance(block, Panels) for p in block.panels]
     names = [panel.name for panel in panels]
@@ -120,7 +120,7 @@ def draw_all(sections: Iterable[Section]) -> dict[str, str]:
 
 
 def render(template: str, **values: Any) -> str:
-    """A page from a template of this package."""
+    """Render a page from a template of this package."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("moda.report"),
         autoescape=True,
@@ -133,7 +133,7 @@ def render(template: str, **values: Any) -> str:
 
 
 def inline(text: str) -> Markup:
-    """Plain text as HTML: `code` between backticks, [links](#section), no line break before a per cent sign."""
+    """Turn plain text into HTML: `code` between backticks, [links](#section), no line break before a per cent sign."""
     linked = re.sub(r"\[([^\]]+)\]\((#[\w-]+)\)", r'<a href="\2">\1</a>', escape(text))
     parts = linked.replace(" %", "\u00a0%").split("`")
     return Markup("".join(f"<code>{part}</code>" if index % 2 else part for index, part in enumerate(parts)))

@@ -1,4 +1,4 @@
-"""The figures of the demo, each drawn into axes or a part of a figure that it is given."""
+"""Draws the demo's figures, each into given axes or a given part of a figure."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from moda.report.style import SEQUENTIAL, Theme, bare, contrasting
 
 
 def module_sizes(axes: Axes, theme: Theme, names: Sequence[str], standard: Any, modular: Any) -> None:
-    """Bars of the modular model's module of each class, and a mark where the standard model's ends.
+    """Draw a bar for the modular model's module of each class, and a mark where the standard model's ends.
 
     `standard` and `modular` are shares of the model's parameters, one per class.
     """
@@ -37,7 +37,7 @@ def module_sizes(axes: Axes, theme: Theme, names: Sequence[str], standard: Any, 
 
 
 def overlaps(axes: Axes, names: Sequence[str], values: Tensor) -> None:
-    """(K, K) heat map with the numbers in it, in per cent; below the diagonal only, as it is symmetric."""
+    """Draw a symmetric (K, K) matrix as a heat map below the diagonal, with its numbers in per cent."""
     shares = values.numpy()
     shown = np.tril(np.ones_like(shares, dtype=bool))
     colours = colormaps[SEQUENTIAL]
@@ -52,7 +52,7 @@ def overlaps(axes: Axes, names: Sequence[str], values: Tensor) -> None:
 
 
 def similarity(axes: Axes, values: Tensor, names: Sequence[str], *, rows: bool, columns: bool) -> Any:
-    """(K, K) mean cosine similarity between samples of two classes, from 0 to 1."""
+    """Draw the (K, K) mean cosine similarity between samples of two classes, from 0 to 1."""
     image = axes.imshow(values.numpy(), cmap=SEQUENTIAL, vmin=0, vmax=1)
     _label_classes(axes, names, rows=rows, columns=columns)
     axes.tick_params(labelsize=7)
@@ -60,7 +60,7 @@ def similarity(axes: Axes, values: Tensor, names: Sequence[str], *, rows: bool, 
 
 
 def firing_rates(axes: Axes, values: Tensor, names: Sequence[str]) -> Any:
-    """(K, C) firing rates, neurons in the order of `by_class`."""
+    """Draw (K, C) firing rates with the neurons in the order of `by_class`."""
     ordered = values[:, by_class(values)].numpy()
     image = axes.imshow(ordered, cmap=SEQUENTIAL, vmin=0, vmax=1, aspect="auto", interpolation="nearest")
     axes.set_yticks(range(len(names)), names)
@@ -71,7 +71,9 @@ def firing_rates(axes: Axes, values: Tensor, names: Sequence[str]) -> Any:
 
 
 def by_class(rates: Tensor) -> Tensor:
-    """(C,) order of neurons: by the class they fire most for, then by falling rate; neurons that never fire last."""
+    """Return the (C,) order of neurons by the class they fire most for, then by falling rate; those that never fire
+    come last.
+    """
     highest, owner = rates.max(0)
     group = torch.where(highest > 0, owner, len(rates))
     order = (-highest).argsort(stable=True)
@@ -79,7 +81,7 @@ def by_class(rates: Tensor) -> Tensor:
 
 
 def off_diagonal_mean(values: Tensor) -> float:
-    """Mean of the entries that are not on the diagonal."""
+    """Return the mean of the entries that are not on the diagonal."""
     classes = len(values)
     return float(values.sum() - values.trace()) / (classes * (classes - 1))
 

@@ -1,4 +1,4 @@
-"""How figures look: colours for paper and for a page that is light or dark, fonts, and SVG fit to stand inside HTML."""
+"""Sets how figures look: colours for paper and for light and dark pages, fonts, and SVG that can stand inside HTML."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SEQUENTIAL = "viridis"
 
 @dataclass(frozen=True)
 class Theme:
-    """Colours of what is not data, of the two trainings, and of composed models (after Okabe and Ito's palette)."""
+    """The colours of frames and text, of the two trainings, and of composed models (after Okabe and Ito's palette)."""
 
     ink: str = "#1d2530"
     muted: str = "#5c6673"
@@ -47,14 +47,14 @@ _RC: dict[str, Any] = {
     "axes.linewidth": 0.8,
     "xtick.major.size": 0,
     "ytick.major.size": 0,
-    "svg.fonttype": "none",  # text stays text: selectable, searchable, in the page's font
+    "svg.fonttype": "none",  # text stays text, so that it can be selected and searched, in the page's font
     "savefig.transparent": True,
 }
 
 
 @contextmanager
 def drawing(theme: Theme) -> Iterator[None]:
-    """Settings of matplotlib while figures of a theme are made and saved."""
+    """Apply a theme's matplotlib settings while figures are made and saved."""
     colours = dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), theme.ink)
     settings: Any = {**_RC, **colours, "axes.edgecolor": theme.rule}
     with matplotlib.rc_context(settings):
@@ -62,20 +62,20 @@ def drawing(theme: Theme) -> Iterator[None]:
 
 
 def bare(axes: Axes) -> None:
-    """No frame, no ticks: what is left is data and words."""
+    """Remove frame and ticks, so that data and words are left."""
     axes.set_frame_on(False)
     axes.tick_params(length=0)
 
 
 def contrasting(colour: tuple[float, float, float, float]) -> str:
-    """Black or white, whichever is easier to read on a colour (WCAG relative luminance)."""
+    """Return black or white, whichever is easier to read on a colour (WCAG relative luminance)."""
     linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in colour[:3]]
     luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
     return "#000000" if luminance > 0.179 else "#ffffff"
 
 
 def to_svg(figure: Figure, name: str, description: str) -> str:
-    """A figure as an SVG element for a page.
+    """Return a figure as an SVG element for a page.
 
     It scales with the page, takes its colours, is named to screen readers by `description`, and its ids begin with
     `name`, so that several stand in one page.
@@ -96,7 +96,7 @@ def to_svg(figure: Figure, name: str, description: str) -> str:
 
 
 def to_png(figure: Figure, dots_per_inch: int) -> bytes:
-    """A figure as PNG on white."""
+    """Return a figure as PNG on white."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=dots_per_inch, transparent=False, facecolor="white")
     return buffer.getvalue()

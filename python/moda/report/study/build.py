@@ -1,4 +1,4 @@
-"""Puts the study's page together."""
+"""Builds the study's page from its sections."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ __all__ = ["study_page"]
 
 
 def study_page(inputs: Inputs, title: str | None = None) -> str:
-    """The page, HTML that needs nothing beside itself.
+    """Return the page as HTML that needs no other file.
 
     Args:
-        inputs: what to show, see `read_inputs`.
-        title: its heading; None: one that names the models and data.
+        inputs: the results to show, from `read_inputs`.
+        title: the page's heading; with None it names the models and data.
     """
     sections = _sections(inputs)
     return render(

@@ -1,4 +1,6 @@
-"""What a report is made from: folders of runs, studies and replacement studies, and which runs belong together."""
+"""Reads what a report is made from, folders of runs, studies and replacement studies, and groups runs that belong
+together.
+"""
 
 from __future__ import annotations
 
@@ -35,17 +37,17 @@ DATA_NAMES = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "svhn": "SVHN", "ima
 
 @dataclass(frozen=True, eq=False)
 class RunResults:
-    """What one run's folder holds; what it does not hold is None or empty.
+    """The results in one run's folder; what the folder lacks is None or empty.
 
     Attributes:
-        folder: of the run.
-        label: what to call it.
-        config: its settings.
-        metrics: one row per epoch.
+        folder: the run's folder.
+        label: the name to show.
+        config: the run's settings.
+        metrics: the metrics, one row per epoch.
         analysis: analysis.json.
         reuse: the rows of reuse.csv.
-        source: what `reuse` or else `analysis` follow from: threshold, hashes.
-        sweeps: points by what is varied.
+        source: the threshold and hashes that `reuse`, or else `analysis`, was computed from.
+        sweeps: the points of each sweep, by the name of the varied setting.
     """
 
     folder: Path
@@ -59,7 +61,7 @@ class RunResults:
 
     @classmethod
     def read(cls, folder: Path, label: str) -> RunResults:
-        """The results in a run's folder.
+        """Read the results in a run's folder.
 
         Raises:
             FormatError (a ValueError): a file is malformed, or files are of different weights or modules.
@@ -90,18 +92,18 @@ class RunResults:
 
     @property
     def threshold(self) -> float | None:
-        """Firing rate from which the run's neurons were kept, if it says."""
+        """The firing rate from which the run's neurons were kept; None if the files do not tell."""
         return self.source.get("threshold")
 
 
 @dataclass(frozen=True, eq=False)
 class Replacement:
-    """A replacement study.
+    """The results of a replacement study.
 
     Attributes:
-        label: what to call its folder.
-        config: settings of one of its weak trainings.
-        results: one per weak model, checkpoint and strategy.
+        label: the name to show for its folder.
+        config: the settings of one of its weak trainings.
+        results: a result per weak model, checkpoint and strategy.
     """
 
     label: str
@@ -110,7 +112,7 @@ class Replacement:
 
     @classmethod
     def read(cls, folder: Path, label: str) -> Replacement:
-        """The study in a folder.
+        """Read the study in a folder.
 
         Raises:
             FormatError (a ValueError): a file is missing or malformed, or there is no result.
@@ -123,13 +125,13 @@ class Replacement:
 
 @dataclass(frozen=True, eq=False)
 class Setting:
-    """Runs that differ in nothing but the seed, and the standard runs to compare them with.
+    """Runs that differ only in the seed, and the standard runs to compare them with.
 
     Attributes:
-        name: as people call it, different from every other setting's in the page.
-        key: for ids.
-        modular: runs with the modular terms.
-        standard: runs without them, otherwise the same.
+        name: the setting's name, unique in the page.
+        key: the name as it stands in ids.
+        modular: the runs with the modular terms.
+        standard: the runs without them that are otherwise the same.
     """
 
     name: str
@@ -139,33 +141,33 @@ class Setting:
 
     @property
     def config(self) -> TrainingConfig:
-        """The settings, with the seed of one run."""
+        """The settings of one of the runs."""
         return (self.modular or self.standard)[0].config
 
     @property
     def threshold(self) -> float | None:
-        """Firing rate from which neurons were kept, if a run says."""
+        """The firing rate from which neurons were kept; None if no run tells."""
         return next((run.threshold for run in self.modular if run.threshold is not None), None)
 
     @cached_property
     def analysed(self) -> list[RunResults]:
-        """Modular runs that have an analysis."""
+        """The modular runs that have an analysis."""
         return [run for run in self.modular if run.analysis]
 
     @cached_property
     def reused(self) -> list[RunResults]:
-        """Modular runs that have sub-tasks."""
+        """The modular runs that have results of sub-tasks."""
         return [run for run in self.modular if run.reuse]
 
 
 @dataclass(frozen=True, eq=False)
 class Inputs:
-    """All that a page is made from.
+    """Everything that a page is made from.
 
     Attributes:
-        settings: runs, grouped.
-        replacements: replacement studies.
-        commands: command lines that made the studies among the folders.
+        settings: the runs, grouped by setting.
+        replacements: the replacement studies.
+        commands: the command lines that made the studies among the folders.
     """
 
     settings: tuple[Setting, ...]
@@ -174,13 +176,14 @@ class Inputs:
 
     @property
     def runs(self) -> list[RunResults]:
-        """All runs, as they are grouped; a standard run that serves two settings comes once."""
+        """All runs in the order of their settings; a standard run that serves two settings comes once."""
         listed = [run for setting in self.settings for run in (*setting.modular, *setting.standard)]
         return list({id(run): run for run in listed}.values())
 
 
 def read_inputs(folders: Iterable[str | Path]) -> Inputs:
-    """The results in folders of runs (`moda train`), studies (`moda study`) and replacement studies (`moda repair`).
+    """Read the results in folders of runs (`moda train`), studies (`moda study`) and replacement studies (`moda
+    repair`).
 
     Raises:
         FormatError (a ValueError): a folder is none of these, or holds a malformed file.
@@ -202,7 +205,7 @@ def read_inputs(folders: Iterable[str | Path]) -> Inputs:
 
 
 def _expanded(folder: Path) -> list[Path]:
-    """A study's folders, those that are there already; any other folder as it is."""
+    """Return the existing folders of a study; any other folder is returned as it is."""
     if not folder.is_dir():
         raise FormatError(f"{folder}: no such folder")
     if not (folder / DESCRIPTION).exists():
@@ -219,7 +222,7 @@ def _expanded(folder: Path) -> list[Path]:
 
 
 def _description(folder: Path) -> dict[str, Any]:
-    """study.json, with the entries that are read here."""
+    """Read the entries of study.json that the page needs."""
     description = read_json(folder / DESCRIPTION, FORMAT, FORMAT_VERSION)
     try:
         runs = [{name: run[name] for name in ("model", "seed", "modular", "standard")} for run in description["runs"]]
@@ -229,7 +232,7 @@ def _description(folder: Path) -> dict[str, Any]:
 
 
 def _command(folder: Path, label: str) -> str:
-    """The command line that makes a study's folder."""
+    """Return the command line that makes a study's folder."""
     description = _description(folder)
     models, seeds = (dict.fromkeys(str(run[name]) for run in description["runs"]) for name in ("model", "seed"))
     command = (
@@ -239,7 +242,7 @@ def _command(folder: Path, label: str) -> str:
     return command + (f" --per-size {description['per_size']}" if description["per_size"] else "")
 
 
-# What decides neither what a setting is, nor how its results compare.
+# These settings neither tell settings apart nor change how results compare.
 _APART = RUNTIME_SETTINGS | {"seed", "backend", "route"}
 
 
@@ -274,7 +277,9 @@ def _by_seed(runs: Iterable[RunResults]) -> list[RunResults]:
 
 
 def _names(configs: Sequence[TrainingConfig]) -> list[str]:
-    """Model, with the data where there are several, the width where it is not 1, and whatever else tells them apart."""
+    """Name settings by model, by data where there are several, by width where it is not 1, and by what else tells them
+    apart.
+    """
     several = len({config.data for config in configs}) > 1
     names = []
     for config in configs:

@@ -1,4 +1,4 @@
-"""What the modules are like: sizes, overlaps, layers, and the similarity of classes."""
+"""Shows the modules: sizes, overlaps, layers, and the similarity of classes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _COMMAND = "moda analyze RUN"
 
 
 def modules(settings: Sequence[Setting]) -> Section:
-    """Sizes and overlaps of modules, and what they share in every layer."""
+    """Show sizes and overlaps of modules, and what they share in every layer."""
     shown = [setting for setting in settings if setting.analysed]
     intro = (
         "A module is what the model keeps for one class: neurons that fire for most of its samples. Overlap is what "
@@ -144,7 +144,7 @@ def _mean_matrix(matrices: Sequence[Any]) -> np.ndarray:
 
 
 def _early_to_late(shown: Sequence[Setting]) -> str:
-    """The paper's claim that early layers are shared and late ones are not, in numbers."""
+    """Put the paper's claim into numbers that early layers are shared and late ones are not."""
     told = []
     for setting in shown:
         overlaps = [[layer["overlap"] for layer in _layers(run)] for run in setting.analysed]
@@ -163,7 +163,7 @@ def _early_to_late(shown: Sequence[Setting]) -> str:
 
 
 def similarities(settings: Sequence[Setting]) -> Section:
-    """How alike classes look to each layer."""
+    """Show how similar the classes are in each layer."""
     shown = [setting for setting in settings if setting.analysed]
     blocks: list[Block] = [
         Words(
@@ -207,7 +207,7 @@ def _similarity_panels(setting: Setting) -> tuple[Panel, ...]:
 
 
 def _similarity(runs: Sequence[RunResults]) -> list[tuple[np.ndarray, list[np.ndarray]]]:
-    """Per layer the mean over runs, and each run's."""
+    """Return each layer's mean over runs, and each run's."""
     tables = [list((run.analysis or {})["similarity"].values()) for run in runs]
     each = [[np.array(matrix, dtype=float) for matrix in layer] for layer in zip(*tables, strict=True)]
     return [(_mean_matrix(matrices), matrices) for matrices in each]

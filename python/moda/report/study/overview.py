@@ -1,4 +1,4 @@
-"""What came of it all, in a few numbers."""
+"""Sums the study up in a few numbers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["headlines", "overview", "reuse_gap"]
 
 @dataclass(frozen=True)
 class _Headline:
-    """A number of every setting, and what it is."""
+    """A number that every setting has, and what it means."""
 
     value: Callable[[Setting], Spread | None]
     form: str
@@ -30,7 +30,9 @@ class _Headline:
 
 
 def headlines(settings: Sequence[Setting]) -> list[tuple[str, str, str]]:
-    """(number, what it is, a word more) of those that matter most, from the least to the largest over the settings."""
+    """Return (number, meaning, remark) of the numbers that matter most, from the least to the largest over the
+    settings.
+    """
     wanted = [
         _Headline(
             reuse_gap,
@@ -56,29 +58,29 @@ def headlines(settings: Sequence[Setting]) -> list[tuple[str, str, str]]:
 
 
 def reuse_gap(setting: Setting) -> Spread | None:
-    """Reuse accuracy of the composed models minus the standard model's on the same sub-tasks."""
+    """Return the composed models' reuse accuracy minus the standard model's on the same sub-tasks."""
     runs = [run for run in setting.reused if all(result.standard is not None for result in run.reuse)]
     gaps = [reuse_accuracy(run.reuse) - reuse_accuracy(run.reuse, "standard") for run in runs]
     return Spread.of(gaps) if gaps else None
 
 
 def mean_reuse(setting: Setting) -> Spread | None:
-    """The paper's reuse accuracy."""
+    """Return the mean reuse accuracy, as the paper defines it."""
     return Spread.of(reuse_accuracy(run.reuse) for run in setting.reused) if setting.reused else None
 
 
 def module_size(setting: Setting) -> Spread | None:
-    """Mean over classes."""
+    """Return the mean module size over classes."""
     return from_analysis(setting.analysed, "mean_size")
 
 
 def overlap(setting: Setting) -> Spread | None:
-    """Mean over pairs of classes, published counting."""
+    """Return the mean overlap over pairs of classes, counted as published."""
     return from_analysis(setting.analysed, "mean_overlap")
 
 
 def from_analysis(runs: Sequence[RunResults], name: str) -> Spread | None:
-    """A number of the analyses of runs."""
+    """Summarise a number of the runs' analyses."""
     values = [run.analysis[name] for run in runs if run.analysis]
     return Spread.of(values) if values else None
 
@@ -101,7 +103,7 @@ _CAPTION = (
 
 
 def overview(settings: Sequence[Setting]) -> Section:
-    """The table that says most."""
+    """Return the table of the most important numbers."""
     rows = []
     for setting in (each for each in settings if each.modular):
         ratio = time_ratio(setting)

@@ -1,4 +1,6 @@
-"""Other people's numbers to set ours beside, and how far the settings agree. The numbers are in references.json."""
+"""Finds other people's numbers to set beside ours, and says how far the settings agree. The numbers are in
+references.json.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ PAPER_DATA = "CIFAR10, CIFAR100, SVHN and ImageNet"
 
 @cache
 def references() -> list[dict[str, Any]]:
-    """What references.json holds: the paper, then the published code on digits. Accuracies and sizes are shares."""
+    """Return the content of references.json: the paper, then the published code on digits. Accuracies and sizes are
+    shares.
+    """
     listed: list[dict[str, Any]] = json.loads(
         files(__package__).joinpath("references.json").read_text(encoding="utf-8")
     )
@@ -32,13 +36,13 @@ def references() -> list[dict[str, Any]]:
 
 @dataclass(frozen=True, eq=False)
 class Match:
-    """Numbers for the same model and data.
+    """Other people's numbers for the same model and data.
 
     Attributes:
-        name: whose they are.
-        short: the same beside a line.
-        numbers: an entry of references.json.
-        differences: what is not the same, ours first; empty where the setting is the same.
+        name: whose numbers they are.
+        short: a short form of the name, to stand beside a line.
+        numbers: the entry of references.json.
+        differences: where the settings differ, ours first; empty where they agree.
     """
 
     name: str
@@ -48,19 +52,19 @@ class Match:
 
     @property
     def statement(self) -> str:
-        """How far the settings agree, a sentence."""
+        """Return a sentence that says how far the settings agree."""
         if not self.differences:
             return f"{self.name}: the same setting."
         return f"{self.name}: the same model and data, but here {', '.join(self.differences)}."
 
 
 def find(config: TrainingConfig, threshold: float | None = None) -> list[Match]:
-    """Numbers of the model on the data that settings name."""
+    """Return the reference numbers for the model and data of the given settings."""
     return _find(config, threshold, "models")
 
 
 def find_sweep(config: TrainingConfig, parameter: str) -> list[Match]:
-    """Numbers of the same sweep."""
+    """Return the reference numbers of the same sweep."""
     return [
         match for match in _find(config, None, "sweeps", varied=parameter) if match.numbers["parameter"] == parameter
     ]
@@ -97,7 +101,8 @@ def find_replacement(config: TrainingConfig, strong: str, weak: str, checkpoint:
 def _differences(
     config: TrainingConfig, threshold: float | None, settings: dict[str, Any], varied: str = ""
 ) -> tuple[str, ...]:
-    left_out = {varied} if config.modular else {varied, *WEIGHTS}  # a standard training has no weights to compare
+    # a standard training has no weights of terms to compare
+    left_out = {varied} if config.modular else {varied, *WEIGHTS}
     ours: dict[str, Any] = {n: getattr(config, n) for n in settings if hasattr(config, n) and n not in left_out}
     if threshold is not None:
         ours["threshold"] = threshold
@@ -111,7 +116,7 @@ def _differences(
 
 
 def from_paper(config: TrainingConfig, threshold: float | None) -> tuple[str, ...]:
-    """What differs from the paper's setting, ours first: model and data too. Empty where nothing does."""
+    """Return where the setting differs from the paper's, ours first, including model and data; empty if it does not."""
     paper = references()[0]
     data = DATA_NAMES.get(config.data, config.data)
     known = [entry for entry in paper["models"] if entry["model"] == config.model]

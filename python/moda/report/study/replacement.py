@@ -1,4 +1,4 @@
-"""Module replacement: weak models before and after a strong model's module took over one of their classes."""
+"""Shows module replacement: weak models before and after a strong model's module took over one of their classes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _Group = tuple[str, str, str]  # weak model, checkpoint, strong model
 
 
 def replacement(studies: Sequence[Replacement]) -> Section:
-    """What the replaced class gained, and what the others lost or gained."""
+    """Show what the replaced class gained, and what the others lost or gained."""
     intro = (
         "A weak model knows five classes and a sixth, the target, of which a strong model has a module. The "
         "module\u2019s output takes the target\u2019s place: MODA trains one linear layer over both, CNNSplitter "
@@ -39,7 +39,7 @@ def replacement(studies: Sequence[Replacement]) -> Section:
 
 
 def _merged(studies: Sequence[Replacement]) -> list[Replacement]:
-    """Studies of the same weak models with different strong ones as one, as the paper's table has them."""
+    """Merge studies of the same weak models with different strong ones, as the paper's table does."""
     merged: list[Replacement] = []
     for study in studies:
         for index, other in enumerate(merged):
@@ -52,7 +52,7 @@ def _merged(studies: Sequence[Replacement]) -> list[Replacement]:
 
 
 def _weak(study: Replacement) -> dict[str, Any]:
-    """What a weak training computes, whichever class is mixed in."""
+    """Return what identifies a weak training, whichever class is mixed in."""
     settings = {name: value for name, value in study.config.to_dict().items() if name not in RUNTIME_SETTINGS}
     mixed = {**study.config.data_options.get("replacement", {}), "mixed_class": None}
     return {**settings, "data_options": {**study.config.data_options, "replacement": mixed}}
@@ -99,7 +99,7 @@ def _classes(results: Sequence[RepairResult]) -> dict[int, str]:
 
 
 def _table(study: Replacement, groups: dict[_Group, list[RepairResult]], data: str) -> Table:
-    """The paper's Table 1: weak model with strong model and strategy by class, "target | others"."""
+    """Return the paper's Table 1: weak model with strong model and strategy by class, "target | others"."""
     classes = _classes(study.results)
     rows, said = [], dict[str, None]()
     for key, results in groups.items():

@@ -1,4 +1,4 @@
-"""Sub-task reuse: composed models against the whole ones, by number of classes."""
+"""Shows sub-task reuse: composed models against the whole ones, by number of classes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _INTRO = (
 
 
 def reuse(settings: Sequence[Setting]) -> Section:
-    """Curves and the paper's tables."""
+    """Show curves and the paper's tables."""
     shown = [setting for setting in settings if setting.reused]
     blocks: list[Block] = [Words(_INTRO), *statement([s for s in settings if s.modular])]
     if shown:
@@ -48,7 +48,7 @@ def _over_seeds(shown: Sequence[Setting]) -> str:
 
 
 def _line(setting: Setting, figure: str, name: str, colour: str, *, dashed: bool = False) -> Line | None:
-    """A figure of the composed models by number of classes, over the runs that have it."""
+    """Return a line of the composed models' figure by number of classes, over the runs that have it."""
     tables = [by_size(run.reuse) for run in setting.reused]
     tables = [table for table in tables if all(getattr(mean, figure) is not None for mean in table.values())]
     if not tables:
@@ -129,7 +129,7 @@ def _reference_row(match: Match, name: str, digits: int, sizes: Sequence[int]) -
 
 
 def _columns(sizes: list[int]) -> list[int]:
-    """All sizes if they are few, else the paper's: multiples of ten, and the ends."""
+    """Return all sizes if they are few, else the paper's: multiples of ten, and the ends."""
     if len(sizes) <= MOST_COLUMNS:
         return sizes
     tens = [size for size in sizes if size % 10 == 0]
@@ -151,7 +151,7 @@ def _cell(values: Sequence[float | None], digits: int, sign: str) -> str:
 
 
 def _extremes(shown: Sequence[Setting]) -> Table:
-    """How single sub-tasks fare: a mean hides them."""
+    """Show how single sub-tasks fare, which a mean hides."""
     rows = []
     for setting in shown:
         gaps = [

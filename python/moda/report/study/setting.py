@@ -1,4 +1,4 @@
-"""What was run, what differs from the paper, what the paper reports on its own data, and where the numbers are."""
+"""Says what was run, what differs from the paper, what the paper reports on its own data, and where the numbers are."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _PAPER_DATA = {**DATA_NAMES, "imagenet100r": "ImageNet100R", "imagenet100d": "Im
 
 
 def settings_and_paper(settings: Sequence[Setting]) -> Section:
-    """The differences, and the paper's own numbers of the same architectures."""
+    """Show the differences, and the paper's own numbers of the same architectures."""
     rows = []
     for setting in settings:
         differences = from_paper(setting.config, setting.threshold)
@@ -71,7 +71,7 @@ def _paper_table(entries: Sequence[dict]) -> Table:  # type: ignore[type-arg]
 
 
 def runs(inputs: Inputs) -> Section:
-    """Every run with the hash of what its numbers follow from."""
+    """List every run with the hash of what its numbers were computed from."""
     rows = [Row(_run_cells(run)) for run in inputs.runs]
     for study in inputs.replacements:
         rows.append(Row((study.label, "replacement", DASH, DASH, DASH, DASH)))

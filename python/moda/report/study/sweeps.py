@@ -1,4 +1,4 @@
-"""How the results move with the threshold and with the weights of the terms."""
+"""Shows how the results move with the threshold and with the weights of the terms."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Points = dict[float, list[SweepPoint]]
 
 
 def sweeps(settings: Sequence[Setting]) -> Section:
-    """Curves and a table for everything that was varied."""
+    """Show curves and a table for every setting that was varied."""
     intro = (
         "Reuse accuracy is the mean over sub-task sizes of composed models\u2019 accuracy, on a random choice of "
         "sub-tasks. The threshold is the firing rate from which a neuron is kept; a sweep of it trains nothing. A "
@@ -40,7 +40,7 @@ def sweeps(settings: Sequence[Setting]) -> Section:
 
 
 def _points(setting: Setting, parameter: str) -> Points:
-    """Points of all runs by value; only values that all runs which have the sweep have."""
+    """Return the points of all runs by value, for the values that every run with this sweep has."""
     tables = [{p.value: p for p in run.sweeps[parameter]} for run in setting.modular if run.sweeps.get(parameter)]
     if not tables:
         return {}

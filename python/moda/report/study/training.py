@@ -1,4 +1,4 @@
-"""Accuracy, time and the terms of the loss: standard against modular training."""
+"""Compares standard and modular training: accuracy, time and the terms of the loss."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["accuracy_and_time", "accuracy_gap", "final_accuracy", "terms", "time
 
 
 def accuracy_and_time(settings: Sequence[Setting]) -> Section:
-    """Table and curves of test accuracy, and wall-clock."""
+    """Show the table and curves of test accuracy, and the wall-clock time."""
     columns = (
         "model",
         "standard",
@@ -47,13 +47,13 @@ _BANDS = " Lines are means over seeds, bands reach from the least to the largest
 
 
 def final_accuracy(runs: Sequence[RunResults]) -> Spread | None:
-    """On the test samples, after the last epoch."""
+    """Return the accuracy on the test samples after the last epoch."""
     values = [run.metrics[-1]["test_accuracy"] for run in runs if run.metrics]
     return Spread.of(values) if values else None
 
 
 def accuracy_gap(setting: Setting) -> Spread | None:
-    """Modular minus standard test accuracy: seed by seed where both have the same seeds, else of the means."""
+    """Return modular minus standard test accuracy, seed by seed where both have the same seeds, else of the means."""
     own, other = (
         {run.config.seed: run.metrics[-1]["test_accuracy"] for run in runs if run.metrics}
         for runs in (setting.modular, setting.standard)
@@ -66,7 +66,9 @@ def accuracy_gap(setting: Setting) -> Spread | None:
 
 
 def time_ratio(setting: Setting) -> Spread | None:
-    """Median epoch of modular over that of standard training: seed by seed where possible, else of the means."""
+    """Return the median epoch of modular over that of standard training, seed by seed where possible, else of the
+    means.
+    """
     own, other = (
         {run.config.seed: median(row["seconds"] for row in run.metrics) for run in runs if run.metrics}
         for runs in (setting.modular, setting.standard)
@@ -100,7 +102,7 @@ def _duration(runs: Sequence[RunResults]) -> str:
 
 
 def duration(seconds: float) -> str:
-    """In the unit that fits."""
+    """Format seconds in the unit that fits."""
     for unit, size in (("h", 3600), ("min", 60)):
         if seconds >= 1.5 * size:
             return f"{seconds / size:.2f} {unit}"
@@ -123,7 +125,7 @@ def _reference(match: Match) -> Row:
 
 
 def _unfinished(settings: Sequence[Setting]) -> list[Block]:
-    """Runs that have not come to their last epoch yet: their numbers are not those of the setting."""
+    """Name the runs that have not reached their last epoch yet, whose numbers are not those of the setting."""
     runs = {id(run): run for setting in settings for run in (*setting.modular, *setting.standard)}.values()
     told = [
         f"{r.label} ({len(r.metrics)} of {r.config.epochs} epochs)" for r in runs if len(r.metrics) < r.config.epochs
@@ -163,7 +165,7 @@ def _accuracy_panel(setting: Setting) -> Panel | None:
 
 
 def terms(settings: Sequence[Setting]) -> Section:
-    """Curves of every term of the loss."""
+    """Show curves of every term of the loss."""
     blocks: list[Block] = []
     for setting in settings:
         panels = tuple(panel for name in ("cross_entropy", *WEIGHTS) if (panel := _term_panel(setting, name)))
@@ -200,7 +202,7 @@ def _both(setting: Setting, column: str) -> list[Line]:
 
 
 def over_epochs(runs: Sequence[RunResults], column: str, kind: str) -> Line | None:
-    """A column of the epochs' table over all runs that have it, as far as all of them have come."""
+    """Return a column of the epochs' table over all runs that have it, up to the last epoch that all have reached."""
     rows = [[row for row in run.metrics if column in row] for run in runs]
     rows = [each for each in rows if each]
     if not rows:

@@ -1,4 +1,4 @@
-"""What the sections of the study's page have to say alike."""
+"""Writes the sentences that several sections of the study's page share."""
 
 from __future__ import annotations
 
@@ -15,12 +15,14 @@ DASH = "\u2013"
 
 
 def listed(names: Sequence[str]) -> str:
-    """Names in a sentence."""
+    """Join names into a part of a sentence."""
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
 def missing(what: str, settings: Sequence[Setting], command: str, how: str = "") -> list[Block]:
-    """A line that says what is not shown, of which settings, and which command makes it; none if nothing is missing."""
+    """Return a line that says what is not shown for which settings, and which command makes it; none if nothing is
+    missing.
+    """
     if not settings:
         return []
     return [
@@ -29,7 +31,7 @@ def missing(what: str, settings: Sequence[Setting], command: str, how: str = "")
 
 
 def statement(settings: Sequence[Setting]) -> list[Block]:
-    """Which numbers of others stand beside ours, and what differs; of which data there are none."""
+    """Say which reference numbers stand beside ours and what differs, and for which data there are none."""
     told = []
     for setting in settings:
         told += [f"{setting.name} stands beside {match.statement}" for match in find(setting.config, setting.threshold)]
@@ -44,6 +46,6 @@ def statement(settings: Sequence[Setting]) -> list[Block]:
 
 
 def percent_of(value: dict[str, Any]) -> str:
-    """A mean and a spread of references.json in per cent."""
+    """Format a mean and a spread of references.json in per cent."""
     text = f"{100 * value['mean']:.2f}"
     return text if value["spread"] is None else f"{text}\u00a0\u00b1\u00a0{100 * value['spread']:.2f}"
