@@ -24,6 +24,7 @@ def demo(
 
     About a minute on two cores, without network. Writes demo.html and demo.png.
     """
-    from moda.demo.run import DemoSettings, run_demo
+    from moda.demo.run import run_demo
+    from moda.demo.settings import DemoSettings
 
     run_demo(folder, DemoSettings(tuple(range(seeds)), epochs, batch_size), Console())

@@ -23,7 +23,6 @@ from moda.observation.taps import InstrumentedModel, instrument
 from moda.runs.config import TrainingConfig
 from moda.runs.finished import FinishedRun, cut
 from moda.runs.folder import create_model, load_data
-from moda.study.analysis import off_diagonal_mean
 
 commands = group()
 
@@ -54,15 +53,14 @@ def decompose(
 def _print_modules(model: InstrumentedModel, decomposition: Decomposition, data: DataSplits) -> None:
     rows = table("Modules", "class", "neurons", "parameters")
     neurons = sum(mask.shape[1] for mask in decomposition.masks.values())
-    sizes = []
+    sizes = measure.module_sizes(model, decomposition)
     for index, name in enumerate(data.class_names):
         kept = sum(int(mask.sum()) for mask in decomposition.select([index]).values())
-        sizes.append(measure.size(model, decomposition, [index]))
-        rows.add_row(name, f"{kept} of {neurons}", percent(sizes[-1], 1))
+        rows.add_row(name, f"{kept} of {neurons}", percent(float(sizes[index]), 1))
     show(rows)
-    overlap = off_diagonal_mean(measure.overlap_matrix(model, decomposition))
+    overlap = measure.mean_over_pairs(measure.overlap_matrix(model, decomposition))
     say(
-        f"Mean module: {percent(sum(sizes) / len(sizes), 1)} of the parameters; "
+        f"Mean module: {percent(float(sizes.mean()), 1)} of the parameters; "
         f"mean overlap of two modules: {percent(overlap, 1)}."
     )
 

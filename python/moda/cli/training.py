@@ -10,7 +10,7 @@ import typer
 from moda.cli.arguments import RunArgument
 from moda.cli.commands import Interrupted, example, group
 from moda.cli.printing import percent, say, show, table
-from moda.runs.config import ACCELERATORS, PRECISIONS, ROUTES, RUNTIME_SETTINGS, TrainingConfig
+from moda.runs.config import ACCELERATORS, PRECISIONS, ROUTES, RUNTIME_SETTINGS, TERMS, TrainingConfig
 from moda.runs.folder import RunFolder
 
 commands = group()
@@ -105,10 +105,10 @@ def train(
     options = {"image_size": image_size, "class_list": class_list, "download": download or None}
     options = {name: value for name, value in options.items() if value is not None}
     if standard:
-        weights = [f"--{name}" for name in ("affinity", "dispersion", "compactness") if given.get(name)]
+        weights = [f"--{name}" for name in TERMS if given.get(name)]
         if weights:
             raise typer.BadParameter(f"--standard trains without the modular terms; drop {', '.join(weights)}")
-        given |= {"affinity": 0.0, "dispersion": 0.0, "compactness": 0.0}
+        given |= dict.fromkeys(TERMS, 0.0)
     if options:
         given["data_options"] = options
     config = _resumed_config(folder, given) if resume else TrainingConfig(**given)
@@ -141,7 +141,7 @@ def _print_training(run: RunFolder, metrics: dict[str, float]) -> None:
     rows = table(f"{run.config.model} on {run.config.data}", "last epoch", "")
     for name in ("train_accuracy", "test_accuracy"):
         rows.add_row(name.replace("_", " "), percent(metrics[name]))
-    for name in ("cross_entropy", "affinity", "dispersion", "compactness"):
+    for name in ("cross_entropy", *TERMS):
         if name in metrics:
             rows.add_row(name.replace("_", " "), f"{metrics[name]:.4f}")
     show(rows)

@@ -17,7 +17,7 @@ from moda.decomposition.container import Decomposition, check_classes
 from moda.inference import device_of, evaluating
 from moda.observation.taps import InstrumentedModel
 
-__all__ = ["accuracy", "flops", "overlap", "overlap_matrix", "plan_size", "size"]
+__all__ = ["accuracy", "flops", "mean_over_pairs", "module_sizes", "overlap", "overlap_matrix", "plan_size", "size"]
 
 Counting = Literal["published", "parameters"]
 
@@ -32,6 +32,17 @@ def size(model: InstrumentedModel, decomposition: Decomposition, classes: Iterab
         TypeError, ValueError: as `moda.compose`.
     """
     return plan_size(model, plan(model, decomposition, classes))
+
+
+def module_sizes(model: InstrumentedModel, decomposition: Decomposition) -> Tensor:
+    """(K,) float64: the `size` of every class's module.
+
+    Raises:
+        TypeError, ValueError: as `moda.compose`.
+    """
+    slicer = Slicer.of(model, decomposition)
+    plans = [slicer.plan(decomposition.select([k]), [k]) for k in range(decomposition.num_classes)]
+    return torch.tensor([plan_size(model, each) for each in plans], dtype=torch.float64)
 
 
 def plan_size(model: nn.Module, plan: Plan) -> float:
@@ -87,6 +98,12 @@ def overlap_matrix(
     """
     every = range(decomposition.num_classes)
     return _overlaps(model, decomposition, check_classes(every if classes is None else classes, len(every)), counting)
+
+
+def mean_over_pairs(matrix: Tensor) -> float:
+    """Mean of a (K, K) matrix over the pairs of different classes: of the entries off the diagonal; 0 for one class."""
+    classes = len(matrix)
+    return float((matrix.triu(1) + matrix.tril(-1).T).sum() / max(1, classes * (classes - 1)))
 
 
 def _overlaps(

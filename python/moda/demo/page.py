@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 from matplotlib.figure import Figure, SubFigure
 
-from moda.report import panels
+from moda.composition.measure import mean_over_pairs
+from moda.demo import panels
+from moda.demo.results import DemoResult, Trained
+from moda.demo.tables import SUBTASK_COLUMNS, subtask_rows
 from moda.report.page import render
 from moda.report.style import PAPER, SCREEN, Theme, drawing, to_png, to_svg
-
-if TYPE_CHECKING:
-    from moda.demo.run import DemoResult, Trained
 
 Canvas: TypeAlias = "Figure | SubFigure"
 Row: TypeAlias = "tuple[str, str, str]"  # quantity, standard, modular
@@ -38,6 +38,7 @@ def demo_page(result: DemoResult, comparison: Sequence[Row]) -> tuple[bytes, str
         drawings = {each.name: _alone(each) for each in figures}
     page = render(
         "demo.html",
+        package="moda.demo",
         result=result,
         title=_title(result),
         subtitle=_subtitle(result),
@@ -47,8 +48,8 @@ def demo_page(result: DemoResult, comparison: Sequence[Row]) -> tuple[bytes, str
         drawings=drawings,
         table_title=TABLE_TITLE,
         table_caption=TABLE_CAPTION,
-        table_columns=TABLE_COLUMNS,
-        table_rows=table_rows(result),
+        table_columns=SUBTASK_COLUMNS,
+        table_rows=subtask_rows(result),
     )
     return picture, page
 
@@ -58,20 +59,6 @@ TABLE_CAPTION = (
     "Means over sub-tasks. Accuracy on the test samples of the sub-task's classes, with only their outputs competing; "
     "parameters and FLOPs as shares of the whole model's. Nothing was fine-tuned."
 )
-TABLE_COLUMNS = ("classes", "sub-tasks", "composed", "whole modular", "standard", "parameters", "FLOPs")
-
-
-def table_rows(result: DemoResult) -> list[tuple[str, ...]]:
-    """The table of sub-tasks as text, columns as in `TABLE_COLUMNS`."""
-    return [
-        (
-            str(row.classes),
-            str(row.count),
-            *(f"{100 * share:.2f} %" for share in (row.composed, row.modular, row.standard)),
-            *(f"{100 * share:.0f} %" for share in (row.size, row.flops)),
-        )
-        for row in result.subtasks()
-    ]
 
 
 @dataclass(frozen=True)
@@ -96,7 +83,7 @@ class _Panel:
 
 
 def _title(result: DemoResult) -> str:
-    return "A network trained to come apart"
+    return "Handwritten digits, learnt the standard way and the modular way"
 
 
 def _subtitle(result: DemoResult) -> str:
@@ -147,7 +134,7 @@ def _sizes(result: DemoResult) -> _Panel:
     return _Panel(
         "sizes",
         f"A module takes {100 * fmean(sizes['modular']):.0f} % of the parameters",
-        f"By digit. Cut the same way, the standard model gives modules of {100 * fmean(sizes['standard']):.0f} %.",
+        f"By digit. Modules of the standard model, decomposed alike, take {100 * fmean(sizes['standard']):.0f} %.",
         f"Bar chart of module sizes in per cent of the parameters, by digit. Modular: {listed}. "
         f"Standard: {100 * min(sizes['standard']):.0f} to {100 * max(sizes['standard']):.0f}.",
         (6.6, 4.1),
@@ -181,7 +168,7 @@ def _similarity(result: DemoResult) -> _Panel:
     seed = result.seeds[0]
     rows = (("standard", seed.standard), ("modular", seed.modular))
     widths = [rate.shape[1] for rate in seed.modular.rates.rates.values()]
-    last = [panels.off_diagonal_mean(trained.similarity[-1]) for _, trained in rows]
+    last = [mean_over_pairs(trained.similarity[-1]) for _, trained in rows]
 
     def draw(canvas: Canvas, theme: Theme) -> None:
         grid = canvas.add_gridspec(
@@ -192,7 +179,7 @@ def _similarity(result: DemoResult) -> _Panel:
             for column, values in enumerate(trained.similarity):
                 axes = canvas.add_subplot(grid[row, column])
                 image = panels.similarity(axes, values, result.class_names, rows=column == 0, columns=row == 1)
-                mean = panels.off_diagonal_mean(values)
+                mean = mean_over_pairs(values)
                 title = f"layer {column + 1} ({widths[column]} neurons)\n" if row == 0 else ""
                 axes.set_title(f"{title}mean {mean:.2f}", fontsize=9, color=theme.muted, pad=4)
             colour = theme.modular if name == "modular" else theme.muted
@@ -328,7 +315,7 @@ def _draw_table(part: SubFigure, result: DemoResult) -> None:
     heading, body = _stacked(part, [_HEADING, _TABLE - _HEADING])
     _draw_heading(heading, TABLE_TITLE, TABLE_CAPTION, MARGIN / WIDTH)
     columns = [0.075, 0.17, 0.3, 0.45, 0.6, 0.75, 0.9]
-    lines = [TABLE_COLUMNS, *table_rows(result)]
+    lines = [SUBTASK_COLUMNS, *subtask_rows(result)]
     for line, cells in enumerate(lines):
         height = 0.86 - 0.17 * line
         for place, (column, cell) in enumerate(zip(columns, cells, strict=True)):

@@ -119,10 +119,11 @@ def draw_all(sections: Iterable[Section]) -> dict[str, str]:
         return {panel.name: panel.svg() for panel in panels}
 
 
-def render(template: str, **values: Any) -> str:
-    """Render a page from a template of this package."""
+def render(template: str, *, package: str = "moda.report", **values: Any) -> str:
+    """Render a page from a template of a package; it may extend the templates of this one."""
+    packages = dict.fromkeys((package, "moda.report"))
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("moda.report"),
+        loader=jinja2.ChoiceLoader([jinja2.PackageLoader(name) for name in packages]),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,

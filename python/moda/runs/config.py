@@ -12,6 +12,9 @@ PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "64-true")
 ROUTES = ("auto", "grouped", "fused")
 ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps")
 
+TERMS = ("affinity", "dispersion", "compactness")
+"""The weights of the modular terms."""
+
 # Settings that a resumed training may change: they decide how it runs, not what it computes.
 RUNTIME_SETTINGS = frozenset(
     {
@@ -102,7 +105,7 @@ class TrainingConfig:
     @property
     def modular(self) -> bool:
         """Whether any modular term has a weight."""
-        return any((self.affinity, self.dispersion, self.compactness))
+        return any(getattr(self, term) for term in TERMS)
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON can hold them."""
@@ -120,6 +123,10 @@ class TrainingConfig:
         if unknown:
             raise ValueError(f"{unknown[0]}: unknown setting; expected one of {', '.join(known)}")
         return cls(**values)
+
+    def standard(self) -> TrainingConfig:
+        """A copy that trains the standard way: all three modular terms have weight 0."""
+        return self.changed(**dict.fromkeys(TERMS, 0.0))
 
     def changed(self, **values: Any) -> TrainingConfig:
         """A copy with other values in some fields."""

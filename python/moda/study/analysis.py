@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moda.composition.measure import overlap_matrix, size
+from moda.composition.measure import mean_over_pairs, module_sizes, overlap_matrix
 from moda.decomposition.container import Decomposition
 from moda.decomposition.rates import FiringRates
 from moda.inference import device_of, evaluating
 from moda.observation.taps import InstrumentedModel
 from moda_kernels import ClassSimilarity
 
-__all__ = ["Analysis", "LayerAnalysis", "analyze", "class_similarities", "off_diagonal_mean"]
+__all__ = ["Analysis", "LayerAnalysis", "analyze", "class_similarities"]
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Analysis:
     @property
     def mean_overlap(self) -> float:
         """Mean over pairs of classes: the paper's "module overlap"; 0 for a single class."""
-        return off_diagonal_mean(self.overlaps)
+        return mean_over_pairs(self.overlaps)
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON holds it."""
@@ -94,9 +94,8 @@ def analyze(model: InstrumentedModel, decomposition: Decomposition, rates: Firin
         raise ValueError(
             f"rates: expected the taps of the decomposition, {list(decomposition.masks)}, got {list(rates.taps)}"
         )
-    classes = range(decomposition.num_classes)
     return Analysis(
-        sizes=torch.tensor([size(model, decomposition, [k]) for k in classes], dtype=torch.float64),
+        sizes=module_sizes(model, decomposition),
         overlaps=overlap_matrix(model, decomposition),
         layers=tuple(_layer(tap, mask, rates.counts) for tap, mask in decomposition.masks.items()),
     )
@@ -114,15 +113,9 @@ def _layer(tap: str, mask: Tensor, counts: Mapping[str, Tensor]) -> LayerAnalysi
         dead=int((counts[tap].sum(0) == 0).sum()),
         shared_by_all=int(mask.all(0).sum()),
         module_share=float(sizes.mean() / neurons),
-        overlap=off_diagonal_mean(both) / neurons,
-        jaccard=off_diagonal_mean(both / either.clamp_min(1)),
+        overlap=mean_over_pairs(both) / neurons,
+        jaccard=mean_over_pairs(both / either.clamp_min(1)),
     )
-
-
-def off_diagonal_mean(matrix: Tensor) -> float:
-    """Mean of a symmetric (K, K) matrix over the pairs of different classes; 0 for a single class."""
-    classes = len(matrix)
-    return float(matrix.triu(1).sum() / max(1, classes * (classes - 1) // 2))
 
 
 def class_similarities(model: InstrumentedModel, loader: Iterable[Any], num_classes: int) -> dict[str, Tensor]:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from moda.composition.measure import overlap_matrix
+from moda.composition.measure import mean_over_pairs, overlap_matrix
 from moda.files import read_json, write_json
 from moda.runs.finished import FinishedRun
-from moda.study.analysis import analyze, class_similarities, off_diagonal_mean
+from moda.study.analysis import analyze, class_similarities
 from moda_kernels import __version__
 
 __all__ = ["analyze_run", "read_analysis", "write_analysis"]
@@ -33,7 +33,7 @@ def analyze_run(finished: FinishedRun) -> dict[str, Any]:
         "library_version": __version__,
         "source": finished.provenance(),
         "class_names": list(finished.data.class_names),
-        "mean_overlap_parameters": off_diagonal_mean(parameters),
+        "mean_overlap_parameters": mean_over_pairs(parameters),
         **analysis.to_dict(),
         "similarity": {tap: matrix.double().tolist() for tap, matrix in similarity.items()},
     }

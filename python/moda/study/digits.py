@@ -102,7 +102,7 @@ class StudySettings:
             seed=seed,
             accelerator="cpu",
         )
-        return config if modular else config.changed(affinity=0.0, dispersion=0.0, compactness=0.0)
+        return config if modular else config.standard()
 
 
 def run_study(out: Path, settings: StudySettings, *, jobs: int = 1) -> None:

@@ -87,10 +87,10 @@ class RepairStudy:
 
     def weak_config(self, mixed_class: int) -> TrainingConfig:
         """Settings of a weak training."""
-        weights = {} if self.weak_modular else {"affinity": 0.0, "dispersion": 0.0, "compactness": 0.0}
         kept = [epoch for _, epoch in self.checkpoints if epoch != self.epochs]
-        config = self._config("weak", mixed_class).changed(model=self.weak_model, width=self.weak_width, **weights)
-        return config.changed(keep_every_epochs=_common_divisor(kept))
+        config = self._config("weak", mixed_class).changed(model=self.weak_model, width=self.weak_width)
+        config = config.changed(keep_every_epochs=_common_divisor(kept))
+        return config if self.weak_modular else config.standard()
 
     def _config(self, part: str, mixed_class: int) -> TrainingConfig:
         replacement: dict[str, Any] = {"part": part, "mixed_class": mixed_class, "seed": self.seed}

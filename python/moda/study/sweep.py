@@ -9,21 +9,20 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from moda.composition.measure import accuracy, overlap_matrix, size
+from moda.composition.measure import accuracy, mean_over_pairs, module_sizes, overlap_matrix
 from moda.decomposition.container import Decomposition
 from moda.decomposition.rule import decompose
 from moda.files import FormatError
+from moda.runs.config import TERMS
 from moda.runs.finished import FinishedRun, cut
 from moda.runs.metrics import read_metrics
-from moda.study.analysis import off_diagonal_mean
 from moda.study.replacement_study import trained
 from moda.study.results_file import ResultsFile, read_rows
 from moda.study.reuse import TestSet, evaluate_subtasks, reuse_accuracy
 
-__all__ = ["GRIDS", "WEIGHTS", "SweepPoint", "read_sweep", "sweep_threshold", "sweep_weight"]
+__all__ = ["GRIDS", "SweepPoint", "read_sweep", "sweep_threshold", "sweep_weight"]
 
 KIND = "moda-sweep"
-WEIGHTS = ("affinity", "dispersion", "compactness")
 GRIDS: dict[str, tuple[float, ...]] = {
     "threshold": (0.1, 0.5, 0.8, 0.9, 0.95),
     "affinity": (0.0, 0.1, 0.5, 1.0, 1.5, 2.0),
@@ -112,7 +111,7 @@ def sweep_weight(
 
     Args:
         finished: a decomposed run.
-        weight: of `WEIGHTS`.
+        weight: of `moda.runs.config.TERMS`.
         values: weights, at least 0.
         tasks: sub-tasks to score.
         device: that models are tested on.
@@ -121,8 +120,8 @@ def sweep_weight(
     Raises:
         ValueError: an argument is not as above, or the table is of another run.
     """
-    if weight not in WEIGHTS:
-        raise ValueError(f"weight: expected one of {', '.join(WEIGHTS)}, got {weight!r}")
+    if weight not in TERMS:
+        raise ValueError(f"weight: expected one of {', '.join(TERMS)}, got {weight!r}")
     for value in values:
         if not (math.isfinite(value) and value >= 0):
             raise ValueError(f"{weight}: expected finite numbers of at least 0, got {value}")
@@ -158,17 +157,16 @@ def _measure(
     results = list(evaluate_subtasks(model, decomposition, tasks, test, progress=progress))
     metrics = finished.run.metrics
     last = read_metrics(metrics)[-1] if metrics.exists() else {}  # an imported run has none
-    classes = range(decomposition.num_classes)
     return SweepPoint(
         value=float(value),
-        module_size=sum(size(model, decomposition, [k]) for k in classes) / len(classes),
-        overlap=off_diagonal_mean(overlap_matrix(model, decomposition)),
+        module_size=float(module_sizes(model, decomposition).mean()),
+        overlap=mean_over_pairs(overlap_matrix(model, decomposition)),
         reuse_accuracy=reuse_accuracy(results),
         modular_accuracy=reuse_accuracy(results, "modular"),
         composed_size=reuse_accuracy(results, "size"),
         tasks=len(results),
         test_accuracy=accuracy(model, finished.loader(finished.data.test)),
-        **{name: last.get(name) for name in WEIGHTS},
+        **{name: last.get(name) for name in TERMS},
     )
 
 

@@ -246,3 +246,10 @@ def test_accuracy_of_classes_that_a_composed_model_lacks():
 def test_a_plan_is_enough():
     model, decomposition = small()
     assert measure.plan_size(model, plan(model, decomposition, [0])) == 13 / 27
+
+
+def test_mean_over_pairs() -> None:
+    assert measure.mean_over_pairs(torch.tensor([[9.0, 1.0], [3.0, 9.0]])) == 2.0
+    symmetric = torch.tensor([[1.0, 0.2, 0.4], [0.2, 1.0, 0.9], [0.4, 0.9, 1.0]], dtype=torch.float64)
+    assert measure.mean_over_pairs(symmetric) == pytest.approx((0.2 + 0.4 + 0.9) / 3)
+    assert measure.mean_over_pairs(torch.ones(1, 1)) == 0

@@ -19,8 +19,10 @@ from torch.utils.data import DataLoader, Subset
 from moda.composition import measure
 from moda.composition.compose import compose
 from moda.decomposition.container import Decomposition
-from moda.demo import run as demo
-from moda.demo.run import DemoResult, DemoSettings, choose_subtasks, run_demo
+from moda.demo.results import DemoResult
+from moda.demo.run import choose_subtasks, run_demo
+from moda.demo.settings import DemoSettings
+from moda.demo.tables import reading
 from moda.observation.taps import instrument
 from moda.runs.folder import RunFolder, load_data
 
@@ -238,6 +240,6 @@ def test_settings_refuse_nonsense() -> None:
 
 
 def test_sentences_follow_the_numbers(made: tuple[Path, DemoResult, str]) -> None:
-    sentences = demo.reading(made[1])
+    sentences = reading(made[1])
     size = 100 * made[1].mean("modular", "module_size")
     assert f"takes {size:.0f} % of the parameters" in sentences[0]

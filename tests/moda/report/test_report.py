@@ -8,17 +8,13 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
-from moda.report import panels
+from moda.demo import panels
 from moda.report.style import PAPER, SCREEN, contrasting, drawing, to_png, to_svg
 
 
 def test_neurons_are_grouped_by_the_class_they_fire_most_for() -> None:
     rates = torch.tensor([[0.1, 0.0, 0.9, 0.3, 1.0], [0.8, 0.0, 0.2, 0.9, 0.0]])
     assert panels.by_class(rates).tolist() == [4, 2, 3, 0, 1]  # class 0: 1.0, 0.9; class 1: 0.9, 0.8; never: last
-
-
-def test_off_diagonal_mean() -> None:
-    assert panels.off_diagonal_mean(torch.tensor([[9.0, 1.0], [3.0, 9.0]])) == 2.0
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from moda.files import FormatError, read_json
-from moda.runs.config import RUNTIME_SETTINGS, TrainingConfig
+from moda.runs.config import RUNTIME_SETTINGS, TERMS, TrainingConfig
 from moda.runs.folder import RunFolder
 from moda.runs.metrics import read_metrics
 from moda.study.analysis_files import read_analysis
@@ -24,7 +24,6 @@ from moda.study.sweep import GRIDS, SweepPoint, read_sweep
 
 __all__ = ["Inputs", "Replacement", "RunResults", "Setting", "read_inputs"]
 
-WEIGHTS = ("affinity", "dispersion", "compactness")
 MODEL_NAMES = {
     "small_vgg": "small VGG",
     "lenet5": "LeNet5",
@@ -247,7 +246,7 @@ _APART = RUNTIME_SETTINGS | {"seed", "backend", "route"}
 
 
 def _identity(config: TrainingConfig, *, weights: bool) -> tuple[tuple[str, str], ...]:
-    left_out = _APART if weights else _APART | set(WEIGHTS)
+    left_out = _APART if weights else _APART | set(TERMS)
     values = {name: value for name, value in config.to_dict().items() if name not in left_out}
     values["data_options"] = sorted(
         (name, value) for name, value in config.data_options.items() if name not in ("seed", "download")

@@ -10,15 +10,15 @@ from functools import cache
 from importlib.resources import files
 from typing import Any
 
-from moda.report.study.inputs import DATA_NAMES, MODEL_NAMES, WEIGHTS
-from moda.runs.config import TrainingConfig
+from moda.report.study.inputs import DATA_NAMES, MODEL_NAMES
+from moda.runs.config import TERMS, TrainingConfig
 
 __all__ = ["Match", "find", "find_replacement", "find_sweep", "references"]
 
 _WORDS = {
     "batch_size": "samples per step",
     "learning_rate": "learning rate",
-    **{name: f"weight of {name}" for name in WEIGHTS},
+    **{name: f"weight of {name}" for name in TERMS},
 }
 PAPER_DATA = "CIFAR10, CIFAR100, SVHN and ImageNet"
 
@@ -102,7 +102,7 @@ def _differences(
     config: TrainingConfig, threshold: float | None, settings: dict[str, Any], varied: str = ""
 ) -> tuple[str, ...]:
     # a standard training has no weights of terms to compare
-    left_out = {varied} if config.modular else {varied, *WEIGHTS}
+    left_out = {varied} if config.modular else {varied, *TERMS}
     ours: dict[str, Any] = {n: getattr(config, n) for n in settings if hasattr(config, n) and n not in left_out}
     if threshold is not None:
         ours["threshold"] = threshold

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from moda.report.curves import Line, Scale, lines
 from moda.report.page import Block, Panel, Panels, Row, Section, Table, Words
 from moda.report.spread import Spread
-from moda.report.study.inputs import WEIGHTS, Setting
+from moda.report.study.inputs import Setting
 from moda.report.study.references import Match, find_sweep
 from moda.report.study.words import DASH, missing
+from moda.runs.config import TERMS
 from moda.study.sweep import GRIDS, SweepPoint
 
 __all__ = ["sweeps"]
@@ -33,7 +34,7 @@ def sweeps(settings: Sequence[Setting]) -> Section:
     modular = [setting for setting in settings if setting.modular]
     lacking = [s for s in modular if not _points(s, "threshold")]
     blocks += missing("the sweep of the threshold", lacking, "moda sweep RUN")
-    if not any(_points(setting, name) for setting in modular for name in WEIGHTS):
+    if not any(_points(setting, name) for setting in modular for name in TERMS):
         command = "moda sweep RUN --affinity paper --dispersion paper --compactness paper"
         blocks += missing("sweeps of the weights", modular, command)
     return Section("sweeps", "Threshold and weights", tuple(blocks))
@@ -84,9 +85,9 @@ def _line(points: Points, figure: str, name: str, colour: str) -> Line:
 
 
 def _terms(points: Points) -> list[Line]:
-    colours = dict(zip(WEIGHTS, ("modular", "composed", "muted"), strict=True))
+    colours = dict(zip(TERMS, ("modular", "composed", "muted"), strict=True))
     drawn = []
-    for name in WEIGHTS:
+    for name in TERMS:
         known = {value: each for value, each in points.items() if all(getattr(p, name) is not None for p in each)}
         if known:
             drawn.append(_line(known, name, name, colours[name]))

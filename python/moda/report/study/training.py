@@ -8,9 +8,10 @@ from statistics import fmean, median
 from moda.report.curves import Line, Scale, lines
 from moda.report.page import Block, Panel, Panels, Row, Section, Table, Words
 from moda.report.spread import Spread
-from moda.report.study.inputs import WEIGHTS, RunResults, Setting
+from moda.report.study.inputs import RunResults, Setting
 from moda.report.study.references import Match, find
 from moda.report.study.words import DASH, listed, missing, percent_of, statement
+from moda.runs.config import TERMS
 
 __all__ = ["accuracy_and_time", "accuracy_gap", "final_accuracy", "terms", "time_ratio"]
 
@@ -168,7 +169,7 @@ def terms(settings: Sequence[Setting]) -> Section:
     """Show curves of every term of the loss."""
     blocks: list[Block] = []
     for setting in settings:
-        panels = tuple(panel for name in ("cross_entropy", *WEIGHTS) if (panel := _term_panel(setting, name)))
+        panels = tuple(panel for name in ("cross_entropy", *TERMS) if (panel := _term_panel(setting, name)))
         if panels:
             blocks.append(Panels(panels, setting.name))
     intro = (

@@ -80,12 +80,6 @@ def by_class(rates: Tensor) -> Tensor:
     return order[group[order].argsort(stable=True)]
 
 
-def off_diagonal_mean(values: Tensor) -> float:
-    """Return the mean of the entries that are not on the diagonal."""
-    classes = len(values)
-    return float(values.sum() - values.trace()) / (classes * (classes - 1))
-
-
 def _label_classes(axes: Axes, names: Sequence[str], *, rows: bool = True, columns: bool = True) -> None:
     places = range(len(names))
     axes.set_xticks(places if columns else [], names if columns else [])

@@ -1,0 +1,177 @@
+"""What the demo measured, and the numbers of its results.json."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
+
+from torch import Tensor
+
+from moda.composition.measure import mean_over_pairs
+from moda.decomposition.container import Decomposition
+from moda.decomposition.rates import FiringRates
+from moda.demo.settings import DemoSettings
+from moda_kernels import ModularLosses, __version__
+
+FORMAT, FORMAT_VERSION = "moda-demo", 1
+SHARES = ("composed", "modular", "standard", "size", "flops")
+"""Fields of `SubTasks` that are shares."""
+
+
+@dataclass(frozen=True, eq=False)
+class Trained:
+    """A trained model, and what its activations and modules are like.
+
+    Attributes:
+        accuracy: on the test samples, in [0, 1].
+        seconds: of training, tests after each epoch included.
+        losses: the modular losses on the test samples.
+        similarity: per layer (K, K), mean cosine similarity between the test samples of two classes.
+        rates: firing rates on the training samples.
+        module_sizes: per class, share of the model's parameters.
+        overlaps: (K, K), published counting.
+    """
+
+    accuracy: float
+    seconds: float
+    losses: ModularLosses
+    similarity: list[Tensor]
+    rates: FiringRates
+    module_sizes: list[float]
+    overlaps: Tensor
+
+    @property
+    def module_size(self) -> float:
+        """Mean over classes."""
+        return fmean(self.module_sizes)
+
+    @property
+    def overlap(self) -> float:
+        """Mean over pairs of classes."""
+        return mean_over_pairs(self.overlaps)
+
+
+@dataclass(frozen=True)
+class SubTasks:
+    """Means over the sub-tasks of one size. Accuracies are on test samples of the sub-task's classes, restricted to
+    its outputs; size and FLOPs are shares of the whole model's.
+
+    Attributes:
+        classes: of each sub-task.
+        count: how many sub-tasks.
+        composed: accuracy of the composed models.
+        modular: accuracy of the whole modular model.
+        standard: accuracy of the standard model.
+        size: parameters.
+        flops: floating-point operations.
+    """
+
+    classes: int
+    count: int
+    composed: float
+    modular: float
+    standard: float
+    size: float
+    flops: float
+
+
+@dataclass(frozen=True, eq=False)
+class SeedResult:
+    """Everything about one seed.
+
+    Attributes:
+        seed: of weights, data order and split.
+        standard: the standard training.
+        modular: the modular one.
+        decomposition: of the modular model.
+        subtasks: one entry per size.
+        decompose_seconds: counting firings and cutting.
+        compose_seconds: composing and testing all sub-tasks.
+    """
+
+    seed: int
+    standard: Trained
+    modular: Trained
+    decomposition: Decomposition
+    subtasks: list[SubTasks]
+    decompose_seconds: float
+    compose_seconds: float
+
+
+@dataclass(frozen=True, eq=False)
+class DemoResult:
+    """All seeds.
+
+    Attributes:
+        settings: what was asked for.
+        class_names: of the data.
+        parameters: of the whole model.
+        seeds: one result each.
+        seconds: of everything but the figures.
+    """
+
+    settings: DemoSettings
+    class_names: tuple[str, ...]
+    parameters: int
+    seeds: list[SeedResult]
+    seconds: float
+
+    def mean(self, training: str, quantity: str) -> float:
+        """Mean over seeds of a number of the standard or the modular training."""
+        return fmean(getattr(getattr(seed, training), quantity) for seed in self.seeds)
+
+    def subtasks(self) -> list[SubTasks]:
+        """Means over seeds."""
+        rows = zip(*(seed.subtasks for seed in self.seeds), strict=True)
+        return [_mean_subtasks(same_size) for same_size in rows]
+
+
+def _mean_subtasks(rows: Iterable[SubTasks]) -> SubTasks:
+    rows = list(rows)
+    means = {name: fmean(getattr(row, name) for row in rows) for name in SHARES}
+    return SubTasks(rows[0].classes, rows[0].count, **means)
+
+
+def to_json(result: DemoResult) -> dict[str, Any]:
+    """The numbers of results.json."""
+    return {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "library_version": __version__,
+        "settings": dataclasses.asdict(result.settings),
+        "parameters": result.parameters,
+        "seconds": result.seconds,
+        "mean": {
+            "standard": _means(result, "standard"),
+            "modular": _means(result, "modular"),
+            "subtasks": [dataclasses.asdict(row) for row in result.subtasks()],
+        },
+        "seeds": [
+            {
+                "seed": seed.seed,
+                "standard": _numbers(seed.standard),
+                "modular": _numbers(seed.modular),
+                "subtasks": [dataclasses.asdict(row) for row in seed.subtasks],
+                "decompose_seconds": seed.decompose_seconds,
+                "compose_seconds": seed.compose_seconds,
+            }
+            for seed in result.seeds
+        ],
+    }
+
+
+def _means(result: DemoResult, training: str) -> dict[str, float]:
+    return {name: result.mean(training, name) for name in ("accuracy", "module_size", "overlap", "seconds")}
+
+
+def _numbers(trained: Trained) -> dict[str, Any]:
+    return {
+        "accuracy": trained.accuracy,
+        "seconds": trained.seconds,
+        **{name: float(value) for name, value in trained.losses._asdict().items()},
+        "module_sizes": trained.module_sizes,
+        "overlaps": trained.overlaps.tolist(),
+    }
