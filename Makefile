@@ -25,8 +25,8 @@ OTHER := $(VENV)/other/bin/python
 test-other-torch: $(VENV)/installed-dev
 	$(PYTHON) -m venv $(VENV)/other
 	$(OTHER) -m pip install --quiet $(OTHER_TORCH) "numpy<2.3"
-	$(OTHER) -m pip install --quiet --editable ".[train,export]" hypothesis pillow pyarrow pytest pytest-benchmark \
-	    pytest-timeout pytest-xdist selenium setuptools pybind11 cmake ninja build
+	$(OTHER) -m pip install --quiet --editable ".[train,export,zoo]" timm==1.0.31 hypothesis pillow pyarrow pytest \
+	    pytest-benchmark pytest-timeout pytest-xdist selenium setuptools pybind11 cmake ninja build
 	$(OTHER) -m pytest -n 2
 
 lint: $(VENV)/installed-dev
@@ -59,9 +59,10 @@ $(VENV)/installed: $(VENV)/torch $(SOURCES)
 	$(PIP) install --quiet --editable ".[train]"
 	touch $@
 
-# torchvision's models are test subjects. It goes beside the environment, where only the tests look: its wheel does not fit a
-# CPU build of PyTorch (tests/conftest.py), and it must not bring another PyTorch.
+# The models of torchvision and timm are test subjects. They go beside the environment, where only the tests look:
+# torchvision's wheel does not fit a CPU build of PyTorch (tests/conftest.py), and neither may bring another PyTorch. What
+# timm needs besides comes with transformers.
 $(VENV)/installed-dev: $(VENV)/torch $(SOURCES)
 	$(PIP) install --quiet --editable ".[train,dev]"
-	$(PIP) install --quiet --no-deps --upgrade --target $(VENV)/vision torchvision==0.28.0
+	$(PIP) install --quiet --no-deps --upgrade --target $(VENV)/vision torchvision==0.28.0 timm==1.0.31
 	touch $(VENV)/installed $@

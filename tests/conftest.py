@@ -1,4 +1,4 @@
-"""Shared fixtures: golden data, one thread per test process, poisoned memory, torchvision beside a CPU build."""
+"""Shared fixtures: golden data, one thread per test process, poisoned memory, torchvision and timm beside a CPU build."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ if not torch.cuda.is_available():
 
 
 def _make_torchvision_importable() -> torch.library.Library:
-    """torchvision lies beside the environment, where only the tests look (Makefile). With a CPU build of PyTorch its wheel
-    lacks its compiled operators; the schemas of two of them are enough to import it.
+    """torchvision and timm lie beside the environment, where only the tests look (Makefile). With a CPU build of PyTorch the
+    wheel of torchvision lacks its compiled operators; the schemas of two of them are enough to import it.
     """
     sys.path.append(str(Path(sys.prefix) / "vision"))
     library = torch.library.Library("torchvision", "FRAGMENT")
