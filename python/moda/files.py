@@ -64,14 +64,16 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
     write_bytes(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
 
 
-def read_json(path: Path, kind: str, version: int) -> dict[str, Any]:
+def read_json(path: Path, kind: str, version: int, *, formerly: str | None = None) -> dict[str, Any]:
     """Read a JSON object whose "format" is `kind` and whose "format_version" is `version`.
+
+    `formerly` is what an earlier release called the same format; it is read as well.
 
     Raises:
         FormatError: it is missing, no JSON object, of another kind or of another version.
     """
     value = _parse_json(path)
-    if value.get("format") != kind:
+    if value.get("format") not in (kind, formerly or kind):
         raise FormatError(f'{path}: expected "format": "{kind}", got {value.get("format")!r}')
     if value.get("format_version") != version:
         raise FormatError(

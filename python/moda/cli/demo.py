@@ -20,7 +20,7 @@ def demo(
     epochs: Annotated[int, typer.Option(help="Of each training.", min=1)] = 40,
     batch_size: Annotated[int, typer.Option(help="Samples per step.", min=2)] = 64,
 ) -> None:
-    """Train a small network on handwritten digits, cut it into modules, recombine them, and show what came of it.
+    """Train a small network on handwritten digits, decompose it into modules, recombine them, and show what came of it.
 
     About a minute on two cores, without network. Writes demo.html and demo.png.
     """

@@ -13,7 +13,7 @@ from moda.cli.printing import percent, say, show, table
 from moda.composition.compose import compose
 from moda.composition.export import export as write
 from moda.composition.export import provenance_of
-from moda.runs.finished import FinishedRun, cut
+from moda.runs.finished import FinishedRun, decompose_run
 from moda.runs.published import agreement, described, import_run, load_published_masks
 from moda.study.reuse import TestSet
 
@@ -64,7 +64,7 @@ def import_published(
     class_list: Annotated[str | None, typer.Option(help="File with the classes (imagefolder).")] = None,
     width: Annotated[float, typer.Option(help="Multiplier of all hidden widths.")] = 1.0,
     masks: Annotated[
-        Path | None, typer.Option(help="A published mask file: cut the model, and compare.", show_default=False)
+        Path | None, typer.Option(help="A published mask file: decompose the model, and compare.", show_default=False)
     ] = None,
     augmented: Annotated[
         bool, typer.Option("--augmented", help="Count firings on augmented images, as the published code does.")
@@ -86,7 +86,7 @@ def import_published(
         return
     finished = FinishedRun.open(folder, device)
     theirs = load_published_masks(masks, finished.model.taps)
-    ours = cut(finished, theirs.threshold, augmented=augmented)
+    ours = decompose_run(finished, theirs.threshold, augmented=augmented)
     rows = table(f"Our modules and {masks.name}", "tap", "same", "in both", "ours alone", "theirs alone")
     for layer in agreement(ours, theirs):
         counts = (layer.both, layer.only_first, layer.only_second)

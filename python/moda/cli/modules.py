@@ -21,7 +21,7 @@ from moda.decomposition.container import Decomposition
 from moda.files import FormatError, read_json
 from moda.observation.taps import InstrumentedModel, instrument
 from moda.runs.config import TrainingConfig
-from moda.runs.finished import FinishedRun, cut
+from moda.runs.finished import FinishedRun, decompose_run
 from moda.runs.folder import create_model, load_data
 
 commands = group()
@@ -37,13 +37,13 @@ def decompose(
         bool, typer.Option("--augmented", help="Count on augmented images, as the published code does.")
     ] = False,
 ) -> None:
-    """Cut a trained model into one module per class.
+    """Decompose a trained model into one module per class.
 
     Counts, on the training data, for which share of each class's samples every neuron fires, and writes the
     modules to the run's folder decomposition/.
     """
     finished = FinishedRun.open(folder)
-    decomposition = cut(finished, threshold, min_fraction, backend=backend, augmented=augmented)
+    decomposition = decompose_run(finished, threshold, min_fraction, backend=backend, augmented=augmented)
     run = finished.run
     _print_modules(finished.model, decomposition, finished.data)
     say(f"Modules: {run.decomposition}/")

@@ -1,4 +1,4 @@
-"""The command `moda repair`."""
+"""The command `moda replace`, which was called `moda repair`."""
 
 from __future__ import annotations
 
@@ -11,21 +11,25 @@ from moda.cli.arguments import DeviceOption, parse_integers, parse_words
 from moda.cli.commands import example, group
 from moda.cli.printing import say, show, table
 from moda.runs.finished import FinishedRun
-from moda.study.replacement import RepairResult
-from moda.study.replacement_study import RESULTS, RepairStudy, run_repair_study
+from moda.study.replacement import RESULTS, ReplacementResult
+from moda.study.replacement_study import ReplacementStudy, run_replacement_study
 
 commands = group()
 
 
+@commands.command("repair", hidden=True)
 @commands.command(
+    "replace",
     epilog=example(
-        "moda repair repairs/vgg16 --data cifar10 --data-root ~/data",
-        "moda repair repairs/resnet18 --data svhn --strong-model resnet18 --classes 0,3",
-        "moda repair repairs/digits --data digits --image-size 16 --strong-model small_vgg",
-    )
+        "moda replace replacements/vgg16 --data cifar10 --data-root ~/data",
+        "moda replace replacements/resnet18 --data svhn --strong-model resnet18 --classes 0,3",
+        "moda replace replacements/digits --data digits --image-size 16 --strong-model small_vgg",
+    ),
 )
-def repair(
-    out: Annotated[Path, typer.Argument(help="Folder of the study: its runs and repair.json.", show_default=False)],
+def replace(
+    out: Annotated[
+        Path, typer.Argument(help="Folder of the study: its runs and replacement.json.", show_default=False)
+    ],
     strong: Annotated[
         Path | None, typer.Option(help="Take this strong run instead of training one.", show_default=False)
     ] = None,
@@ -34,13 +38,13 @@ def repair(
     image_size: Annotated[int | None, typer.Option(help="Resize images (digits, imagefolder).")] = None,
     strong_model: Annotated[str, typer.Option(help="Architecture that gives the modules.")] = "vgg16",
     strong_width: Annotated[float, typer.Option(help="Multiplier of its hidden widths.")] = 1.0,
-    weak_model: Annotated[str, typer.Option(help="Architecture that is repaired.")] = "lenet5",
+    weak_model: Annotated[str, typer.Option(help="Architecture that is given modules.")] = "lenet5",
     weak_width: Annotated[float, typer.Option(help="Multiplier of its hidden widths.")] = 1.0,
     classes: Annotated[
         str | None, typer.Option("--classes", "-c", help="Indices of strong classes to replace.  \\[default: all]")
     ] = None,
-    strategy: Annotated[str, typer.Option(help="moda, cnnsplitter, or both, separated by a comma.")] = (
-        "moda,cnnsplitter"
+    strategy: Annotated[str, typer.Option(help="calibrate, normalize, or both, separated by a comma.")] = (
+        "calibrate,normalize"
     ),
     epochs: Annotated[int, typer.Option(help="Of each training.", min=1)] = 200,
     under: Annotated[int, typer.Option(help="Epoch of the under-fitted weak model; 0: none.", min=0)] = 10,
@@ -63,7 +67,7 @@ def repair(
     of the other half and of that class; replaces that class in the under-fitted and the over-fitted weak model. The
     defaults are the paper's. After Ctrl-C the same command goes on.
     """
-    study = RepairStudy(
+    study = ReplacementStudy(
         data=data,
         data_root=data_root,
         data_options={} if image_size is None else {"image_size": image_size},
@@ -84,12 +88,12 @@ def repair(
         weak_modular=not weak_standard,
         device=device,
     )
-    results = run_repair_study(out, study, None if strong is None else FinishedRun.open(strong, device))
-    _print_repairs(results)
+    results = run_replacement_study(out, study, None if strong is None else FinishedRun.open(strong, device))
+    _print_results(results)
     say(f"All figures: {out / RESULTS}")
 
 
-def _print_repairs(results: list[RepairResult]) -> None:
+def _print_results(results: list[ReplacementResult]) -> None:
     first = results[0]
     rows = table(
         f"{first.weak_model} with modules of {first.strong_model}: accuracy in %, before -> after",

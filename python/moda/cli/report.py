@@ -24,7 +24,7 @@ def report(
         list[Path],
         typer.Argument(
             metavar="FOLDER",
-            help="Folders of runs (moda train), of a study (moda study), of replacement studies (moda repair).",
+            help="Folders of runs (moda train), of a study (moda study), of replacement studies (moda replace).",
             show_default=False,
         ),
     ],

@@ -160,7 +160,7 @@ def sweep(
     """Vary the threshold or a weight, and measure module size, overlap and reuse accuracy.
 
     Without options: the paper's thresholds. A threshold costs no training and no counting: the run's firing rates are
-    cut anew. A weight costs a training, kept in the run's folder sweeps/. After Ctrl-C the same command goes on.
+    decomposed anew. A weight costs a training, kept in the run's folder sweeps/. After Ctrl-C the same command goes on.
     """
     asked = {"threshold": threshold, "affinity": affinity, "dispersion": dispersion, "compactness": compactness}
     if not any(asked.values()):

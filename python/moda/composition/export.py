@@ -83,7 +83,7 @@ def provenance_of(
         model: the composed model.
         class_names: of its outputs, in order.
         input_shape: (C, H, W).
-        source_run: the run it was cut from.
+        source_run: the run it was composed from.
         source: how: hashes of weights and masks, threshold.
     """
     return {

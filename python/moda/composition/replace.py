@@ -142,9 +142,9 @@ def replace(
     layer = nn.Linear(classes, classes, device=device)
     nn.init.normal_(layer.weight, std=settings.init_std)
     nn.init.zeros_(layer.bias)
-    repaired = CalibratedModel(weak, module, positions, layer)
-    _calibrate(repaired, [_logits_of(repaired, batch) for batch in itertools.chain([first], batches)], settings)
-    return repaired
+    replaced = CalibratedModel(weak, module, positions, layer)
+    _calibrate(replaced, [_logits_of(replaced, batch) for batch in itertools.chain([first], batches)], settings)
+    return replaced
 
 
 def normalize(weak: nn.Module, module: nn.Module, position: int, bounds_loader: Iterable[Any]) -> NormalizedModel:
@@ -178,27 +178,27 @@ def normalize(weak: nn.Module, module: nn.Module, position: int, bounds_loader: 
     return NormalizedModel(weak, module, position, torch.tensor([low, high], device=device))
 
 
-def _calibrate(repaired: CalibratedModel, batches: Sequence[tuple[Tensor, Tensor]], settings: Calibration) -> None:
+def _calibrate(replaced: CalibratedModel, batches: Sequence[tuple[Tensor, Tensor]], settings: Calibration) -> None:
     optimizer = torch.optim.SGD(
-        repaired.calibration.parameters(), lr=settings.lr, momentum=settings.momentum, nesterov=True
+        replaced.calibration.parameters(), lr=settings.lr, momentum=settings.momentum, nesterov=True
     )
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=settings.epochs)
     for _ in range(settings.epochs):
         for logits, labels in batches:
             optimizer.zero_grad()
-            torch.autograd.backward(F.cross_entropy(repaired.calibration(logits), labels))
+            torch.autograd.backward(F.cross_entropy(replaced.calibration(logits), labels))
             optimizer.step()
         schedule.step()
 
 
-def _logits_of(repaired: CalibratedModel, batch: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    device = repaired.calibration.weight.device
+def _logits_of(replaced: CalibratedModel, batch: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    device = replaced.calibration.weight.device
     inputs, labels = batch[0].to(device), batch[1].to(device)
-    classes = repaired.calibration.out_features
+    classes = replaced.calibration.out_features
     if int(labels.min()) < 0 or int(labels.max()) >= classes:
         wrong = labels[(labels < 0) | (labels >= classes)][0].item()
         raise ValueError(f"calibration_loader: expected labels in [0, {classes}), got {wrong}")
-    return repaired.concatenated(inputs), labels
+    return replaced.concatenated(inputs), labels
 
 
 def _check_outputs(weak: nn.Module, module: nn.Module, positions: Sequence[int], inputs: Tensor) -> int:

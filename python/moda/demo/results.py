@@ -88,7 +88,7 @@ class SeedResult:
         modular: the modular one.
         decomposition: of the modular model.
         subtasks: one entry per size.
-        decompose_seconds: counting firings and cutting.
+        decompose_seconds: counting firings and decomposing.
         compose_seconds: composing and testing all sub-tasks.
     """
 

@@ -21,7 +21,7 @@ from moda.files import FormatError
 from moda.observation.taps import InstrumentedModel, instrument
 from moda.runs.folder import RunFolder, load_data
 
-__all__ = ["FinishedRun", "cut", "file_sha256"]
+__all__ = ["FinishedRun", "decompose_run", "file_sha256"]
 
 WEIGHTS = "weights_sha256"
 
@@ -88,7 +88,7 @@ class FinishedRun:
         return decomposition
 
     def provenance(self) -> dict[str, Any]:
-        """What results about the modules follow from: hashes of weights and masks, and how the modules were cut."""
+        """What results about the modules follow from: hashes of weights and masks, and how the modules were made."""
         decomposition = self.decomposition()
         return {
             "model": self.run.config.model,
@@ -113,7 +113,7 @@ class FinishedRun:
             )
 
 
-def cut(
+def decompose_run(
     finished: FinishedRun,
     threshold: float = 0.9,
     min_fraction: float = 0.005,
@@ -122,7 +122,7 @@ def cut(
     augmented: bool = False,
     progress: bool = True,
 ) -> Decomposition:
-    """Count firings on the training data, cut the model into modules, write both to the run's folder.
+    """Count firings on the training data, decompose the model, and write both to the run's folder.
 
     Args:
         finished: the run.

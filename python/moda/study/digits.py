@@ -3,7 +3,7 @@
 <out>/<model>/seed-<s>/modular/     a run with modules, analysis.json, reuse.csv (all sub-tasks)
 <out>/<model>/seed-<s>/standard/    its standard counterpart
 <out>/<first model>/seed-<first>/modular/sweep_*.csv    threshold and weights
-<out>/repair/<strong model>/        the replacement study
+<out>/replacement/<strong model>/   the replacement study
 <out>/study.json                    what there is, relative to <out>, and whether it is finished
 """
 
@@ -54,7 +54,7 @@ ARCHITECTURES = {
 }
 """Small enough for two CPU cores; small_vgg at full width."""
 
-REPAIR_STRONG = {"small_vgg": 1.0, "resnet18": 0.25}
+REPLACEMENT_STRONG = {"small_vgg": 1.0, "resnet18": 0.25}
 """Strong models of the replacement study, and their widths; both see images of 16 x 16, the least that LeNet5 takes."""
 
 
@@ -156,7 +156,7 @@ def _modular_folder(out: Path, model: str, seed: int) -> Path:
 
 def _study_pair(out: Path, settings: StudySettings, model: str, seed: int) -> str:
     """One architecture and seed: both trainings, modules, analysis, all sub-tasks."""
-    from moda.runs.finished import cut
+    from moda.runs.finished import decompose_run
     from moda.study.analysis_files import analyze_run, write_analysis
     from moda.study.replacement_study import trained
     from moda.study.reuse_run import run_reuse
@@ -166,7 +166,7 @@ def _study_pair(out: Path, settings: StudySettings, model: str, seed: int) -> st
     modular = trained(folder, settings.config(model, seed, modular=True), "cpu", progress=False)
     standard = trained(folder.with_name("standard"), settings.config(model, seed, modular=False), "cpu", progress=False)
     if not modular.run.decomposition.exists():
-        cut(modular, progress=False)
+        decompose_run(modular, progress=False)
     analysis = analyze_run(modular)
     write_analysis(folder / "analysis.json", analysis)
     tasks = choose(modular.data.num_classes, per_size=settings.per_size)
@@ -193,7 +193,7 @@ def _study_sweep(out: Path, settings: StudySettings, name: str) -> str:
 
 
 def _strong_models(settings: StudySettings) -> list[str]:
-    return [name for name in settings.models if name in REPAIR_STRONG]
+    return [name for name in settings.models if name in REPLACEMENT_STRONG]
 
 
 def _study_replacement(out: Path, settings: StudySettings, strong_model: str) -> str:
@@ -202,13 +202,13 @@ def _study_replacement(out: Path, settings: StudySettings, strong_model: str) ->
     A tenth of the digits is some 80 images. Small batches and 20 passes give the weak trainings and the calibration
     about as many steps as an epoch's worth of published data would.
     """
-    from moda.study.replacement_study import RepairStudy, run_repair_study, trained
+    from moda.study.replacement_study import ReplacementStudy, run_replacement_study, trained
 
-    study = RepairStudy(
+    study = ReplacementStudy(
         data="digits",
         data_options={"image_size": 16},
         strong_model=strong_model,
-        strong_width=REPAIR_STRONG[strong_model],
+        strong_width=REPLACEMENT_STRONG[strong_model],
         epochs=5 * settings.epochs,
         under_epoch=max(1, settings.epochs // 4),
         over_epoch=5 * settings.epochs - max(1, settings.epochs // 8),
@@ -217,11 +217,13 @@ def _study_replacement(out: Path, settings: StudySettings, strong_model: str) ->
         calibration_epochs=20,
         device="cpu",
     )
-    folder = out / "repair" / strong_model
+    folder = out / "replacement" / strong_model
     config = study.strong_config().changed(epochs=settings.epochs, batch_size=settings.batch_size)
     strong = trained(folder / "strong", config, "cpu", progress=False)
-    results = run_repair_study(folder, study, strong, progress=False)
-    gains = [after - before for before, after in (result.target for result in results if result.strategy == "moda")]
+    results = run_replacement_study(folder, study, strong, progress=False)
+    gains = [
+        after - before for before, after in (result.target for result in results if result.strategy == "calibrate")
+    ]
     return f"replacement by {strong_model}: replaced class {100 * sum(gains) / len(gains):+.1f} points on average"
 
 
@@ -244,7 +246,7 @@ def _describe(out: Path, settings: StudySettings, *, finished: bool) -> None:
         "batch_size": settings.batch_size,
         "per_size": settings.per_size,
         "runs": runs,
-        "repairs": [f"repair/{model}" for model in _strong_models(settings)] if settings.replacement else [],
+        "replacements": [f"replacement/{model}" for model in _strong_models(settings)] if settings.replacement else [],
         "sweeps": runs[0]["modular"] if settings.sweeps else None,
         "finished": finished,
     }

@@ -18,15 +18,30 @@ from moda.inference import device_of, evaluating
 from moda.runs.finished import FinishedRun, file_sha256
 from moda_kernels import __version__
 
-__all__ = ["STRATEGIES", "RepairResult", "class_accuracies", "read_repairs", "repair", "write_repairs"]
+__all__ = [
+    "STRATEGIES",
+    "ReplacementResult",
+    "class_accuracies",
+    "current_strategy",
+    "read_replacements",
+    "replace_class",
+    "results_file",
+    "write_replacements",
+]
 
-FORMAT = "moda-repair"
+FORMAT = "moda-replacement"
 FORMAT_VERSION = 1
-STRATEGIES = ("moda", "cnnsplitter")
+RESULTS = "replacement.json"
+STRATEGIES = ("calibrate", "normalize")
+
+# What earlier releases called the same things.
+FORMER_FORMAT = "moda-repair"
+FORMER_RESULTS = "repair.json"
+_FORMER_STRATEGIES = {"moda": "calibrate", "cnnsplitter": "normalize"}
 
 
 @dataclass(frozen=True)
-class RepairResult:
+class ReplacementResult:
     """One weak model, before and after one of its classes was replaced. Accuracies are shares in [0, 1].
 
     Attributes:
@@ -38,7 +53,7 @@ class RepairResult:
         epoch: of the weak model's weights.
         checkpoint: what these weights are called in the study: "under-fitted", "over-fitted" or "final".
         before: accuracy of the weak model on each of its classes; the replaced one is the last.
-        after: accuracy of the repaired model on them.
+        after: accuracy of the model with the replaced class on them.
         strong_weights_sha256: of the strong run's weights.
         masks_sha256: of its modules.
         weak_weights_sha256: of the weak model's weights.
@@ -82,33 +97,34 @@ class RepairResult:
         }
 
 
-def repair(
+def replace_class(
     strong: FinishedRun,
     weak: FinishedRun,
-    strategy: str = "moda",
+    strategy: str = "calibrate",
     *,
     epoch: int | None = None,
     checkpoint: str = "final",
     calibration: Calibration | None = None,
-) -> tuple[nn.Module, RepairResult]:
+) -> tuple[nn.Module, ReplacementResult]:
     """Replace the weak model's mixed-in class by the strong model's module, and test both.
 
     Args:
         strong: a decomposed run on the strong part of a data set.
         weak: a run on the weak part of the same data set; its last class is replaced.
-        strategy: "moda" calibrates a linear layer on the weak training samples, in their order; "cnnsplitter"
-            normalises by the strong training samples and trains nothing.
+        strategy: "calibrate" (MODA's) trains a linear layer on the weak training samples, in their order; "normalize"
+            (CNNSplitter's) normalises by the strong training samples and trains nothing.
         epoch: of the weak weights (kept by keep_every_epochs); None: the final ones.
         checkpoint: what to call these weights in the result.
-        calibration: of "moda"; None: as published.
+        calibration: how "calibrate" trains; None: as published.
 
     Returns:
-        The repaired model (in evaluation mode) and its figures.
+        The model with the replaced class (in evaluation mode) and its figures.
 
     Raises:
         ValueError: the runs do not fit together, or `strategy` is unknown.
         FormatError (a ValueError): the strong run is not decomposed, or there are no such weights.
     """
+    strategy = current_strategy(strategy)
     if strategy not in STRATEGIES:
         raise ValueError(f"strategy: expected one of {', '.join(STRATEGIES)}, got {strategy!r}")
     mixed_class = _mixed_class(strong, weak)
@@ -121,13 +137,13 @@ def repair(
     module = compose(strong.model, strong.decomposition(), [mixed_class])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(weak.run.config.seed)
-        repaired: nn.Module
-        if strategy == "moda":
-            repaired = replace(model, module, classes - 1, weak.loader(weak.data.train), calibration)
+        replaced: nn.Module
+        if strategy == "calibrate":
+            replaced = replace(model, module, classes - 1, weak.loader(weak.data.train), calibration)
         else:
-            repaired = normalize(model, module, classes - 1, _seen_in_training(strong))
+            replaced = normalize(model, module, classes - 1, _seen_in_training(strong))
     origin = strong.provenance()
-    result = RepairResult(
+    result = ReplacementResult(
         strong_model=strong.run.config.model,
         weak_model=weak.run.config.model,
         strategy=strategy,
@@ -136,12 +152,17 @@ def repair(
         epoch=weak.run.config.epochs if epoch is None else epoch,
         checkpoint=checkpoint,
         before=before,
-        after=class_accuracies(repaired, test, classes),
+        after=class_accuracies(replaced, test, classes),
         strong_weights_sha256=origin["weights_sha256"],
         masks_sha256=origin["masks_sha256"],
         weak_weights_sha256=file_sha256(weights),
     )
-    return repaired.eval(), result
+    return replaced.eval(), result
+
+
+def current_strategy(name: str) -> str:
+    """Give the present name of a strategy; earlier releases called them "moda" and "cnnsplitter"."""
+    return _FORMER_STRATEGIES.get(name, name)
 
 
 def _mixed_class(strong: FinishedRun, weak: FinishedRun) -> int:
@@ -150,7 +171,7 @@ def _mixed_class(strong: FinishedRun, weak: FinishedRun) -> int:
         part = finished.run.config.data_options.get("replacement", {}).get("part")
         if part != name:
             raise ValueError(
-                f"{name}: {finished.run.path} was not trained on the {name} part of a data set; moda repair trains "
+                f"{name}: {finished.run.path} was not trained on the {name} part of a data set; moda replace trains "
                 f'such runs (data_options {{"replacement": {{"part": "{name}", "mixed_class": ...}}}})'
             )
     if strong.data.input_shape != weak.data.input_shape or strong.run.config.data != weak.run.config.data:
@@ -204,7 +225,7 @@ def class_accuracies(model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]], 
     return tuple((right.double() / total).tolist())
 
 
-def write_repairs(path: Path, results: Iterable[RepairResult]) -> None:
+def write_replacements(path: Path, results: Iterable[ReplacementResult]) -> None:
     """Write results as JSON, atomically."""
     value = {
         "format": FORMAT,
@@ -215,16 +236,28 @@ def write_repairs(path: Path, results: Iterable[RepairResult]) -> None:
     write_json(path, value)
 
 
-def read_repairs(path: Path) -> list[RepairResult]:
-    """Read what `write_repairs` wrote.
+def read_replacements(path: Path) -> list[ReplacementResult]:
+    """Read what `write_replacements` wrote, in this release or an earlier one.
 
     Raises:
         FormatError: the file is missing or malformed.
     """
-    value = read_json(path, FORMAT, FORMAT_VERSION)
-    names = list(RepairResult.__dataclass_fields__)
+    value = read_json(path, FORMAT, FORMAT_VERSION, formerly=FORMER_FORMAT)
+    names = list(ReplacementResult.__dataclass_fields__)
     try:
         entries = [{name: entry[name] for name in names} for entry in value["results"]]
-        return [RepairResult(**{**e, "before": tuple(e["before"]), "after": tuple(e["after"])}) for e in entries]
+        return [_result(entry) for entry in entries]
     except (KeyError, TypeError) as error:
         raise FormatError(f"{path}: malformed results: {error}") from None
+
+
+def _result(entry: dict[str, Any]) -> ReplacementResult:
+    """Give the result that `entry` holds, every field of it."""
+    accuracies = {name: tuple(entry[name]) for name in ("before", "after")}
+    return ReplacementResult(**{**entry, **accuracies, "strategy": current_strategy(entry["strategy"])})
+
+
+def results_file(folder: Path) -> Path:
+    """Give the path of the results in a study's folder; earlier releases called them repair.json."""
+    former = folder / FORMER_RESULTS
+    return former if former.exists() and not (folder / RESULTS).exists() else folder / RESULTS

@@ -10,17 +10,22 @@ from typing import Any
 
 from moda.composition.replace import Calibration
 from moda.runs.config import RUNTIME_SETTINGS, TrainingConfig
-from moda.runs.finished import FinishedRun, cut
+from moda.runs.finished import FinishedRun, decompose_run
 from moda.runs.folder import RunFolder
-from moda.study.replacement import STRATEGIES, RepairResult, repair, write_repairs
+from moda.study.replacement import (
+    RESULTS,
+    STRATEGIES,
+    ReplacementResult,
+    current_strategy,
+    replace_class,
+    write_replacements,
+)
 
-__all__ = ["RepairStudy", "run_repair_study", "trained"]
-
-RESULTS = "repair.json"
+__all__ = ["ReplacementStudy", "run_replacement_study", "trained"]
 
 
 @dataclass(frozen=True)
-class RepairStudy:
+class ReplacementStudy:
     """The replacement study of one pair of architectures. The defaults are the paper's, on CIFAR10.
 
     Attributes:
@@ -29,10 +34,10 @@ class RepairStudy:
         data_options: of the data set.
         strong_model: architecture that gives the modules.
         strong_width: its width multiplier.
-        weak_model: architecture that is repaired.
+        weak_model: architecture that is given modules.
         weak_width: its width multiplier.
         mixed_classes: strong classes, each mixed into a weak model of its own; None: all of them.
-        strategies: of `moda.repair.STRATEGIES`.
+        strategies: of `moda.study.replacement.STRATEGIES`.
         epochs: of each training.
         under_epoch: epoch of the under-fitted weak model; None: not studied.
         over_epoch: epoch of the over-fitted weak model; None: not studied. With neither the final weights are studied.
@@ -67,6 +72,7 @@ class RepairStudy:
 
     def __post_init__(self) -> None:
         """Every field is as the class's docstring says, or a ValueError that names it."""
+        object.__setattr__(self, "strategies", tuple(map(current_strategy, self.strategies)))
         unknown = [name for name in self.strategies if name not in STRATEGIES]
         if unknown or not self.strategies:
             raise ValueError(f"strategies: expected some of {', '.join(STRATEGIES)}, got {unknown or 'none'}")
@@ -77,7 +83,7 @@ class RepairStudy:
 
     @property
     def checkpoints(self) -> list[tuple[str, int]]:
-        """Name and epoch of the weak weights that are repaired."""
+        """Name and epoch of the weak weights that are studied."""
         named = [("under-fitted", self.under_epoch), ("over-fitted", self.over_epoch)]
         return [(name, epoch) for name, epoch in named if epoch] or [("final", self.epochs)]
 
@@ -112,10 +118,10 @@ def _common_divisor(epochs: list[int]) -> int:
     return math.gcd(*epochs) if epochs else 0
 
 
-def run_repair_study(
-    folder: Path, study: RepairStudy, strong: FinishedRun | None = None, *, progress: bool = True
-) -> list[RepairResult]:
-    """Train what is not trained yet, repair every weak model in every way, write repair.json.
+def run_replacement_study(
+    folder: Path, study: ReplacementStudy, strong: FinishedRun | None = None, *, progress: bool = True
+) -> list[ReplacementResult]:
+    """Train what is not trained yet, replace a class of every weak model in every way, write replacement.json.
 
     Args:
         folder: of the study; holds `strong/`, `weak-<class>/` and the results. A study that was stopped goes on.
@@ -130,16 +136,18 @@ def run_repair_study(
     if strong is None:
         strong = trained(folder / "strong", study.strong_config(), study.device, progress=progress)
     if not strong.run.decomposition.exists():
-        cut(strong, study.threshold, progress=progress)
+        decompose_run(strong, study.threshold, progress=progress)
     calibration = Calibration(epochs=study.calibration_epochs)
     results = []
     for mixed_class in study.mixed_classes if study.mixed_classes is not None else range(strong.data.num_classes):
         weak = trained(folder / f"weak-{mixed_class}", study.weak_config(mixed_class), study.device, progress=progress)
         for checkpoint, epoch in study.checkpoints:
             for strategy in study.strategies:
-                _, result = repair(strong, weak, strategy, epoch=epoch, checkpoint=checkpoint, calibration=calibration)
+                _, result = replace_class(
+                    strong, weak, strategy, epoch=epoch, checkpoint=checkpoint, calibration=calibration
+                )
                 results.append(result)
-        write_repairs(folder / RESULTS, results)
+        write_replacements(folder / RESULTS, results)
     return results
 
 

@@ -14,7 +14,7 @@ from moda.decomposition.container import Decomposition
 from moda.decomposition.rule import decompose
 from moda.files import FormatError
 from moda.runs.config import TERMS
-from moda.runs.finished import FinishedRun, cut
+from moda.runs.finished import FinishedRun, decompose_run
 from moda.runs.metrics import read_metrics
 from moda.study.replacement_study import trained
 from moda.study.results_file import ResultsFile, read_rows
@@ -69,7 +69,7 @@ COLUMNS = tuple(field.name for field in fields(SweepPoint))
 def sweep_threshold(
     finished: FinishedRun, values: Sequence[float], tasks: Sequence[Sequence[int]], *, progress: bool = True
 ) -> list[SweepPoint]:
-    """Cut the model anew at every threshold, from the firing rates it already has, and measure.
+    """Decompose the model anew at every threshold, from the firing rates it already has, and measure.
 
     The table `sweep_threshold.csv` in the run's folder grows point by point; points that it has are not measured again.
 
@@ -104,7 +104,7 @@ def sweep_weight(
     device: str = "auto",
     progress: bool = True,
 ) -> list[SweepPoint]:
-    """Train the run again with other weights of one term, cut each at the run's threshold, and measure.
+    """Train the run again with other weights of one term, decompose each at the run's threshold, and measure.
 
     Trainings go to `sweeps/<weight>-<value>/` in the run's folder, the run itself serves for its own weight, and the
     table is `sweep_<weight>.csv`. A sweep that was stopped goes on, a training within it too.
@@ -125,24 +125,24 @@ def sweep_weight(
     for value in values:
         if not (math.isfinite(value) and value >= 0):
             raise ValueError(f"{weight}: expected finite numbers of at least 0, got {value}")
-    cut_as = finished.decomposition()
-    table = _open(finished, weight, tasks, {"threshold": cut_as.threshold, "min_fraction": cut_as.min_fraction})
+    example = finished.decomposition()
+    table = _open(finished, weight, tasks, {"threshold": example.threshold, "min_fraction": example.min_fraction})
     test = TestSet.of(finished.data.test)
     for value in _missing(table, values):
         point = finished
         if getattr(finished.run.config, weight) != value:
             folder = finished.run.path / "sweeps" / f"{weight}-{value:g}"
             point = trained(folder, finished.run.config.changed(**{weight: value}), device, progress=progress)
-        decomposition = cut_as if point is finished else _cut_alike(point, cut_as, progress)
+        decomposition = example if point is finished else _decomposed_alike(point, example, progress)
         table.append(asdict(_measure(point, decomposition, value, tasks, test, progress)))
     return _close(table, values)
 
 
-def _cut_alike(finished: FinishedRun, example: Decomposition, progress: bool) -> Decomposition:
+def _decomposed_alike(finished: FinishedRun, example: Decomposition, progress: bool) -> Decomposition:
     if finished.run.decomposition.exists():
         return finished.decomposition()
     augmented = bool(example.metadata.get("augmented", False))
-    return cut(finished, example.threshold, example.min_fraction, augmented=augmented, progress=progress)
+    return decompose_run(finished, example.threshold, example.min_fraction, augmented=augmented, progress=progress)
 
 
 def _measure(

@@ -1,4 +1,4 @@
-"""Folders as `moda train`, `analyze`, `reuse`, `sweep`, `repair` and `study` write them, with made-up numbers."""
+"""Folders as `moda train`, `analyze`, `reuse`, `sweep`, `replace` and `study` write them, with made-up numbers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from moda.runs.config import TrainingConfig
 from moda.runs.folder import RunFolder
 from moda.runs.metrics import MetricsFile
 from moda.study.analysis_files import write_analysis
-from moda.study.replacement import STRATEGIES, RepairResult, write_repairs
+from moda.study.replacement import STRATEGIES, ReplacementResult, write_replacements
 from moda.study.results_file import ResultsFile
 from moda.study.reuse import COLUMNS, ReuseResult, to_row
 from moda.study.reuse_run import KIND
@@ -150,14 +150,14 @@ def write_sweep(folder: Path, parameter: str) -> list[SweepPoint]:
     return points
 
 
-def write_repair(
+def write_replacement(
     folder: Path, names: Sequence[str] = DIGITS, strong: str = "small_vgg", **changes: Any
-) -> list[RepairResult]:
-    """repair.json and the settings of a weak run: MODA gains 8 points and more, CNNSplitter loses 2."""
+) -> list[ReplacementResult]:
+    """replacement.json and the settings of a weak run: MODA gains 8 points and more, CNNSplitter loses 2."""
     folder.mkdir(parents=True, exist_ok=True)
     RunFolder.create(folder / "weak-0", config(model="lenet5", **changes))
     results = [
-        RepairResult(
+        ReplacementResult(
             strong_model=strong,
             weak_model="lenet5",
             strategy=strategy,
@@ -175,7 +175,7 @@ def write_repair(
         for checkpoint in ("under-fitted", "over-fitted")
         for strategy, gain in zip(STRATEGIES, (0.08, -0.02), strict=True)
     ]
-    write_repairs(folder / "repair.json", results)
+    write_replacements(folder / "replacement.json", results)
     return results
 
 
@@ -202,7 +202,7 @@ def write_study(
     first = out / models[0][0] / f"seed-{seeds[0]}" / "modular"
     for parameter in GRIDS:
         write_sweep(first, parameter)
-    write_repair(out / "repair" / "small_vgg", epochs=epochs)
+    write_replacement(out / "replacement" / "small_vgg", epochs=epochs)
     value = {
         "format": "moda-study",
         "format_version": 1,
@@ -211,7 +211,7 @@ def write_study(
         "batch_size": 128,
         "per_size": None,
         "runs": runs,
-        "repairs": ["repair/small_vgg"],
+        "replacements": ["replacement/small_vgg"],
         "sweeps": runs[0]["modular"],
         "finished": True,
     }

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from moda.runs.config import TrainingConfig
-from moda.runs.finished import FinishedRun, cut
+from moda.runs.finished import FinishedRun, decompose_run
 from moda.runs.folder import RunFolder, create_model, load_data
 
 METRICS = "epoch,step,learning_rate,affinity,dispersion,compactness,test_accuracy\n1,12,0.05,0.25,0.5,0.125,0.1\n"
@@ -27,5 +27,5 @@ def make_run(folder: Path, *, decomposed: bool = True, weights_seed: int = 0, **
     run.metrics.write_text(METRICS)
     finished = FinishedRun.open(folder, "cpu")
     if decomposed:
-        cut(finished, progress=False)
+        decompose_run(finished, progress=False)
     return finished

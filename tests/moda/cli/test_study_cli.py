@@ -14,7 +14,7 @@ from moda.files import FormatError
 from moda.runs.folder import RunFolder
 from moda.study.analysis_files import read_analysis
 from moda.study.digits import StudySettings
-from moda.study.replacement import read_repairs
+from moda.study.replacement import read_replacements
 from moda.study.reuse import read_results
 from moda.study.sweep import read_sweep
 from tests.moda._helpers.studying import make_run
@@ -91,22 +91,22 @@ def test_export(moda, runs, tmp_path):
     assert read_provenance(tmp_path / "m.pt2")["class_names"] == ["7", "1"]
 
 
-def test_repair(moda, tmp_path):
-    arguments = ("repair", tmp_path / "r", "--data", "digits", "--image-size", 16, "--strong-model", "small_vgg")
+def test_replace(moda, tmp_path):
+    arguments = ("replace", tmp_path / "r", "--data", "digits", "--image-size", 16, "--strong-model", "small_vgg")
     arguments += ("--strong-width", 0.25, "--classes", "2", "--epochs", 1, "--under", 0, "--over", 0)
     code, out, _ = moda(*arguments)
     assert code == 0
-    results = read_repairs(tmp_path / "r" / "repair.json")
+    results = read_replacements(tmp_path / "r" / "replacement.json")
     assert [(result.mixed_class, result.strategy, result.checkpoint) for result in results] == [
-        (2, "moda", "final"),
-        (2, "cnnsplitter", "final"),
+        (2, "calibrate", "final"),
+        (2, "normalize", "final"),
     ]
     assert "lenet5 with modules of small_vgg" in out
-    code, out, _ = moda(
-        "repair", tmp_path / "s", *arguments[2:], "--strong", tmp_path / "r" / "strong", "--strategy", "moda"
+    code, out, _ = moda(  # by its former name
+        "repair", tmp_path / "s", *arguments[2:], "--strong", tmp_path / "r" / "strong", "--strategy", "calibrate"
     )
     assert code == 0
-    (again,) = read_repairs(tmp_path / "s" / "repair.json")
+    (again,) = read_replacements(tmp_path / "s" / "replacement.json")
     assert again == results[0]
     assert not (tmp_path / "s" / "strong").exists()
 
@@ -140,7 +140,7 @@ def test_study(moda, tmp_path, monkeypatch):
     monkeypatch.setattr(
         "moda.study.sweep.GRIDS", {"threshold": (0.9,), "affinity": (1.0,), "dispersion": (1.0,), "compactness": (0.3,)}
     )
-    monkeypatch.setattr("moda.study.digits.REPAIR_STRONG", {})
+    monkeypatch.setattr("moda.study.digits.REPLACEMENT_STRONG", {})
     arguments = (
         "study",
         tmp_path,
@@ -188,7 +188,7 @@ def test_study(moda, tmp_path, monkeypatch):
         (["export", "RUN", "-o", "x.pt2"], 2, "Missing option '--classes'"),
         (["export", "RUN", "-c", "1,1", "-o", "x.pt2"], 1, "classes: expected every class once, got 1 more than once"),
         (["export", "RUN", "-c", "1", "-o", "x.pth"], 1, "path: expected a name that ends in .pt2 or .onnx, got 'x.pth'"),
-        (["repair", "x", "--strategy", "glue"], 1, "strategies: expected some of moda, cnnsplitter, got ['glue']"),
+        (["replace", "x", "--strategy", "glue"], 1, "strategies: expected some of calibrate, normalize, got ['glue']"),
         (["import", "none.pt", "x", "--model", "vgg16", "--data", "digits"], 1, "none.pt: no such file"),
         (["study", "x", "--models", "vgg99"], 1, "models: expected some of small_vgg, lenet5, resnet18, mobilenet, got ['vgg99']"),
         (["study", "x", "--seeds", "one"], 2, "Invalid value: --seeds: expected integers separated by commas, got 'one'"),
@@ -222,7 +222,7 @@ def test_analysis_files_are_checked(tmp_path):
         read_analysis(tmp_path / "analysis.json")
 
 
-@pytest.mark.parametrize("command", ["reuse", "analyze", "sweep", "repair", "export", "import", "study"])
+@pytest.mark.parametrize("command", ["reuse", "analyze", "sweep", "replace", "export", "import", "study"])
 def test_every_command_has_examples(moda, command):
     code, out, _ = moda(command, "--help")
     assert code == 0

@@ -27,7 +27,7 @@ from tests.moda._helpers.study_folders import (
     STANDARD,
     config,
     write_analyses,
-    write_repair,
+    write_replacement,
     write_reuse,
     write_run,
     write_study,
@@ -337,7 +337,7 @@ def test_page_of_the_papers_setting(tmp_path: Path) -> None:
     write_run(tmp_path / "modular", setting, epochs=3)
     write_reuse(tmp_path / "modular", per_size=1)
     write_sweep(tmp_path / "modular", "threshold")
-    write_repair(tmp_path / "repair", CIFAR10, "vgg16", data="cifar10", epochs=200)
+    write_replacement(tmp_path / "repair", CIFAR10, "vgg16", data="cifar10", epochs=200)
     inputs = read_inputs([tmp_path / "modular", tmp_path / "repair"])
     page = study_page(inputs, "Its <title>")
     outline, text = Outline(page), re.sub(r"<[^>]+>", "", page)
@@ -373,7 +373,7 @@ def test_page_leaves_out_what_is_not_there_and_says_how_to_make_it(tmp_path: Pat
         "moda analyze RUN",
         "moda sweep RUN.",
         "moda sweep RUN --affinity paper",
-        "moda repair FOLDER",
+        "moda replace FOLDER",
     ):
         assert f"To make it: {command}" in text or f"To make one: {command}" in text, command
     assert len(Outline(page).labels) == 5  # accuracy and the four terms
@@ -382,7 +382,7 @@ def test_page_leaves_out_what_is_not_there_and_says_how_to_make_it(tmp_path: Pat
 def test_page_of_a_standard_run_and_of_a_replacement_alone(tmp_path: Path) -> None:
     write_run(tmp_path / "standard", config().changed(**STANDARD))
     assert "a modular run of small VGG" in study_page(read_inputs([tmp_path / "standard"]))
-    write_repair(tmp_path / "repair")
+    write_replacement(tmp_path / "repair")
     page = study_page(read_inputs([tmp_path / "repair"]))
     assert [label.split(".")[0] for label in Outline(page).labels] == [
         "Under-fitted LeNet5 with small VGG",
@@ -391,9 +391,9 @@ def test_page_of_a_standard_run_and_of_a_replacement_alone(tmp_path: Path) -> No
 
 
 def test_replacements_of_the_same_weak_models_are_one_table(tmp_path: Path) -> None:
-    write_repair(tmp_path / "a")
-    write_repair(tmp_path / "b", strong="resnet18")
-    write_repair(tmp_path / "c", strong="resnet18", epochs=9)
+    write_replacement(tmp_path / "a")
+    write_replacement(tmp_path / "b", strong="resnet18")
+    write_replacement(tmp_path / "c", strong="resnet18", epochs=9)
     page = study_page(read_inputs([tmp_path / name for name in "abc"]))
     assert page.count("<h3>Replacement on digits</h3>") == 2
     firsts = [row[0] for row in Outline(page).rows]

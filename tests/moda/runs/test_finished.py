@@ -7,7 +7,7 @@ import torch
 
 import moda
 from moda.files import FormatError
-from moda.runs.finished import FinishedRun, checked_device, cut
+from moda.runs.finished import FinishedRun, checked_device, decompose_run
 from tests.moda._helpers.studying import make_run
 
 
@@ -37,7 +37,7 @@ def test_rates_and_modules_of_other_weights_are_refused(tmp_path):
         with pytest.raises(FormatError, match="was made from other weights than .* make it again with: moda decompose"):
             read()
     again = FinishedRun.open(finished.run.path, "cpu")
-    cut(again, progress=False)
+    decompose_run(again, progress=False)
     assert again.provenance()["weights_sha256"] == again.weights_sha256
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from moda.files import FormatError
-from moda.runs.finished import cut
+from moda.runs.finished import decompose_run
 from moda.study import reuse_run
 from moda.study.results_file import read_note
 from moda.study.reuse import TestSet, by_size, evaluate_subtasks, read_results, reuse_accuracy
@@ -97,7 +97,7 @@ def test_parquet(runs, tmp_path):
 def test_another_decomposition_is_refused(tmp_path):
     finished = make_run(tmp_path / "run")
     run_reuse(finished, TASKS[:1], tmp_path / "reuse.csv", progress=False)
-    cut(finished, 0.5, progress=False)
+    decompose_run(finished, 0.5, progress=False)
     with pytest.raises(FormatError, match=r"reuse\.csv: its results are of another study: masks_sha256 is"):
         run_reuse(finished, TASKS[:1], tmp_path / "reuse.csv", progress=False)
 

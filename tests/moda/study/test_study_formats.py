@@ -10,13 +10,12 @@ from pathlib import Path
 import pytest
 
 from moda.decomposition import files as decomposition_files
-from moda.study import analysis_files, reuse_run, sweep
+from moda.study import analysis_files, replacement, reuse_run, sweep
 from moda.study import digits as study
-from moda.study import replacement as repair
 from moda.study.analysis import LayerAnalysis
 from moda.study.analysis_files import analyze_run, write_analysis
 from moda.study.digits import StudySettings
-from moda.study.replacement import RepairResult, write_repairs
+from moda.study.replacement import ReplacementResult, write_replacements
 from moda.study.reuse import COLUMNS
 from moda.study.reuse_run import run_reuse
 from tests.moda._helpers.studying import make_run
@@ -40,8 +39,8 @@ def folder(tmp_path_factory):
     finished = make_run(tmp_path_factory.mktemp("runs") / "run")
     write_analysis(finished.run.path / "analysis.json", analyze_run(finished))
     run_reuse(finished, [(0, 1)], finished.run.path / "reuse.csv", progress=False)
-    result = RepairResult("a", "b", "moda", 1, "1", 5, "final", (0.5, 1.0), (0.5, 0.0), "x", "y", "z")
-    write_repairs(finished.run.path / "repair.json", [result])
+    result = ReplacementResult("a", "b", "calibrate", 1, "1", 5, "final", (0.5, 1.0), (0.5, 0.0), "x", "y", "z")
+    write_replacements(finished.run.path / "replacement.json", [result])
     study._describe(finished.run.path, StudySettings(), finished=False)
     return finished.run.path
 
@@ -51,7 +50,7 @@ def folder(tmp_path_factory):
     [
         ("rates/rates.json", "\n`rates.json`:\n", decomposition_files.RATES_FORMAT),
         ("analysis.json", "\n`analysis.json`:\n", analysis_files.FORMAT),
-        ("repair.json", "\n`repair.json`:\n", repair.FORMAT),
+        ("replacement.json", "\n`replacement.json`:\n", replacement.FORMAT),
         ("reuse.json", "The note (`reuse.json`, `sweep_<parameter>.json`):\n", reuse_run.KIND),
     ],
 )
@@ -82,7 +81,7 @@ def test_what_stands_in_the_entries(folder):
     assert set(note["source"]) <= set(re.findall(r"`(\w+)`", described))
     described = behind("of a finished reuse table:").split("\n", 1)[0]
     assert set(note["summary"]) | set(note["summary"]["by_size"][0]) == set(re.findall(r"`(\w+)`", described))
-    result = json.loads((folder / "repair.json").read_text())["results"][0]
+    result = json.loads((folder / "replacement.json").read_text())["results"][0]
     assert set(result) <= set(re.findall(r"`(\w+)`", behind("A result has").split("\n\n", 1)[0]))
     layers = behind("| `layers` |").split("\n", 1)[0]
     assert {field.name for field in fields(LayerAnalysis)} <= set(re.findall(r"`(\w+)`", layers))

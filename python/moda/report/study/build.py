@@ -71,7 +71,7 @@ def _subtitle(inputs: Inputs) -> str:
     repeated = f", with {_range(counts)} seeds; numbers are means over them" if max(counts) > 1 else ""
     return (
         f"{names}, trained for {epochs} epochs the standard way and modular (affinity, dispersion, compactness), then "
-        f"cut into one module per class{repeated}."
+        f"decomposed into one module per class{repeated}."
     )
 
 

@@ -16,7 +16,7 @@ from moda.runs.folder import RunFolder
 from moda.runs.metrics import read_metrics
 from moda.study.analysis_files import read_analysis
 from moda.study.digits import DESCRIPTION, FORMAT, FORMAT_VERSION
-from moda.study.replacement import RepairResult, read_repairs
+from moda.study.replacement import RESULTS, ReplacementResult, read_replacements, results_file
 from moda.study.results_file import read_note
 from moda.study.reuse import ReuseResult, read_results
 from moda.study.reuse_run import KIND as REUSE_KIND
@@ -107,7 +107,7 @@ class Replacement:
 
     label: str
     config: TrainingConfig
-    results: list[RepairResult]
+    results: list[ReplacementResult]
 
     @classmethod
     def read(cls, folder: Path, label: str) -> Replacement:
@@ -116,9 +116,10 @@ class Replacement:
         Raises:
             FormatError (a ValueError): a file is missing or malformed, or there is no result.
         """
-        results = read_repairs(folder / "repair.json")
+        path = results_file(folder)
+        results = read_replacements(path)
         if not results:
-            raise FormatError(f"{folder / 'repair.json'}: holds no result; make it with: moda repair {folder}")
+            raise FormatError(f"{path}: holds no result; make it with: moda replace {folder}")
         return cls(label, RunFolder.open(folder / f"weak-{results[0].mixed_class}").config, results)
 
 
@@ -182,7 +183,7 @@ class Inputs:
 
 def read_inputs(folders: Iterable[str | Path]) -> Inputs:
     """Read the results in folders of runs (`moda train`), studies (`moda study`) and replacement studies (`moda
-    repair`).
+    replace`).
 
     Raises:
         FormatError (a ValueError): a folder is none of these, or holds a malformed file.
@@ -196,7 +197,7 @@ def read_inputs(folders: Iterable[str | Path]) -> Inputs:
             commands.append(_command(given, given.relative_to(start).as_posix()))
         for folder in _expanded(given):
             label = folder.relative_to(start).as_posix()
-            if (folder / "repair.json").exists():
+            if results_file(folder).exists():
                 replacements.setdefault(folder.resolve(), Replacement.read(folder, label))
             else:
                 runs.setdefault(folder.resolve(), RunResults.read(folder, label))
@@ -208,24 +209,29 @@ def _expanded(folder: Path) -> list[Path]:
     if not folder.is_dir():
         raise FormatError(f"{folder}: no such folder")
     if not (folder / DESCRIPTION).exists():
-        known = ("config.json", "repair.json")
-        if not any((folder / name).exists() for name in known):
+        if not _holds_results(folder):
             raise FormatError(
-                f"{folder}: holds no run (config.json), study ({DESCRIPTION}) or replacement study (repair.json)"
+                f"{folder}: holds no run (config.json), study ({DESCRIPTION}) or replacement study ({RESULTS})"
             )
         return [folder]
     description = _description(folder)
-    named = [run[kind] for run in description["runs"] for kind in ("modular", "standard")] + description["repairs"]
-    listed = [folder / name for name in named]
-    return [path for path in listed if (path / "config.json").exists() or (path / "repair.json").exists()]
+    named = [run[kind] for run in description["runs"] for kind in ("modular", "standard")] + description["replacements"]
+    return [path for path in (folder / name for name in named) if _holds_results(path)]
+
+
+def _holds_results(folder: Path) -> bool:
+    return (folder / "config.json").exists() or results_file(folder).exists()
 
 
 def _description(folder: Path) -> dict[str, Any]:
     """Read the entries of study.json that the page needs."""
     description = read_json(folder / DESCRIPTION, FORMAT, FORMAT_VERSION)
+    if "repairs" in description:  # what earlier releases called them
+        description["replacements"] = description["repairs"]
     try:
+        entries = ("replacements", "epochs", "batch_size", "per_size")
         runs = [{name: run[name] for name in ("model", "seed", "modular", "standard")} for run in description["runs"]]
-        return {"runs": runs, **{name: description[name] for name in ("repairs", "epochs", "batch_size", "per_size")}}
+        return {"runs": runs, **{name: description[name] for name in entries}}
     except (KeyError, TypeError) as error:
         raise FormatError(f"{folder / DESCRIPTION}: malformed: {error}") from None
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from moda.report.study.inputs import DATA_NAMES, MODEL_NAMES
 from moda.runs.config import TERMS, TrainingConfig
+from moda.study.replacement import current_strategy
 
 __all__ = ["Match", "find", "find_replacement", "find_sweep", "references"]
 
@@ -82,19 +83,19 @@ def _find(config: TrainingConfig, threshold: float | None, kind: str, varied: st
 
 
 def find_replacement(config: TrainingConfig, strong: str, weak: str, checkpoint: str, strategy: str) -> list[Match]:
-    """Numbers of the same repair; `config` is that of a weak training."""
+    """Numbers of the same replacement; `config` is that of a weak training."""
     wanted = {
         "data": config.data,
         "strong_model": strong,
         "weak_model": weak,
         "checkpoint": checkpoint,
-        "strategy": strategy,
     }
     return [
         Match(reference["name"], reference["short"], entry, _differences(config, None, reference["settings"]))
         for reference in references()
         for entry in reference["replacement"]
         if all(entry[name] == value for name, value in wanted.items())
+        and current_strategy(entry["strategy"]) == current_strategy(strategy)
     ]
 
 

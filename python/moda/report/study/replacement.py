@@ -14,12 +14,12 @@ from moda.report.study.inputs import DATA_NAMES, MODEL_NAMES, Replacement
 from moda.report.study.references import find_replacement
 from moda.report.study.words import DASH
 from moda.runs.config import RUNTIME_SETTINGS
-from moda.study.replacement import STRATEGIES, RepairResult
+from moda.study.replacement import STRATEGIES, ReplacementResult
 
 __all__ = ["replacement"]
 
-NAMES = {"moda": "MODA", "cnnsplitter": "CNNSplitter"}
-COLOURS = {"moda": "modular", "cnnsplitter": "composed"}
+NAMES = {"calibrate": "MODA", "normalize": "CNNSplitter"}
+COLOURS = {"calibrate": "modular", "normalize": "composed"}
 _Group = tuple[str, str, str]  # weak model, checkpoint, strong model
 
 
@@ -32,7 +32,9 @@ def replacement(studies: Sequence[Replacement]) -> Section:
     )
     blocks: list[Block] = [Words(intro)]
     if not studies:
-        blocks.append(Words("Not shown: no replacement study was given. To make one: `moda repair FOLDER`.", note=True))
+        blocks.append(
+            Words("Not shown: no replacement study was given. To make one: `moda replace FOLDER`.", note=True)
+        )
     for number, study in enumerate(_merged(studies)):
         blocks += _study(study, number)
     return Section("replacement", "Replacement of a class", tuple(blocks))
@@ -58,8 +60,8 @@ def _weak(study: Replacement) -> dict[str, Any]:
     return {**settings, "data_options": {**study.config.data_options, "replacement": mixed}}
 
 
-def _groups(study: Replacement) -> dict[_Group, list[RepairResult]]:
-    groups: dict[_Group, list[RepairResult]] = {}
+def _groups(study: Replacement) -> dict[_Group, list[ReplacementResult]]:
+    groups: dict[_Group, list[ReplacementResult]] = {}
     for result in study.results:
         groups.setdefault((result.weak_model, result.checkpoint, result.strong_model), []).append(result)
     return groups
@@ -83,7 +85,7 @@ def _upper(text: str) -> str:
     return text[0].upper() + text[1:]
 
 
-def _panel(name: str, key: _Group, results: Sequence[RepairResult]) -> Panel:
+def _panel(name: str, key: _Group, results: Sequence[ReplacementResult]) -> Panel:
     classes = _classes(results)
     drawn = []
     for strategy in STRATEGIES:
@@ -94,11 +96,11 @@ def _panel(name: str, key: _Group, results: Sequence[RepairResult]) -> Panel:
     return changes(name, _upper(_title(key)), list(classes.values()), drawn, "accuracy on the target, %")
 
 
-def _classes(results: Sequence[RepairResult]) -> dict[int, str]:
+def _classes(results: Sequence[ReplacementResult]) -> dict[int, str]:
     return {r.mixed_class: r.class_name for r in sorted(results, key=lambda r: r.mixed_class)}
 
 
-def _table(study: Replacement, groups: dict[_Group, list[RepairResult]], data: str) -> Table:
+def _table(study: Replacement, groups: dict[_Group, list[ReplacementResult]], data: str) -> Table:
     """Return the paper's Table 1: weak model with strong model and strategy by class, "target | others"."""
     classes = _classes(study.results)
     rows, said = [], dict[str, None]()
@@ -115,7 +117,7 @@ def _table(study: Replacement, groups: dict[_Group, list[RepairResult]], data: s
                 rows.append(Row((match.name, *_cells(theirs, list(classes))), reference=True))
                 said[match.statement] = None
     about = " ".join(said) or f"The paper has no numbers for these models on {data}."
-    caption = f"Repaired minus weak, in percentage points: target | others. {_upper(about)}"
+    caption = f"After replacement minus before, in percentage points: target | others. {_upper(about)}"
     return Table(caption, ("weak with strong model", *classes.values(), "mean"), tuple(rows), emphasis=len(classes) + 1)
 
 

@@ -23,7 +23,7 @@ def sweeps(settings: Sequence[Setting]) -> Section:
     intro = (
         "Reuse accuracy is the mean over sub-task sizes of composed models\u2019 accuracy, on a random choice of "
         "sub-tasks. The threshold is the firing rate from which a neuron is kept; a sweep of it trains nothing. A "
-        "sweep of a weight trains the model anew for each value and cuts it at the same threshold."
+        "sweep of a weight trains the model anew for each value and decomposes it at the same threshold."
     )
     blocks: list[Block] = [Words(intro)]
     for parameter in GRIDS:
