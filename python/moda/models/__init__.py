@@ -7,15 +7,44 @@ from typing import Any
 
 from torch import nn
 
+from moda.models.incecnn import incecnn
 from moda.models.lenet import lenet5
 from moda.models.mobilenet import mobilenet
+from moda.models.rescnn import rescnn
 from moda.models.resnet import resnet18
+from moda.models.simcnn import simcnn
 from moda.models.vgg import small_vgg, vgg16
+from moda.models.vit import deit_small, vit_small
 
-__all__ = ["NAMES", "create", "lenet5", "mobilenet", "resnet18", "small_vgg", "vgg16"]
+__all__ = [
+    "NAMES",
+    "create",
+    "deit_small",
+    "incecnn",
+    "lenet5",
+    "mobilenet",
+    "rescnn",
+    "resnet18",
+    "simcnn",
+    "small_vgg",
+    "vgg16",
+    "vit_small",
+]
 
-_OF_ONE_SIZE: dict[str, Callable[..., nn.Module]] = {"lenet5": lenet5, "vgg16": vgg16, "small_vgg": small_vgg}
-_OF_ANY_SIZE: dict[str, Callable[..., nn.Module]] = {"resnet18": resnet18, "mobilenet": mobilenet}
+_OF_ONE_SIZE: dict[str, Callable[..., nn.Module]] = {
+    "lenet5": lenet5,
+    "vgg16": vgg16,
+    "small_vgg": small_vgg,
+    "simcnn": simcnn,
+    "rescnn": rescnn,
+    "vit_small": vit_small,
+    "deit_small": deit_small,
+}
+_OF_ANY_SIZE: dict[str, Callable[..., nn.Module]] = {
+    "resnet18": resnet18,
+    "mobilenet": mobilenet,
+    "incecnn": incecnn,
+}
 
 NAMES: tuple[str, ...] = (*_OF_ONE_SIZE, *_OF_ANY_SIZE)
 """What `create` knows."""
@@ -32,7 +61,7 @@ def create(
         in_channels: the channels of the images.
         width: the multiplier of the hidden layers' neurons.
         image_size: the height and width of the images; None means the model's own. Models that end in adaptive
-            pooling (resnet18, mobilenet) are the same for all sizes.
+            pooling (resnet18, mobilenet, incecnn) are the same for all sizes.
 
     Raises:
         ValueError: the name is unknown or a number out of range.
