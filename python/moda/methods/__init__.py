@@ -1,0 +1,1 @@
+"""Modularization methods: ways to get one module per class out of a network."""
