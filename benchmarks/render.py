@@ -62,7 +62,9 @@ def load(folder: Path = RESULTS) -> list[Results]:
         FormatError: a result file is malformed or of another version.
     """
     paths = sorted(folder.glob("*.json"))
-    return [stored.read(path) for path in paths if json.loads(path.read_bytes()).get("format") == stored.FORMAT]
+    return [
+        stored.read(path) for path in paths if json.loads(path.read_bytes()).get("format") == stored.BENCHMARKS.name
+    ]
 
 
 def page(runs: Sequence[Results], findings: str) -> str:

@@ -2,18 +2,51 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
+import io
 import json
 import os
-import tempfile
-from collections.abc import Iterator, Mapping
+import secrets
+import stat
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import safetensors.torch
+import torch
 from safetensors import SafetensorError
 from torch import Tensor
+
+from moda.checks import Check, record
+from moda_kernels import __version__
+
+__all__ = [
+    "Format",
+    "FormatError",
+    "check_tensors",
+    "format_errors",
+    "is_partial",
+    "parse_json",
+    "read_bytes",
+    "read_csv",
+    "read_tensors",
+    "remove_partial_files",
+    "sha256_of",
+    "write_bytes",
+    "write_json",
+    "write_tensors",
+]
+
+PARTIAL = ".moda-partial"
+"""How the name of a file ends that is being written, beside its place; see `write_bytes`."""
+
+LARGEST_JSON = 1 << 28
+LARGEST_TABLE = 1 << 30
+LARGEST_TENSORS = 1 << 36
+"""Bytes of a file that is read: what is larger is refused before memory is taken for it."""
 
 
 class FormatError(ValueError):
@@ -21,7 +54,7 @@ class FormatError(ValueError):
 
 
 @contextmanager
-def format_errors(path: Path) -> Iterator[None]:
+def format_errors(path: Path | str) -> Iterator[None]:
     """Turn what is raised by the values that the file `path` holds into a FormatError that names the file."""
     try:
         yield
@@ -29,30 +62,46 @@ def format_errors(path: Path) -> Iterator[None]:
         raise
     except KeyError as error:
         raise FormatError(f"{path}: entry {error} is missing") from None
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise FormatError(f"{path}: {error}") from None
 
 
+# ---- writing -----------------------------------------------------------------------------------------------------
+
+
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write `data` to `path` so that a crash at any moment leaves the old file or the new one, never a part of it."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    """Write `data` to `path` so that a crash at any moment leaves the old file or the new one, never a part of it.
+
+    It is written beside its place first, as `.<name>.<random>.moda-partial`, flushed to disk and then renamed.
+
+    Raises:
+        OSError: it cannot be written; the error names `path`.
+    """
+    partial = path.parent / f".{path.name[:100]}.{secrets.token_hex(4)}{PARTIAL}"
     try:
-        with os.fdopen(handle, "wb") as file:
+        with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666), "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        Path(name).chmod(0o666 & ~_umask())
-        Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
+        partial.replace(path)
+    except BaseException as error:
+        partial.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise OSError(error.errno, error.strerror, str(path)) from None
         raise
 
 
-def _umask() -> int:
-    """The process's file mode mask (reading it means setting it)."""
-    mask = os.umask(0o022)
-    os.umask(mask)
-    return mask
+def is_partial(path: Path) -> bool:
+    """Whether a file is one that `write_bytes` had not finished when its process was killed."""
+    return path.name.startswith(".") and path.name.endswith(PARTIAL)
+
+
+def remove_partial_files(folder: Path) -> None:
+    """Remove what a killed process left of files it was writing; nothing else."""
+    if folder.is_dir():
+        for path in folder.iterdir():
+            if is_partial(path):
+                path.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
@@ -64,40 +113,6 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
     write_bytes(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
 
 
-def read_json(path: Path, kind: str, version: int, *, formerly: str | None = None) -> dict[str, Any]:
-    """Read a JSON object whose "format" is `kind` and whose "format_version" is `version`.
-
-    `formerly` is what an earlier release called the same format; it is read as well.
-
-    Raises:
-        FormatError: it is missing, no JSON object, of another kind or of another version.
-    """
-    value = _parse_json(path)
-    if value.get("format") not in (kind, formerly or kind):
-        raise FormatError(f'{path}: expected "format": "{kind}", got {value.get("format")!r}')
-    if value.get("format_version") != version:
-        raise FormatError(
-            f"{path}: expected format_version {version}, got {value.get('format_version')!r}; "
-            "read it with the moda-kernels version that wrote it "
-            f"({value.get('library_version', 'not recorded')})"
-        )
-    return value
-
-
-def _parse_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise FormatError(f"{path}: no such file") from None
-    except OSError as error:
-        raise FormatError(f"{path}: cannot be read: {error.strerror}") from None
-    except ValueError as error:
-        raise FormatError(f"{path}: not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise FormatError(f"{path}: expected a JSON object, got {type(value).__name__}")
-    return value
-
-
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
     """Write tensors in safetensors format, atomically; returns the file's SHA-256 in hex."""
     data = safetensors.torch.save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
@@ -105,29 +120,226 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def read_tensors(path: Path, sha256: str | None = None) -> dict[str, Tensor]:
+# ---- reading -----------------------------------------------------------------------------------------------------
+
+
+def read_bytes(path: Path, largest: int) -> bytes:
+    """The content of a regular file of at most `largest` bytes.
+
+    Raises:
+        FormatError: it is missing, cannot be read, is larger, or is no regular file (a pipe would never end).
+    """
+    with _opened(path, largest) as file:
+        return bytes(file.read())
+
+
+def sha256_of(path: Path, largest: int = LARGEST_TENSORS) -> str:
+    """SHA-256 of a regular file, in hex, a piece at a time.
+
+    Raises:
+        FormatError: as `read_bytes`.
+    """
+    with _opened(path, largest) as file:
+        digest = hashlib.sha256()
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+        return digest.hexdigest()
+
+
+@contextmanager
+def _opened(path: Path, largest: int) -> Iterator[Any]:
+    try:
+        # Opening a pipe would wait for a writer, and a terminal could become this process's.
+        handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0))
+    except (FileNotFoundError, NotADirectoryError):
+        raise FormatError(f"{path}: no such file") from None
+    except (OSError, ValueError) as error:  # ValueError: a NUL character in the name
+        raise FormatError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    try:
+        _check_regular(path, os.fstat(handle), largest)
+    except FormatError:
+        os.close(handle)
+        raise
+    with os.fdopen(handle, "rb") as file:
+        try:
+            yield file
+        except OSError as error:
+            raise FormatError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def _check_regular(path: Path, status: os.stat_result, largest: int) -> None:
+    if not stat.S_ISREG(status.st_mode):
+        kind = "a folder" if stat.S_ISDIR(status.st_mode) else "no regular file"
+        raise FormatError(f"{path}: cannot be read: it is {kind}")
+    if status.st_size > largest:
+        raise FormatError(f"{path}: expected at most {largest} bytes, got {status.st_size}")
+
+
+def parse_json(path: Path | str, data: bytes) -> dict[str, Any]:
+    """The JSON object in `data`, which the file `path` holds.
+
+    Raises:
+        FormatError: it is not UTF-8 or no JSON object, names an entry twice, is nested too deep, or holds NaN.
+    """
+    try:
+        value = json.loads(data.decode("utf-8"), object_pairs_hook=_object, parse_constant=_no_constant)
+    except RecursionError:
+        raise FormatError(f"{path}: not JSON: its lists and objects are nested too deep") from None
+    except ValueError as error:
+        raise FormatError(f"{path}: not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise FormatError(f"{path}: expected a JSON object, got {type(value).__name__}")
+    return value
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"entry {twice!r} is there twice")
+    return value
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no JSON number")
+
+
+def read_csv(path: Path) -> tuple[tuple[str, ...], list[dict[str, str]]]:
+    """Columns and rows of a CSV file with a header; a last line whose writing was cut short is left out.
+
+    A row that is too short has None in its last columns, one that is too long has a column None.
+
+    Raises:
+        FormatError: it is missing, no text in UTF-8, or no CSV.
+    """
+    data = read_bytes(path, LARGEST_TABLE)
+    try:
+        text = data[: data.rfind(b"\n") + 1].decode("utf-8")
+        reader = csv.DictReader(io.StringIO(text, newline=""))
+        return tuple(reader.fieldnames or ()), list(reader)
+    except (ValueError, csv.Error) as error:
+        raise FormatError(f"{path}: not a CSV file: {error}") from None
+
+
+@dataclass(frozen=True)
+class Format:
+    """A kind of JSON file: its header, and what it must hold.
+
+    Attributes:
+        name: what its "format" says.
+        fields: entries that it must have, each with its check.
+        optional: entries that it may have, each with its check. Further ones are let through.
+        version: the "format_version" that is written.
+        formerly: what earlier releases called the same format.
+        renamed: entries that earlier releases called otherwise, by that name.
+        upgrades: for each earlier version that can be read still, a function of that version's entries that gives
+            those of the next one.
+        largest: bytes of the file.
+    """
+
+    name: str
+    fields: Mapping[str, Check]
+    optional: Mapping[str, Check] = field(default_factory=dict)
+    version: int = 1
+    formerly: str | None = None
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    upgrades: Mapping[int, Callable[[dict[str, Any]], dict[str, Any]]] = field(default_factory=dict)
+    largest: int = LARGEST_JSON
+
+    def header(self) -> dict[str, Any]:
+        """The entries that every file of ours begins with."""
+        return {"format": self.name, "format_version": self.version, "library_version": __version__}
+
+    def write(self, path: Path, entries: Mapping[str, Any]) -> None:
+        """Write the header and the entries, atomically.
+
+        Raises:
+            TypeError, ValueError: an entry is not as the format says.
+        """
+        write_json(path, {**self.header(), **record(self.fields, self.optional)("", entries)})
+
+    def read(self, path: Path) -> dict[str, Any]:
+        """The entries of a file, as those of the version that is written today.
+
+        Raises:
+            FormatError: it is missing, malformed, of another format or version; the message names the file, and the
+                entry that is wrong.
+        """
+        return self.parse(path, read_bytes(path, self.largest))
+
+    def parse(self, path: Path | str, data: bytes) -> dict[str, Any]:
+        """`read` of bytes that are there already; `path` is for messages."""
+        value = parse_json(path, data)
+        if value.get("format") not in (self.name, self.formerly or self.name):
+            raise FormatError(f'{path}: expected "format": "{self.name}", got {value.get("format")!r:.80}')
+        version = value.get("format_version")
+        known = sorted([*self.upgrades, self.version])
+        if type(version) is not int or version not in known:
+            raise FormatError(
+                f"{path}: expected format_version {' or '.join(map(str, known))}, got {version!r:.80}; "
+                "read it with the moda-kernels version that wrote it "
+                f"({value.get('library_version', 'not recorded')!s:.80})"
+            )
+        with format_errors(path):
+            for earlier in range(version, self.version):
+                value = self.upgrades[earlier](value)
+            value = {self.renamed.get(name, name): entry for name, entry in value.items()}
+            return dict(record(self.fields, self.optional)("", value))
+
+
+def read_tensors(
+    path: Path, sha256: str | None = None, shapes: Mapping[str, tuple[int, ...]] | None = None
+) -> dict[str, Tensor]:
     """Read a safetensors file onto the CPU; nothing in it is unpickled or run.
 
     Args:
         path: the file.
         sha256: what `write_tensors` returned, if known.
+        shapes: of every tensor that it must hold, if known: no larger file is then taken into memory.
 
     Raises:
         FormatError: it is missing, malformed, or not the file that `sha256` is of.
     """
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError:
-        raise FormatError(f"{path}: no such file") from None
-    except OSError as error:
-        raise FormatError(f"{path}: cannot be read: {error.strerror}") from None
-    digest = hashlib.sha256(data).hexdigest()
-    if sha256 is not None and digest != sha256:
+    largest = LARGEST_TENSORS if shapes is None else _most_bytes(shapes)
+    data = read_bytes(path, largest)
+    found = hashlib.sha256(data).hexdigest()
+    if sha256 is not None and found != sha256:
         raise FormatError(
-            f"{path}: its SHA-256 is {digest}, the description beside it is of {sha256}: "
+            f"{path}: its SHA-256 is {found}, the description beside it is of {sha256}: "
             "damaged, or from another save than the description"
         )
     try:
         return dict(safetensors.torch.load(data))
-    except (SafetensorError, KeyError, ValueError) as error:
+    except (SafetensorError, KeyError, ValueError, TypeError, OverflowError, RuntimeError) as error:
         raise FormatError(f"{path}: not a safetensors file: {error}") from None
+
+
+def _most_bytes(shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """Of a file with these tensors, of any dtype: 16 bytes an element, and room for the header."""
+    elements = 0
+    for shape in shapes.values():
+        count = 1
+        for extent in shape:
+            count *= extent
+        elements += count
+    return min(LARGEST_TENSORS, 16 * elements + (1 << 20) + sum(len(name) + 200 for name in shapes))
+
+
+def check_tensors(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    shapes: Mapping[str, tuple[int, ...]],
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Raise FormatError unless a file holds tensors of these names, shapes and dtype, and in a bool tensor 0 and 1."""
+    if tensors.keys() != shapes.keys():
+        missing, unknown = sorted(shapes.keys() - tensors.keys()), sorted(tensors.keys() - shapes.keys())
+        raise FormatError(f"{path}: expected other tensors: missing {missing}, unknown {unknown}")
+    for name, shape in shapes.items():
+        tensor = tensors[name]
+        if tuple(tensor.shape) != shape or (dtype and tensor.dtype != dtype):
+            kind = f"{str(dtype).removeprefix('torch.')} " if dtype else ""
+            raise FormatError(f"{path}: {name}: expected {kind}{shape}, got {tensor.dtype} {tuple(tensor.shape)}")
+        if tensor.dtype == torch.bool and tensor.numel() and int(tensor.view(torch.uint8).max()) > 1:
+            raise FormatError(f"{path}: {name}: expected bytes 0 and 1 in a bool tensor, got others")

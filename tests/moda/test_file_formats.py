@@ -12,8 +12,8 @@ import torch
 from moda.composition import files as composed_files
 from moda.composition.compose import compose
 from moda.decomposition.container import Decomposition
-from moda.decomposition.files import FORMAT, FORMAT_VERSION
-from moda.files import FormatError, read_json, read_tensors, write_bytes, write_json, write_tensors
+from moda.decomposition.files import DECOMPOSITION
+from moda.files import Format, FormatError, read_tensors, write_bytes, write_json, write_tensors
 from moda.models import small_vgg
 from moda.observation.taps import instrument
 from moda.runs import folder as runs
@@ -48,19 +48,19 @@ def write_composed(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("file", "kind", "version", "write"),
+    ("file", "format", "write"),
     [
-        ("config.json", runs.FORMAT, runs.FORMAT_VERSION, write_run),
-        ("decomposition.json", FORMAT, FORMAT_VERSION, write_decomposition),
-        ("composed.json", composed_files.FORMAT, composed_files.FORMAT_VERSION, write_composed),
+        ("config.json", runs.RUN, write_run),
+        ("decomposition.json", DECOMPOSITION, write_decomposition),
+        ("composed.json", composed_files.COMPOSED, write_composed),
     ],
 )
-def test_the_page_describes_what_is_written(tmp_path, file, kind, version, write):
+def test_the_page_describes_what_is_written(tmp_path, file, format, write):
     write(tmp_path)
     description = json.loads((tmp_path / file).read_text())
     assert entries(file) == set(description)
-    assert f"| `{file}` | `{kind}` | {version} |" in PAGE
-    assert (description["format"], description["format_version"]) == (kind, version)
+    assert f"| `{file}` | `{format.name}` | {format.version} |" in PAGE
+    assert (description["format"], description["format_version"]) == (format.name, format.version)
     assert {path.name for path in tmp_path.iterdir()} <= set(re.findall(r"^(\S+)", PAGE, re.MULTILINE))
 
 
@@ -91,13 +91,13 @@ def test_tensors_come_back_as_they_were(tmp_path):
 def test_a_description_of_a_later_version_says_who_wrote_it(tmp_path):
     write_json(tmp_path / "x.json", {"format": "moda-x", "format_version": 2, "library_version": "9.1"})
     with pytest.raises(FormatError, match=r"x\.json: expected format_version 1, got 2; .* that wrote it \(9\.1\)"):
-        read_json(tmp_path / "x.json", "moda-x", 1)
+        Format("moda-x", {}).read(tmp_path / "x.json")
 
 
 def test_a_folder_in_place_of_a_file_is_named(tmp_path):
     (tmp_path / "x").mkdir()
     with pytest.raises(FormatError, match=r"x: cannot be read: "):
-        read_json(tmp_path / "x", "moda-x", 1)
+        Format("moda-x", {}).read(tmp_path / "x")
     with pytest.raises(FormatError, match=r"x: cannot be read: "):
         read_tensors(tmp_path / "x")
 

@@ -9,11 +9,18 @@ from pathlib import Path
 from typing import Any
 
 from moda.bench.clock import Quartiles
-from moda.files import FormatError, read_json, write_json
-from moda_kernels import __version__
+from moda.checks import flag, items, json_value, mapping
+from moda.files import Format, format_errors
 
-FORMAT = "moda-benchmark"
-FORMAT_VERSION = 1
+BENCHMARKS = Format(
+    "moda-benchmark",
+    {
+        "machine": mapping(json_value),
+        "limits": mapping(json_value),
+        "quick": flag,
+        "rows": items(mapping(json_value)),
+    },
+)
 
 MEASURED, SKIPPED, WRONG = "measured", "skipped", "wrong"
 
@@ -83,9 +90,7 @@ def write(results: Results, folder: Path) -> Path:
     """Write the run as `<folder>/<device>.json`, whole or not at all; the folder is made if need be."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / file_name(results.device)
-    write_json(
-        path, {"format": FORMAT, "format_version": FORMAT_VERSION, "library_version": __version__, **asdict(results)}
-    )
+    BENCHMARKS.write(path, asdict(results))
     return path
 
 
@@ -95,12 +100,10 @@ def read(path: Path) -> Results:
     Raises:
         FormatError: the file is missing, malformed or of another version.
     """
-    stored = read_json(path, FORMAT, FORMAT_VERSION)
-    try:
+    stored = BENCHMARKS.read(path)
+    with format_errors(path):
         rows = tuple(_row(row) for row in stored["rows"])
         return Results(stored["machine"], stored["limits"], stored["quick"], rows)
-    except (KeyError, TypeError) as error:
-        raise FormatError(f"{path}: {type(error).__name__}: {error}") from None
 
 
 def _row(stored: Mapping[str, Any]) -> Row:

@@ -86,7 +86,7 @@ def import_published(
         return
     finished = FinishedRun.open(folder, device)
     theirs = load_published_masks(masks, finished.model.taps)
-    ours = decompose_run(finished, theirs.threshold, augmented=augmented)
+    ours = decompose_run(finished, theirs.settings["threshold"], augmented=augmented)
     rows = table(f"Our modules and {masks.name}", "tap", "same", "in both", "ours alone", "theirs alone")
     for layer in agreement(ours, theirs):
         counts = (layer.both, layer.only_first, layer.only_second)

@@ -14,11 +14,11 @@ from moda.cli.commands import example, group
 from moda.cli.printing import percent, say, show, table
 from moda.composition import measure
 from moda.composition.compose import compose as build
-from moda.composition.files import DESCRIPTION_FILE, FORMAT, FORMAT_VERSION, load_composed, save_composed
+from moda.composition.files import COMPOSED, DESCRIPTION_FILE, load_composed, save_composed
 from moda.data import DataSplits
 from moda.data.batches import BatchLoader, EpochOrder
 from moda.decomposition.container import Decomposition
-from moda.files import FormatError, read_json
+from moda.files import FormatError, format_errors
 from moda.observation.taps import InstrumentedModel, instrument
 from moda.runs.config import TrainingConfig
 from moda.runs.finished import FinishedRun, decompose_run
@@ -121,13 +121,14 @@ def evaluate(
 
 
 def _evaluate_composed(folder: Path, classes: str | None) -> None:
-    description = read_json(folder / DESCRIPTION_FILE, FORMAT, FORMAT_VERSION)
-    settings = description.get("metadata", {}).get("training")
+    description = COMPOSED.read(folder / DESCRIPTION_FILE)
+    settings = description["metadata"].get("training")
     if not isinstance(settings, dict):
         raise FormatError(
             f"{folder / DESCRIPTION_FILE}: does not say how the model was trained; was it made by moda compose?"
         )
-    config = TrainingConfig.from_dict(settings)
+    with format_errors(folder / DESCRIPTION_FILE):
+        config = TrainingConfig.from_dict(settings)
     data = load_data(config)
     model = load_composed(folder, instrument(create_model(config, data)))
     chosen = list(model.classes) if classes is None else parse_classes(classes, data.class_names)

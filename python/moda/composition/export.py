@@ -16,14 +16,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moda.checks import integer, items, json_value, mapping, text
 from moda.composition.compose import ComposedModel
-from moda.files import FormatError, write_bytes
-from moda_kernels import __version__
+from moda.files import Format, FormatError, write_bytes
 
 __all__ = ["FORMATS", "export", "provenance_of", "read_provenance"]
 
-FORMAT = "moda-export"
-FORMAT_VERSION = 1
+EXPORT = Format(
+    "moda-export",
+    {
+        "classes": items(integer(0), least=1),
+        "class_names": items(text(empty=True)),
+        "input_shape": items(integer(1)),
+        "source_run": text(empty=True),
+        "source": mapping(json_value),
+    },
+)
 FORMATS = (".pt2", ".onnx")
 ENTRY = "moda"
 TOLERANCE = 1e-4
@@ -87,9 +95,7 @@ def provenance_of(
         source: how: hashes of weights and masks, threshold.
     """
     return {
-        "format": FORMAT,
-        "format_version": FORMAT_VERSION,
-        "library_version": __version__,
+        **EXPORT.header(),
         "classes": list(model.classes),
         "class_names": class_names,
         "input_shape": list(input_shape),
@@ -112,25 +118,24 @@ def read_provenance(path: str | Path) -> dict[str, Any]:
         note = _note_of_pt2(path) if path.suffix == ".pt2" else _note_of_onnx(path)
     except (zipfile.BadZipFile, UnicodeDecodeError) as error:
         raise FormatError(f"{path}: not an exported model: {error}") from None
-    value = json.loads(note) if note else {}
-    if value.get("format") != FORMAT or value.get("format_version") != FORMAT_VERSION:
-        raise FormatError(f"{path}: was not written by moda export of this version: it has no {FORMAT} entry")
-    return dict(value)
+    if note is None:
+        raise FormatError(f"{path}: was not written by moda export: it has no {EXPORT.name} entry")
+    return EXPORT.parse(path, note)
 
 
-def _note_of_pt2(path: Path) -> str | None:
+def _note_of_pt2(path: Path) -> bytes | None:
     with zipfile.ZipFile(path) as archive:
         names = [name for name in archive.namelist() if Path(name).name == f"{ENTRY}.json"]
-        return archive.read(names[0]).decode() if names else None
+        return archive.read(names[0]) if names else None
 
 
-def _note_of_onnx(path: Path) -> str | None:
+def _note_of_onnx(path: Path) -> bytes | None:
     onnx = _required("onnx")
     try:
         model = onnx.load(str(path))
     except Exception as error:  # the parser's own class is of another package
         raise FormatError(f"{path}: not an exported model: {' '.join(str(error).split())}") from None
-    return next((entry.value for entry in model.metadata_props if entry.key == ENTRY), None)
+    return next((entry.value.encode() for entry in model.metadata_props if entry.key == ENTRY), None)
 
 
 def _to_pt2(model: ComposedModel, images: Tensor, note: str) -> bytes:

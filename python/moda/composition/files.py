@@ -7,19 +7,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from moda.checks import digest, integer, items, json_value, mapping
 from moda.composition.compose import ComposedModel, build
 from moda.composition.slicing import Slicer
 from moda.decomposition.container import check_classes
-from moda.files import FormatError, read_json, read_tensors, write_json, write_tensors
+from moda.decomposition.files import check_num_classes, check_sites, described_sites
+from moda.files import Format, FormatError, check_tensors, format_errors, read_tensors, write_tensors
 from moda.observation.taps import InstrumentedModel
-from moda_kernels import __version__
 
 __all__ = ["load_composed", "save_composed"]
 
-FORMAT = "moda-composed"
-FORMAT_VERSION = 1
+COMPOSED = Format(
+    "moda-composed",
+    {
+        "classes": items(integer(0), least=1),
+        "num_classes": check_num_classes,
+        "taps": check_sites,
+        "weights_sha256": digest,
+        "masks_sha256": digest,
+        "metadata": mapping(json_value),
+    },
+)
 WEIGHTS_FILE = "model.safetensors"
 MASKS_FILE = "masks.safetensors"
 DESCRIPTION_FILE = "composed.json"
@@ -42,17 +51,14 @@ def save_composed(composed: ComposedModel, folder: str | Path, metadata: Mapping
     folder.mkdir(parents=True, exist_ok=True)
     weights = {name: tensor.clone() for name, tensor in composed.state_dict().items()}  # tied tensors: each its own
     description = {
-        "format": FORMAT,
-        "format_version": FORMAT_VERSION,
-        "library_version": __version__,
         "classes": list(composed.classes),
         "num_classes": composed.num_classes,
-        "taps": [{"name": tap, "neurons": len(keep)} for tap, keep in composed.masks.items()],
+        "taps": described_sites(composed.masks),
         "weights_sha256": write_tensors(folder / WEIGHTS_FILE, weights),
         "masks_sha256": write_tensors(folder / MASKS_FILE, composed.masks),
         "metadata": dict(metadata or {}),
     }
-    write_json(folder / DESCRIPTION_FILE, description)
+    COMPOSED.write(folder / DESCRIPTION_FILE, description)
 
 
 def load_composed(folder: str | Path, model: InstrumentedModel) -> ComposedModel:
@@ -70,38 +76,21 @@ def load_composed(folder: str | Path, model: InstrumentedModel) -> ComposedModel
     """
     folder = Path(folder)
     path = folder / DESCRIPTION_FILE
-    description = read_json(path, FORMAT, FORMAT_VERSION)
-    try:
-        num_classes = int(description["num_classes"])
+    description = COMPOSED.read(path)
+    num_classes = description["num_classes"]
+    with format_errors(path):
         classes = check_classes(description["classes"], num_classes)
-        widths = {str(tap["name"]): int(tap["neurons"]) for tap in description["taps"]}
-        digests = [str(description[name]) for name in ("masks_sha256", "weights_sha256")]
-    except KeyError as error:
-        raise FormatError(f"{path}: entry {error} is missing") from None
-    except (TypeError, ValueError) as error:
-        raise FormatError(f"{path}: {error}") from None
-    masks = read_tensors(folder / MASKS_FILE, digests[0])
-    _require_shapes(folder / MASKS_FILE, masks, {tap: (width,) for tap, width in widths.items()}, torch.bool)
-    weights = read_tensors(folder / WEIGHTS_FILE, digests[1])
+    widths = {tap["name"]: tap["neurons"] for tap in description["taps"]}
+    shapes = {tap: (width,) for tap, width in widths.items()}
+    masks = read_tensors(folder / MASKS_FILE, description["masks_sha256"], shapes)
+    check_tensors(folder / MASKS_FILE, masks, shapes, torch.bool)
+    weights = read_tensors(folder / WEIGHTS_FILE, description["weights_sha256"])
     try:
         plan = Slicer(model, widths, num_classes).plan({tap: masks[tap] for tap in widths}, classes)
     except ValueError as error:
         raise FormatError(f"{path}: was made from another model: {error}") from None
     composed = build(model, plan)
     expected = {name: tuple(tensor.shape) for name, tensor in composed.state_dict().items()}
-    _require_shapes(folder / WEIGHTS_FILE, weights, expected)
+    check_tensors(folder / WEIGHTS_FILE, weights, expected)
     composed.load_state_dict(weights)
     return composed
-
-
-def _require_shapes(
-    path: Path, tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype | None = None
-) -> None:
-    if tensors.keys() != shapes.keys():
-        missing, unknown = sorted(shapes.keys() - tensors.keys()), sorted(tensors.keys() - shapes.keys())
-        raise FormatError(f"{path}: expected other tensors: missing {missing}, unknown {unknown}")
-    for name, shape in shapes.items():
-        tensor = tensors[name]
-        if tuple(tensor.shape) != shape or (dtype and tensor.dtype != dtype):
-            kind = f"{dtype} " if dtype else ""
-            raise FormatError(f"{path}: {name}: expected {kind}{shape}, got {tensor.dtype} {tuple(tensor.shape)}")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
+from moda.checks import check_count
 from moda.data.splits import DataSplits, InMemory, require
-from moda.models.options import check_count
 
 
 def load(root: object, *, seed: int = 0, channels: int = 3, image_size: int = 8) -> DataSplits:

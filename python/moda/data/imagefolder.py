@@ -7,9 +7,9 @@ from typing import Any
 
 from torch.utils.data import Dataset
 
+from moda.checks import check_count
 from moda.data.splits import DataSplits, Transformed, require
 from moda.data.vision import IMAGENET_MEAN, IMAGENET_STD
-from moda.models.options import check_count
 
 _RESIZE_OVER_CROP = 256 / 224
 

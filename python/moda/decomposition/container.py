@@ -1,8 +1,7 @@
-"""All modules of a model: which neurons each class keeps at every tap."""
+"""All modules of a model: which neurons each class keeps at every site."""
 
 from __future__ import annotations
 
-import json
 import operator
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -12,36 +11,46 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moda.checks import json_value
 from moda.decomposition.files import METADATA_FILE, read_decomposition, write_decomposition
+from moda.decomposition.settings import Combine, check_combine, check_settings
 from moda.files import format_errors
 
 
 @dataclass(frozen=True, eq=False)
 class Decomposition:
-    """All modules of a model: per tap and class, the neurons that the class keeps.
+    """All modules of a model: per site and class, the neurons that the class keeps.
+
+    >>> modules = Decomposition({"relu": torch.tensor([[True, False, True], [False, True, True]])})
+    >>> modules.num_classes, modules.sites
+    (2, ('relu',))
+    >>> modules.select([0, 1])["relu"].tolist()
+    [True, True, True]
 
     Attributes:
-        masks: per tap, in execution order, (K, C) bool.
-        threshold: rate from which neurons were kept.
-        min_fraction: the least share of a layer's neurons that a class keeps.
+        masks: per site, in execution order, (K, C) bool. Every tap is a site.
+        method: how the modules were made; "moda" by default.
+        settings: of the method, anything that JSON can hold, e.g. `FiringRule(0.9).settings()`; empty where they are
+            not known.
+        combine: how the outputs of modules become those of a composition, see `moda.decomposition.settings.Combine`.
         metadata: what else is worth knowing (class sizes, empty classes), anything that JSON can hold.
 
     Raises:
-        TypeError, ValueError: the masks are not as above.
+        TypeError, ValueError: an attribute is not as above.
     """
 
-    masks: dict[str, Tensor]
-    threshold: float = 0.9
-    min_fraction: float = 0.005
-    metadata: dict[str, Any] = field(default_factory=dict)
+    masks: Mapping[str, Tensor]
+    method: str = "moda"
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    combine: Combine = "rows"
+    metadata: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        check_fraction("threshold", self.threshold)
-        check_fraction("min_fraction", self.min_fraction)
         _check_masks(self.masks)
-        _check_metadata(self.metadata)
+        check_combine(self.combine)
         object.__setattr__(self, "masks", dict(self.masks))
-        object.__setattr__(self, "metadata", dict(self.metadata))
+        object.__setattr__(self, "settings", check_settings(self.method, self.settings))
+        object.__setattr__(self, "metadata", _checked_metadata(self.metadata))
 
     @property
     def num_classes(self) -> int:
@@ -49,25 +58,26 @@ class Decomposition:
         return next(iter(self.masks.values())).shape[0]
 
     @property
-    def taps(self) -> tuple[str, ...]:
-        """Tap names in execution order."""
+    def sites(self) -> tuple[str, ...]:
+        """Names of the sites in execution order."""
         return tuple(self.masks)
 
     def __repr__(self) -> str:
         neurons = sum(mask.shape[1] for mask in self.masks.values())
+        settings = "".join(f", {name}={value!r}" for name, value in self.settings.items())
         return (
-            f"Decomposition(num_classes={self.num_classes}, taps={len(self.masks)}, neurons={neurons}, "
-            f"threshold={self.threshold:g}, min_fraction={self.min_fraction:g})"
+            f"Decomposition(num_classes={self.num_classes}, sites={len(self.masks)}, neurons={neurons}, "
+            f"method={self.method!r}{settings})"
         )
 
     def select(self, classes: Iterable[int]) -> dict[str, Tensor]:
-        """Per tap (C,) bool: the neurons that at least one of the classes keeps.
+        """Per site (C,) bool: the neurons that at least one of the classes keeps.
 
         Raises:
             TypeError, ValueError: see `check_classes`.
         """
         chosen = check_classes(classes, self.num_classes)
-        return {tap: mask[chosen].any(0) for tap, mask in self.masks.items()}
+        return {site: mask[chosen].any(0) for site, mask in self.masks.items()}
 
     def save(self, folder: str | Path) -> None:
         """Write the decomposition to a folder, made if need be: `masks.safetensors` and `decomposition.json`.
@@ -75,28 +85,26 @@ class Decomposition:
         Each file is replaced as a whole, the masks first; the JSON holds the masks' SHA-256, so a crash between the
         two is seen by `load`.
         """
-        fields = {"threshold": self.threshold, "min_fraction": self.min_fraction, "metadata": self.metadata}
-        write_decomposition(folder, self.masks, fields)
+        description = {
+            "method": self.method,
+            "settings": self.settings,
+            "combine": self.combine,
+            "metadata": self.metadata,
+        }
+        write_decomposition(folder, self.masks, description)
 
     @classmethod
     def load(cls, folder: str | Path) -> Decomposition:
-        """Read what `save` wrote.
+        """Read what `save` wrote, or an earlier version of it.
 
         Raises:
-            FormatError (a ValueError): a file is missing, malformed, of another version, or does not match the other;
-                the message names the file and says what is wrong.
+            FormatError (a ValueError): a file is missing, malformed, of an unknown version, or does not match the
+                other; the message names the file and says what is wrong.
         """
-        masks, fields = read_decomposition(folder)
+        masks, described = read_decomposition(folder)
         with format_errors(Path(folder) / METADATA_FILE):
-            return cls(masks, fields["threshold"], fields["min_fraction"], fields["metadata"])
-
-
-def check_fraction(name: str, value: float) -> None:
-    """Raise TypeError or ValueError unless `value`, the argument `name`, is a number in [0, 1]."""
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
-        raise TypeError(f"{name}: expected a number in [0, 1], got {type(value).__name__}")
-    if not 0 <= value <= 1:
-        raise ValueError(f"{name}: expected a number in [0, 1], got {value}")
+            names = ("method", "settings", "combine", "metadata")
+            return cls(masks, **{name: described[name] for name in names})
 
 
 def check_classes(classes: Iterable[int], num_classes: int) -> list[int]:
@@ -125,26 +133,26 @@ def check_classes(classes: Iterable[int], num_classes: int) -> list[int]:
 
 def _check_masks(masks: Mapping[str, Tensor]) -> None:
     if not isinstance(masks, Mapping):
-        raise TypeError(f"masks: expected a mapping of tap names to masks, got {type(masks).__name__}")
+        raise TypeError(f"masks: expected a mapping of site names to masks, got {type(masks).__name__}")
     if not masks:
-        raise ValueError("masks: expected at least one tap, got none")
+        raise ValueError("masks: expected at least one site, got none")
     num_classes = None
-    for tap, mask in masks.items():
+    for site, mask in masks.items():
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
             raise TypeError(
-                f"masks[{tap!r}]: expected a bool tensor, got {getattr(mask, 'dtype', type(mask).__name__)}"
+                f"masks[{site!r}]: expected a bool tensor, got {getattr(mask, 'dtype', type(mask).__name__)}"
             )
         if mask.dim() != 2 or 0 in mask.shape:
-            raise ValueError(f"masks[{tap!r}]: expected shape (classes, neurons), got {tuple(mask.shape)}")
+            raise ValueError(f"masks[{site!r}]: expected shape (classes, neurons), got {tuple(mask.shape)}")
         num_classes = num_classes or mask.shape[0]
         if mask.shape[0] != num_classes:
-            raise ValueError(f"masks[{tap!r}]: expected {num_classes} classes as in the first tap, got {mask.shape[0]}")
+            raise ValueError(
+                f"masks[{site!r}]: expected {num_classes} classes as in the first site, got {mask.shape[0]}"
+            )
 
 
-def _check_metadata(metadata: Any) -> None:
+def _checked_metadata(metadata: Any) -> dict[str, Any]:
     if not isinstance(metadata, Mapping):
         raise TypeError(f"metadata: expected an object, got {type(metadata).__name__}")
-    try:
-        json.dumps(dict(metadata), allow_nan=False)
-    except (TypeError, ValueError) as error:
-        raise TypeError(f"metadata: expected only what JSON can hold: {error}") from None
+    values: dict[str, Any] = json_value("metadata", metadata)
+    return values

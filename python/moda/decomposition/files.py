@@ -9,77 +9,96 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moda.checks import Check, digest, integer, items, json_value, mapping, number, record, text
 from moda.decomposition.rates import FiringRates
-from moda.files import FormatError, format_errors, read_json, read_tensors, write_json, write_tensors
-from moda_kernels import __version__
+from moda.files import Format, FormatError, check_tensors, format_errors, read_tensors, write_tensors
 
-FORMAT = "moda-decomposition"
-FORMAT_VERSION = 1
 MASKS_FILE = "masks.safetensors"
 METADATA_FILE = "decomposition.json"
-
-RATES_FORMAT = "moda-rates"
-RATES_FORMAT_VERSION = 1
 COUNTS_FILE = "counts.safetensors"
 RATES_FILE = "rates.json"
 
+MOST_CLASSES = 1 << 20
+MOST_NEURONS = 1 << 24
 
-def write_decomposition(folder: str | Path, masks: Mapping[str, Tensor], fields: Mapping[str, Any]) -> None:
-    """Write masks and the fields that describe them to a folder, made if need be; the description comes last."""
+check_num_classes = integer(1, MOST_CLASSES)
+_entries = items(record({"name": text(empty=True), "neurons": integer(1, MOST_NEURONS)}), least=1)
+
+
+def check_sites(name: str, value: Any) -> list[dict[str, Any]]:
+    """A list of sites or taps in execution order, each with its name and its number of neurons; no name twice."""
+    sites: list[dict[str, Any]] = _entries(name, value)
+    names = [site["name"] for site in sites]
+    if len(set(names)) != len(names):
+        twice = next(site for site in names if names.count(site) > 1)
+        raise ValueError(f"{name}: expected every name once, got {twice!r} twice")
+    return sites
+
+
+def described_sites(masks: Mapping[str, Tensor]) -> list[dict[str, Any]]:
+    """What `check_sites` takes, of tensors whose last dimension is the neurons."""
+    return [{"name": name, "neurons": mask.shape[-1]} for name, mask in masks.items()]
+
+
+def _from_version_1(entries: dict[str, Any]) -> dict[str, Any]:
+    """Version 1 knew the published rule alone, and called sites taps."""
+    rule = {"rule": "firing", "threshold": entries["threshold"], "min_fraction": entries["min_fraction"]}
+    return {**entries, "method": "moda", "settings": rule, "combine": "rows", "sites": entries["taps"]}
+
+
+_free: Check = mapping(json_value)
+DECOMPOSITION = Format(
+    "moda-decomposition",
+    {
+        "num_classes": check_num_classes,
+        "method": text(),
+        "settings": _free,
+        "combine": text(),
+        "sites": check_sites,
+        "masks_sha256": digest,
+        "metadata": _free,
+    },
+    version=2,
+    upgrades={1: _from_version_1},
+)
+RATES = Format(
+    "moda-rates",
+    {
+        "num_classes": check_num_classes,
+        "class_sizes": items(integer(0), least=1, most=MOST_CLASSES),
+        "firing_threshold": number(0),
+        "taps": check_sites,
+        "counts_sha256": digest,
+        "metadata": _free,
+    },
+)
+
+
+def write_decomposition(folder: str | Path, masks: Mapping[str, Tensor], entries: Mapping[str, Any]) -> None:
+    """Write masks, and with the entries what describes them, to a folder, made if need be."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    digest = write_tensors(folder / MASKS_FILE, masks)
-    num_classes = next(iter(masks.values())).shape[0]
-    description = {
-        "format": FORMAT,
-        "format_version": FORMAT_VERSION,
-        "library_version": __version__,
-        "num_classes": num_classes,
-        "taps": [{"name": tap, "neurons": mask.shape[1]} for tap, mask in masks.items()],
-        "masks_sha256": digest,
-        **fields,
+    described = {
+        "num_classes": next(iter(masks.values())).shape[0],
+        **entries,
+        "sites": described_sites(masks),
+        "masks_sha256": write_tensors(folder / MASKS_FILE, masks),
     }
-    write_json(folder / METADATA_FILE, description)
+    DECOMPOSITION.write(folder / METADATA_FILE, described)
 
 
 def read_decomposition(folder: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The masks in execution order and the description that `write_decomposition` wrote.
+    """The masks in execution order and the entries that `write_decomposition` wrote.
 
     Raises:
-        FormatError: a file is missing, malformed, of another version, or does not match the other.
+        FormatError: a file is missing, malformed, of an unknown version, or does not match the other.
     """
     folder = Path(folder)
-    description = read_json(folder / METADATA_FILE, FORMAT, FORMAT_VERSION)
-    with format_errors(folder / METADATA_FILE):
-        shapes = _described_shapes(description)
-        digest = str(description["masks_sha256"])
-    tensors = read_tensors(folder / MASKS_FILE, digest)
-    _check_stored_masks(folder / MASKS_FILE, tensors, shapes)
-    return {tap: tensors[tap] for tap in shapes}, description
-
-
-def _described_shapes(description: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
-    """Shape of each tap's mask by the description, in execution order."""
-    num_classes, taps = description["num_classes"], description["taps"]
-    if not isinstance(taps, list) or not all(isinstance(tap, dict) and {"name", "neurons"} <= set(tap) for tap in taps):
-        raise TypeError(f'taps: expected a list of {{"name": ..., "neurons": ...}}, got {taps!r}')
-    shapes = {tap["name"]: (num_classes, tap["neurons"]) for tap in taps}
-    if len(shapes) != len(taps):
-        raise ValueError("taps: a name occurs twice")
-    return shapes
-
-
-def _check_stored_masks(path: Path, tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, int]]) -> None:
-    """What the description promises is what the file holds; a bool is a byte there and must be 0 or 1."""
-    if set(tensors) != set(shapes):
-        missing, unknown = sorted(set(shapes) - set(tensors)), sorted(set(tensors) - set(shapes))
-        raise FormatError(f"{path}: taps differ from {METADATA_FILE}: missing {missing}, not described {unknown}")
-    for tap, shape in shapes.items():
-        mask = tensors[tap]
-        if mask.dtype != torch.bool or tuple(mask.shape) != shape:
-            raise FormatError(f"{path}: {tap}: expected bool {shape}, got {mask.dtype} {tuple(mask.shape)}")
-        if mask.numel() and int(mask.view(torch.uint8).max()) > 1:
-            raise FormatError(f"{path}: {tap}: expected bytes 0 and 1 in a bool tensor, got others")
+    described = DECOMPOSITION.read(folder / METADATA_FILE)
+    shapes = {site["name"]: (described["num_classes"], site["neurons"]) for site in described["sites"]}
+    masks = read_tensors(folder / MASKS_FILE, described["masks_sha256"], shapes)
+    check_tensors(folder / MASKS_FILE, masks, shapes, torch.bool)
+    return {site: masks[site] for site in shapes}, described
 
 
 def save_rates(rates: FiringRates, folder: str | Path, metadata: Mapping[str, Any] | None = None) -> None:
@@ -92,19 +111,15 @@ def save_rates(rates: FiringRates, folder: str | Path, metadata: Mapping[str, An
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    digest = write_tensors(folder / COUNTS_FILE, rates.counts)
-    description = {
-        "format": RATES_FORMAT,
-        "format_version": RATES_FORMAT_VERSION,
-        "library_version": __version__,
+    described = {
         "num_classes": rates.num_classes,
         "class_sizes": rates.class_sizes.tolist(),
         "firing_threshold": rates.threshold,
-        "taps": [{"name": tap, "neurons": rates.counts[tap].shape[1]} for tap in rates.taps],
-        "counts_sha256": digest,
+        "taps": described_sites(rates.counts),
+        "counts_sha256": write_tensors(folder / COUNTS_FILE, rates.counts),
         "metadata": dict(metadata or {}),
     }
-    write_json(folder / RATES_FILE, description)
+    RATES.write(folder / RATES_FILE, described)
 
 
 def load_rates(folder: str | Path) -> FiringRates:
@@ -114,23 +129,24 @@ def load_rates(folder: str | Path) -> FiringRates:
         FormatError (a ValueError): a file is missing, malformed, of another version, or does not match the other.
     """
     folder = Path(folder)
-    path = folder / RATES_FILE
-    description = read_json(path, RATES_FORMAT, RATES_FORMAT_VERSION)
-    with format_errors(path):
-        class_sizes = torch.tensor(description["class_sizes"], dtype=torch.int64)
-        widths = {str(tap["name"]): int(tap["neurons"]) for tap in description["taps"]}
-        threshold, digest = float(description["firing_threshold"]), str(description["counts_sha256"])
-    counts = read_tensors(folder / COUNTS_FILE, digest)
-    shapes = {tap: (len(class_sizes), width) for tap, width in widths.items()}
-    if {tap: tuple(count.shape) for tap, count in counts.items()} != shapes:
-        raise FormatError(f"{folder / COUNTS_FILE}: its tensors are not those that {RATES_FILE} describes")
+    described = RATES.read(folder / RATES_FILE)
+    num_classes, class_sizes = described["num_classes"], torch.tensor(described["class_sizes"], dtype=torch.int64)
+    with format_errors(folder / RATES_FILE):
+        if len(class_sizes) != num_classes:
+            raise ValueError(f"class_sizes: expected one of each of {num_classes} classes, got {len(class_sizes)}")
+    shapes = {tap["name"]: (num_classes, tap["neurons"]) for tap in described["taps"]}
+    counts = read_tensors(folder / COUNTS_FILE, described["counts_sha256"], shapes)
+    check_tensors(folder / COUNTS_FILE, counts, shapes, torch.int64)
+    for tap, count in counts.items():
+        if bool(((count < 0) | (count > class_sizes[:, None])).any()):
+            raise FormatError(f"{folder / COUNTS_FILE}: {tap}: expected counts from 0 to the class's size, got others")
     sizes = class_sizes.clamp_min(1).double()[:, None]
     return FiringRates(
-        taps=tuple(widths),
-        rates={tap: (counts[tap].double() / sizes).float() for tap in widths},
-        counts={tap: counts[tap] for tap in widths},
+        taps=tuple(shapes),
+        rates={tap: (counts[tap].double() / sizes).float() for tap in shapes},
+        counts={tap: counts[tap] for tap in shapes},
         class_sizes=class_sizes,
-        threshold=threshold,
+        threshold=described["firing_threshold"],
     )
 
 
@@ -140,7 +156,5 @@ def rates_metadata(folder: str | Path) -> dict[str, Any]:
     Raises:
         FormatError (a ValueError): the description is missing or malformed.
     """
-    metadata = read_json(Path(folder) / RATES_FILE, RATES_FORMAT, RATES_FORMAT_VERSION).get("metadata")
-    if not isinstance(metadata, dict):
-        raise FormatError(f'{Path(folder) / RATES_FILE}: expected an object "metadata", got {metadata!r}')
+    metadata: dict[str, Any] = RATES.read(Path(folder) / RATES_FILE)["metadata"]
     return metadata

@@ -8,8 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moda.decomposition.container import Decomposition, check_fraction
+from moda.decomposition.container import Decomposition
 from moda.decomposition.rates import FiringRates
+from moda.decomposition.settings import FiringRule
 
 
 def masks_from_rates(rates: Tensor, threshold: float = 0.9, min_fraction: float = 0.005) -> Tensor:
@@ -31,8 +32,7 @@ def masks_from_rates(rates: Tensor, threshold: float = 0.9, min_fraction: float 
     Raises:
         TypeError, ValueError: an argument is not as above.
     """
-    check_fraction("threshold", threshold)
-    check_fraction("min_fraction", min_fraction)
+    FiringRule(threshold, min_fraction)  # which checks them
     _check_rates(rates)
     rates = rates.float()
     kept = rates >= torch.tensor(threshold, dtype=torch.float32, device=rates.device)
@@ -83,4 +83,4 @@ def decompose(
         "empty_classes": empty,
         "firing_threshold": rates.threshold,
     }
-    return Decomposition(masks, threshold=threshold, min_fraction=min_fraction, metadata=metadata)
+    return Decomposition(masks, settings=FiringRule(threshold, min_fraction).settings(), metadata=metadata)

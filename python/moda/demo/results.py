@@ -14,9 +14,10 @@ from moda.composition.measure import mean_over_pairs
 from moda.decomposition.container import Decomposition
 from moda.decomposition.rates import FiringRates
 from moda.demo.settings import DemoSettings
-from moda_kernels import ModularLosses, __version__
+from moda.files import Format
+from moda_kernels import ModularLosses
 
-FORMAT, FORMAT_VERSION = "moda-demo", 1
+DEMO = Format("moda-demo", {})
 SHARES = ("composed", "modular", "standard", "size", "flops")
 """Fields of `SubTasks` that are shares."""
 
@@ -138,9 +139,7 @@ def _mean_subtasks(rows: Iterable[SubTasks]) -> SubTasks:
 def to_json(result: DemoResult) -> dict[str, Any]:
     """The numbers of results.json."""
     return {
-        "format": FORMAT,
-        "format_version": FORMAT_VERSION,
-        "library_version": __version__,
+        **DEMO.header(),
         "settings": dataclasses.asdict(result.settings),
         "parameters": result.parameters,
         "seconds": result.seconds,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from moda.models.options import check_count
+from moda.checks import check_count
 
 
 @dataclass(frozen=True)

@@ -6,14 +6,7 @@ import math
 
 from torch import Tensor, nn
 
-
-def check_count(name: str, value: int, least: int = 1) -> int:
-    """Return `value` if it is an int of at least `least`."""
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
-    if value < least:
-        raise ValueError(f"{name}: expected at least {least}, got {value}")
-    return value
+from moda.checks import check_count as check_count  # offered here to every model
 
 
 def check_width(width: float) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,11 @@ from moda.decomposition.counting import count_firings
 from moda.decomposition.files import MASKS_FILE, METADATA_FILE, load_rates, rates_metadata, save_rates
 from moda.decomposition.rates import FiringRates
 from moda.decomposition.rule import decompose
-from moda.files import FormatError
+from moda.files import FormatError, sha256_of
 from moda.observation.taps import InstrumentedModel, instrument
 from moda.runs.folder import RunFolder, load_data
 
-__all__ = ["FinishedRun", "decompose_run", "file_sha256"]
+__all__ = ["FinishedRun", "checked_device", "decompose_run"]
 
 WEIGHTS = "weights_sha256"
 
@@ -62,7 +62,7 @@ class FinishedRun:
     @property
     def weights_sha256(self) -> str:
         """SHA-256 of the weights file, in hex."""
-        return file_sha256(self.run.weights)
+        return sha256_of(self.run.weights)
 
     def rates(self) -> FiringRates:
         """The firing rates that `moda decompose` wrote.
@@ -88,23 +88,23 @@ class FinishedRun:
         return decomposition
 
     def provenance(self) -> dict[str, Any]:
-        """What results about the modules follow from: hashes of weights and masks, and how the modules were made."""
+        """What results about the modules follow from: how and of what they were made, hashes of weights and masks."""
         decomposition = self.decomposition()
         return {
+            **decomposition.settings,
+            "method": decomposition.method,
             "model": self.run.config.model,
             "data": self.run.config.data,
-            "threshold": decomposition.threshold,
-            "min_fraction": decomposition.min_fraction,
             "augmented": bool(decomposition.metadata.get("augmented", False)),
             WEIGHTS: self.weights_sha256,
-            "masks_sha256": file_sha256(self.run.decomposition / MASKS_FILE),
+            "masks_sha256": sha256_of(self.run.decomposition / MASKS_FILE),
         }
 
     def loader(self, dataset: Dataset[Any]) -> BatchLoader:
         """Batches of a data set in ascending order."""
         return BatchLoader(dataset, EpochOrder(len(dataset), self.run.config.batch_size, None))  # type: ignore[arg-type]
 
-    def _check_weights(self, path: Path, metadata: dict[str, Any]) -> None:
+    def _check_weights(self, path: Path, metadata: Mapping[str, Any]) -> None:
         made_from = metadata.get(WEIGHTS, self.weights_sha256)  # older folders do not say
         if made_from != self.weights_sha256:
             raise FormatError(
@@ -160,8 +160,3 @@ def checked_device(name: str) -> torch.device:
         reason = str(error).splitlines()[0]
         raise ValueError(f"device: {name!r} cannot be used here: {reason}") from None
     return device
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file, in hex."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()

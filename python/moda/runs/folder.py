@@ -20,13 +20,12 @@ from torch import Tensor, nn
 
 from moda import data as datasets
 from moda import models
+from moda.checks import json_value, mapping
 from moda.data import DataSplits
-from moda.files import FormatError, read_json, read_tensors, write_json, write_tensors
+from moda.files import Format, FormatError, format_errors, is_partial, read_tensors, write_tensors
 from moda.runs.config import TrainingConfig
-from moda_kernels import __version__
 
-FORMAT = "moda-run"
-FORMAT_VERSION = 1
+RUN = Format("moda-run", {"training": mapping(json_value)})
 
 
 @dataclass(frozen=True)
@@ -48,16 +47,10 @@ class RunFolder:
             raise ValueError(f"{folder}: expected a folder, found a file")
         if (folder / "config.json").exists():
             raise ValueError(f"{folder}: holds a run already; resume it, or choose another folder")
-        if folder.exists() and any(folder.iterdir()):
+        if folder.exists() and not all(map(is_partial, folder.iterdir())):
             raise ValueError(f"{folder}: is not empty and holds no run; choose another folder")
         folder.mkdir(parents=True, exist_ok=True)
-        description = {
-            "format": FORMAT,
-            "format_version": FORMAT_VERSION,
-            "library_version": __version__,
-            "training": config.to_dict(),
-        }
-        write_json(folder / "config.json", description)
+        RUN.write(folder / "config.json", {"training": config.to_dict()})
         return cls(folder, config)
 
     @classmethod
@@ -72,14 +65,9 @@ class RunFolder:
             raise FormatError(f"{folder}: no such folder")
         if not (folder / "config.json").exists():
             raise FormatError(f"{folder}: holds no run (it has no config.json); make one with: moda train {folder}")
-        description = read_json(folder / "config.json", FORMAT, FORMAT_VERSION)
-        settings = description.get("training")
-        if not isinstance(settings, dict):
-            raise FormatError(f'{folder / "config.json"}: expected an object "training", got {settings!r}')
-        try:
+        settings = RUN.read(folder / "config.json")["training"]
+        with format_errors(folder / "config.json"):
             return cls(folder, TrainingConfig.from_dict(settings))
-        except (TypeError, ValueError) as error:
-            raise FormatError(f"{folder / 'config.json'}: {error}") from None
 
     @property
     def metrics(self) -> Path:
@@ -146,13 +134,6 @@ class RunFolder:
             reason = " ".join(str(error).split())
             raise FormatError(f"{self.weights}: not the weights of {self.config.model}: {reason}") from None
         return model.eval()
-
-
-def remove_partial_files(folder: Path) -> None:
-    """Remove what a killed process left of files it was writing (`.<name>.<random>`); nothing else."""
-    if folder.is_dir():
-        for path in folder.glob(".*.*.*"):
-            path.unlink(missing_ok=True)
 
 
 def load_data(config: TrainingConfig) -> DataSplits:

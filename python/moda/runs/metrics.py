@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TextIO
 
-from moda.files import FormatError, write_bytes
+from moda.files import FormatError, read_csv, write_bytes
 
 
 class MetricsFile:
@@ -23,7 +23,7 @@ class MetricsFile:
         """Start with an empty table, or with the rows up to a step: later ones were written after the checkpoint."""
         rows = []
         if keep_until_step is not None and self.path.exists():
-            rows = [row for row in _rows(self.path) if _step(row) <= keep_until_step]
+            rows = [row for row in read_csv(self.path)[1] if _step(row) <= keep_until_step]
         buffer = io.StringIO()
         writer = csv.DictWriter(buffer, columns, restval="", extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
@@ -58,17 +58,11 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
     Raises:
         FormatError: it is missing, or a cell is no number.
     """
-    if not path.exists():
-        raise FormatError(f"{path}: no such file")
+    rows = read_csv(path)[1]
     try:
-        return [{name: float(cell) for name, cell in row.items() if cell} for row in _rows(path)]
+        return [{name: float(cell) for name, cell in row.items() if cell} for row in rows]
     except (TypeError, ValueError) as error:
         raise FormatError(f"{path}: not a table of numbers: {error}") from None
-
-
-def _rows(path: Path) -> list[dict[str, str]]:
-    with path.open(encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def _step(row: Mapping[str, str]) -> float:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from moda.decomposition.container import Decomposition
+from moda.decomposition.settings import FiringRule
 from moda.files import FormatError
 from moda.runs.config import TrainingConfig
 from moda.runs.folder import RunFolder, create_model, load_data
@@ -168,7 +169,8 @@ def load_published_masks(path: str | Path, taps: Sequence[str]) -> Decomposition
             for layer, tap in enumerate(taps)
         }
         threshold = re.search(r"\.mod_mask\.thres([0-9.]+)\.pt$", Path(path).name)
-        return Decomposition(masks, float(threshold[1]) if threshold else 0.9, metadata={"published": Path(path).name})
+        rule = FiringRule(float(threshold[1])) if threshold else FiringRule()
+        return Decomposition(masks, settings=rule.settings(), metadata={"published": Path(path).name})
     except (TypeError, ValueError, RuntimeError) as error:
         raise FormatError(f"{path}: {' '.join(str(error).split())}") from None
 

@@ -5,16 +5,43 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from moda.checks import integer, items, json_value, mapping, number, record, text
 from moda.composition.measure import mean_over_pairs, overlap_matrix
-from moda.files import read_json, write_json
+from moda.files import Format
 from moda.runs.finished import FinishedRun
 from moda.study.analysis import analyze, class_similarities
-from moda_kernels import __version__
 
 __all__ = ["analyze_run", "read_analysis", "write_analysis"]
 
-FORMAT = "moda-analysis"
-FORMAT_VERSION = 1
+_share = number(0)
+_matrix = items(items(number()))
+ANALYSIS = Format(
+    "moda-analysis",
+    {
+        "source": mapping(json_value),
+        "class_names": items(text(empty=True), least=1),
+        "mean_size": _share,
+        "mean_overlap": _share,
+        "mean_overlap_parameters": _share,
+        "sizes": items(_share, least=1),
+        "overlaps": items(items(_share), least=1),
+        "layers": items(
+            record(
+                {
+                    "tap": text(empty=True),
+                    "neurons": integer(1),
+                    "dead": integer(0),
+                    "shared_by_all": integer(0),
+                    "module_share": number(0, 1),
+                    "overlap": number(0, 1),
+                    "jaccard": number(0, 1),
+                }
+            )
+        ),
+        "similarity": mapping(_matrix),
+    },
+    largest=1 << 30,
+)
 
 
 def analyze_run(finished: FinishedRun) -> dict[str, Any]:
@@ -28,9 +55,6 @@ def analyze_run(finished: FinishedRun) -> dict[str, Any]:
     parameters = overlap_matrix(finished.model, decomposition, counting="parameters")
     similarity = class_similarities(finished.model, finished.loader(finished.data.test), decomposition.num_classes)
     return {
-        "format": FORMAT,
-        "format_version": FORMAT_VERSION,
-        "library_version": __version__,
         "source": finished.provenance(),
         "class_names": list(finished.data.class_names),
         "mean_overlap_parameters": mean_over_pairs(parameters),
@@ -46,7 +70,7 @@ def write_analysis(path: Path, analysis: dict[str, Any]) -> None:
         ValueError: a similarity is undefined because a class has no test samples, so that JSON has no word for it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, analysis)
+    ANALYSIS.write(path, analysis)
 
 
 def read_analysis(path: Path) -> dict[str, Any]:
@@ -55,4 +79,4 @@ def read_analysis(path: Path) -> dict[str, Any]:
     Raises:
         FormatError (a ValueError): the file is missing, malformed or of another version.
     """
-    return read_json(path, FORMAT, FORMAT_VERSION)
+    return ANALYSIS.read(path)

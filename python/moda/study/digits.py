@@ -20,15 +20,26 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from moda.files import write_json
-from moda.models.options import check_count
+from moda.checks import check_count, flag, integer, items, optional, record, relative_path, text
+from moda.files import Format
 from moda.runs.config import TrainingConfig
-from moda_kernels import __version__
 
 __all__ = ["ARCHITECTURES", "Architecture", "StudySettings", "run_study"]
 
-FORMAT = "moda-study"
-FORMAT_VERSION = 1
+STUDY = Format(
+    "moda-study",
+    {
+        "epochs": integer(1),
+        "batch_size": integer(1),
+        "per_size": optional(integer(1)),
+        "runs": items(
+            record({"model": text(), "seed": integer(0), "modular": relative_path, "standard": relative_path})
+        ),
+        "replacements": items(relative_path),
+    },
+    {"sweeps": optional(relative_path), "finished": flag},
+    renamed={"repairs": "replacements"},
+)
 DESCRIPTION = "study.json"
 SWEEP_PER_SIZE = 20
 
@@ -239,9 +250,6 @@ def _describe(out: Path, settings: StudySettings, *, finished: bool) -> None:
         for seed in settings.seeds
     ]
     value = {
-        "format": FORMAT,
-        "format_version": FORMAT_VERSION,
-        "library_version": __version__,
         "epochs": settings.epochs,
         "batch_size": settings.batch_size,
         "per_size": settings.per_size,
@@ -250,4 +258,4 @@ def _describe(out: Path, settings: StudySettings, *, finished: bool) -> None:
         "sweeps": runs[0]["modular"] if settings.sweeps else None,
         "finished": finished,
     }
-    write_json(out / DESCRIPTION, value)
+    STUDY.write(out / DESCRIPTION, value)

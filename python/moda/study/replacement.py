@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moda.checks import Check, digest, integer, items, number, one_of, record, text
 from moda.composition.compose import compose
 from moda.composition.replace import Calibration, normalize, replace
 from moda.data.batches import BatchLoader, EpochOrder
-from moda.files import FormatError, read_json, read_tensors, write_json
+from moda.files import Format, FormatError, format_errors, read_tensors, sha256_of
 from moda.inference import device_of, evaluating
-from moda.runs.finished import FinishedRun, file_sha256
-from moda_kernels import __version__
+from moda.runs.finished import FinishedRun
 
 __all__ = [
     "STRATEGIES",
@@ -29,15 +29,29 @@ __all__ = [
     "write_replacements",
 ]
 
-FORMAT = "moda-replacement"
-FORMAT_VERSION = 1
 RESULTS = "replacement.json"
 STRATEGIES = ("calibrate", "normalize")
 
 # What earlier releases called the same things.
-FORMER_FORMAT = "moda-repair"
 FORMER_RESULTS = "repair.json"
 _FORMER_STRATEGIES = {"moda": "calibrate", "cnnsplitter": "normalize"}
+
+_accuracies = items(number(0, 1), least=2)
+_RESULT: dict[str, Check] = {
+    "strong_model": text(),
+    "weak_model": text(),
+    "strategy": one_of((*STRATEGIES, *_FORMER_STRATEGIES)),
+    "mixed_class": integer(0),
+    "class_name": text(empty=True),
+    "epoch": integer(1),
+    "checkpoint": text(),
+    "before": _accuracies,
+    "after": _accuracies,
+    "strong_weights_sha256": digest,
+    "masks_sha256": digest,
+    "weak_weights_sha256": digest,
+}
+REPLACEMENTS = Format("moda-replacement", {"results": items(record(_RESULT))}, formerly="moda-repair")
 
 
 @dataclass(frozen=True)
@@ -155,7 +169,7 @@ def replace_class(
         after=class_accuracies(replaced, test, classes),
         strong_weights_sha256=origin["weights_sha256"],
         masks_sha256=origin["masks_sha256"],
-        weak_weights_sha256=file_sha256(weights),
+        weak_weights_sha256=sha256_of(weights),
     )
     return replaced.eval(), result
 
@@ -227,13 +241,7 @@ def class_accuracies(model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]], 
 
 def write_replacements(path: Path, results: Iterable[ReplacementResult]) -> None:
     """Write results as JSON, atomically."""
-    value = {
-        "format": FORMAT,
-        "format_version": FORMAT_VERSION,
-        "library_version": __version__,
-        "results": [result.to_dict() for result in results],
-    }
-    write_json(path, value)
+    REPLACEMENTS.write(path, {"results": [result.to_dict() for result in results]})
 
 
 def read_replacements(path: Path) -> list[ReplacementResult]:
@@ -242,13 +250,9 @@ def read_replacements(path: Path) -> list[ReplacementResult]:
     Raises:
         FormatError: the file is missing or malformed.
     """
-    value = read_json(path, FORMAT, FORMAT_VERSION, formerly=FORMER_FORMAT)
-    names = list(ReplacementResult.__dataclass_fields__)
-    try:
-        entries = [{name: entry[name] for name in names} for entry in value["results"]]
+    entries = [{name: entry[name] for name in _RESULT} for entry in REPLACEMENTS.read(path)["results"]]
+    with format_errors(path):
         return [_result(entry) for entry in entries]
-    except (KeyError, TypeError) as error:
-        raise FormatError(f"{path}: malformed results: {error}") from None
 
 
 def _result(entry: dict[str, Any]) -> ReplacementResult:

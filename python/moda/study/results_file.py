@@ -12,12 +12,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from moda.files import FormatError, read_json, write_bytes, write_json
-from moda_kernels import __version__
+from moda.checks import flag, json_value, mapping
+from moda.files import Format, FormatError, read_csv, write_bytes
 
 __all__ = ["ResultsFile", "read_note", "read_rows"]
 
-VERSION = 1
+_NOTE = {"source": mapping(json_value), "finished": flag, "summary": mapping(json_value)}
+EARLIER = {"method": "moda", "rule": "firing"}
+"""What sources of tables do not say that were written before there were others."""
 
 
 class ResultsFile:
@@ -75,23 +77,17 @@ class ResultsFile:
 
     def note(self, *, finished: bool, summary: Mapping[str, Any] | None = None) -> None:
         """Write what the rows are of, whether all that was asked for are there, and what they amount to."""
-        value = {
-            "format": self.kind,
-            "format_version": VERSION,
-            "library_version": __version__,
-            "source": self.source,
-            "finished": finished,
-            "summary": dict(summary or {}),
-        }
-        write_json(self.path.with_suffix(".json"), value)
+        value = {"source": self.source, "finished": finished, "summary": dict(summary or {})}
+        Format(self.kind, _NOTE).write(self.path.with_suffix(".json"), value)
 
     def _check_note(self) -> None:
-        noted = read_note(self.path, self.kind)["source"]
-        for name in sorted({*noted, *self.source}):
-            if noted.get(name) != self.source.get(name):
+        noted = {**EARLIER, **read_note(self.path, self.kind)["source"]}
+        wanted = {**EARLIER, **self.source}
+        for name in sorted({*noted, *wanted}):
+            if noted.get(name) != wanted.get(name):
                 raise FormatError(
                     f"{self.path}: its results are of another study: {name} is {noted.get(name)!r} there and "
-                    f"{self.source.get(name)!r} now; write to another file, or remove it"
+                    f"{wanted.get(name)!r} now; write to another file, or remove it"
                 )
 
 
@@ -101,26 +97,18 @@ def read_note(path: Path, kind: str) -> dict[str, Any]:
     Raises:
         FormatError: it is missing or malformed.
     """
-    note = read_json(path.with_suffix(".json"), kind, VERSION)
-    if not isinstance(note.get("source"), dict):
-        raise FormatError(f'{path.with_suffix(".json")}: expected an object "source", got {note.get("source")!r}')
-    return note
+    return Format(kind, _NOTE).read(path.with_suffix(".json"))
 
 
 def read_rows(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
-    """The whole rows of a table; a last one that was cut off in the middle is left out.
+    """The whole rows of a table; a last one whose writing was cut short is left out.
 
     Raises:
         FormatError: it is missing, or has other columns.
     """
-    if not path.is_file():
-        raise FormatError(f"{path}: no such file")
-    text = path.read_text(encoding="utf-8")
-    whole = text[: text.rfind("\n") + 1]
-    reader = csv.DictReader(io.StringIO(whole))
-    if tuple(reader.fieldnames or ()) != tuple(columns):
-        raise FormatError(f"{path}: expected the columns {', '.join(columns)}, got {reader.fieldnames}")
-    rows = list(reader)
+    found, rows = read_csv(path)
+    if found != tuple(columns):
+        raise FormatError(f"{path}: expected the columns {', '.join(columns)}, got {list(found) or None}")
     if any(None in row or None in row.values() for row in rows):
         raise FormatError(f"{path}: expected {len(columns)} cells in every row")
     return rows

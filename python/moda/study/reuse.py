@@ -22,12 +22,13 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor, nn
 
+from moda.checks import integer, number
 from moda.composition.compose import build
 from moda.composition.measure import flops, plan_size
 from moda.composition.planned_flops import PlannedFlops
 from moda.composition.slicing import Slicer
 from moda.decomposition.container import Decomposition, check_classes
-from moda.files import FormatError, write_bytes
+from moda.files import FormatError, format_errors, write_bytes
 from moda.inference import device_of, evaluating
 from moda.observation.taps import InstrumentedModel
 from moda.study.results_file import read_rows
@@ -241,11 +242,13 @@ def from_row(row: Mapping[str, str]) -> ReuseResult:
     """The result in a row of the table.
 
     Raises:
-        ValueError: a cell is no number.
+        ValueError: a cell is no number, or one that it cannot be.
     """
-    numbers = {name: float(row[name]) for name in ("composed", "modular", "size", "flops")}
-    standard = float(row["standard"]) if row["standard"] else None
-    return ReuseResult(classes=tuple(map(int, row["classes"].split())), standard=standard, **numbers)
+    accuracies = {name: number(0, 1)(name, float(row[name])) for name in ("composed", "modular")}
+    costs = {name: number(0)(name, float(row[name])) for name in ("size", "flops")}
+    standard = number(0, 1)("standard", float(row["standard"])) if row["standard"] else None
+    classes = [integer(0)("classes", int(index)) for index in row["classes"].split()]
+    return ReuseResult(classes=tuple(classes), standard=standard, **accuracies, **costs)
 
 
 def read_results(path: Path) -> list[ReuseResult]:
@@ -256,12 +259,8 @@ def read_results(path: Path) -> list[ReuseResult]:
     """
     if not path.is_file():
         raise FormatError(f"{path}: no such file; make it with: moda reuse")
-    try:
+    with format_errors(path):
         return [from_row(row) for row in read_rows(path, COLUMNS)]
-    except FormatError:
-        raise
-    except (TypeError, ValueError) as error:
-        raise FormatError(f"{path}: {error}") from None
 
 
 def write_parquet(path: Path, results: Iterable[ReuseResult]) -> None:

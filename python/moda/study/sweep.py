@@ -9,10 +9,12 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from moda.checks import integer, number
 from moda.composition.measure import accuracy, mean_over_pairs, module_sizes, overlap_matrix
 from moda.decomposition.container import Decomposition
 from moda.decomposition.rule import decompose
-from moda.files import FormatError
+from moda.decomposition.settings import FiringRule
+from moda.files import format_errors
 from moda.runs.config import TERMS
 from moda.runs.finished import FinishedRun, decompose_run
 from moda.runs.metrics import read_metrics
@@ -86,11 +88,11 @@ def sweep_threshold(
         if not 0 <= value <= 1:
             raise ValueError(f"threshold: expected numbers in [0, 1], got {value}")
     rates = finished.rates()
-    described = finished.decomposition()
-    table = _open(finished, "threshold", tasks, {"min_fraction": described.min_fraction})
+    rule = FiringRule.of(finished.decomposition().settings)
+    table = _open(finished, "threshold", tasks, {"min_fraction": rule.min_fraction})
     test = TestSet.of(finished.data.test)
     for value in _missing(table, values):
-        decomposition = decompose(rates, value, described.min_fraction)
+        decomposition = decompose(rates, value, rule.min_fraction)
         table.append(asdict(_measure(finished, decomposition, value, tasks, test, progress)))
     return _close(table, values)
 
@@ -126,7 +128,7 @@ def sweep_weight(
         if not (math.isfinite(value) and value >= 0):
             raise ValueError(f"{weight}: expected finite numbers of at least 0, got {value}")
     example = finished.decomposition()
-    table = _open(finished, weight, tasks, {"threshold": example.threshold, "min_fraction": example.min_fraction})
+    table = _open(finished, weight, tasks, asdict(FiringRule.of(example.settings)))
     test = TestSet.of(finished.data.test)
     for value in _missing(table, values):
         point = finished
@@ -142,7 +144,8 @@ def _decomposed_alike(finished: FinishedRun, example: Decomposition, progress: b
     if finished.run.decomposition.exists():
         return finished.decomposition()
     augmented = bool(example.metadata.get("augmented", False))
-    return decompose_run(finished, example.threshold, example.min_fraction, augmented=augmented, progress=progress)
+    rule = FiringRule.of(example.settings)
+    return decompose_run(finished, rule.threshold, rule.min_fraction, augmented=augmented, progress=progress)
 
 
 def _measure(
@@ -203,14 +206,14 @@ def read_sweep(path: Path) -> list[SweepPoint]:
     Raises:
         FormatError: the file is missing or malformed.
     """
-    try:
+    with format_errors(path):
         return [SweepPoint(**_numbers(row)) for row in read_rows(path, COLUMNS)]
-    except FormatError:
-        raise
-    except (TypeError, ValueError) as error:
-        raise FormatError(f"{path}: {error}") from None
 
 
 def _numbers(row: dict[str, str]) -> dict[str, Any]:
-    values: dict[str, Any] = {name: float(cell) if cell else None for name, cell in row.items()}
-    return values | {"tasks": int(row["tasks"])}
+    values: dict[str, Any] = {name: None if not cell and name in TERMS else float(cell) for name, cell in row.items()}
+    for name in ("reuse_accuracy", "modular_accuracy", "test_accuracy"):
+        number(0, 1)(name, values[name])
+    for name in ("value", "module_size", "overlap", "composed_size"):
+        number(0)(name, values[name])
+    return values | {"tasks": integer(0)("tasks", int(row["tasks"]))}

@@ -31,10 +31,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from moda.data import DataSplits
 from moda.data.batches import Batch, BatchLoader, EpochOrder
-from moda.files import FormatError, write_bytes
+from moda.files import FormatError, remove_partial_files, write_bytes
 from moda.observation.taps import HookedModel, InstrumentedModel, Route, instrument
 from moda.runs.config import RUNTIME_SETTINGS, TrainingConfig
-from moda.runs.folder import RunFolder, create_model, load_data, remove_partial_files
+from moda.runs.folder import RunFolder, create_model, load_data
 from moda.runs.metrics import MetricsFile, read_metrics
 from moda.training.processes import SHARDED, SHARDED_PRECISIONS, process_rank, shard, trainer_options, whole_weights
 from moda.training.progress import TrainingProgress

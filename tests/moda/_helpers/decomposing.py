@@ -7,6 +7,7 @@ import torch
 
 from moda.decomposition.container import Decomposition
 from moda.decomposition.rates import FiringRates
+from moda.decomposition.settings import FiringRule
 
 
 def golden_layers(z: dict[str, np.ndarray]) -> list[str]:
@@ -27,4 +28,4 @@ def example() -> Decomposition:
         "relu2": torch.tensor([[1, 0, 0, 1], [0, 0, 1, 1], [0, 1, 0, 0]], dtype=torch.bool),
         "relu1": torch.tensor([[1, 0], [0, 1], [0, 1]], dtype=torch.bool),
     }
-    return Decomposition(masks, threshold=0.8, min_fraction=0.01, metadata={"class_sizes": [3, 4, 5]})
+    return Decomposition(masks, settings=FiringRule(0.8, 0.01).settings(), metadata={"class_sizes": [3, 4, 5]})

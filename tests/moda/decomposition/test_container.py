@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from moda.decomposition.container import Decomposition, check_classes
+from moda.decomposition.settings import FiringRule
 from tests.moda._helpers.decomposing import example
 
 
@@ -45,7 +46,7 @@ def test_classes_keep_their_order_in_any_kind_of_sequence(classes):
     ("options", "error", "message"),
     [
         ({"masks": [torch.ones(2, 2, dtype=torch.bool)]}, TypeError, "masks: expected a mapping .* got list"),
-        ({"masks": {}}, ValueError, "masks: expected at least one tap, got none"),
+        ({"masks": {}}, ValueError, "masks: expected at least one site, got none"),
         ({"masks": {"a": torch.ones(2, 2)}}, TypeError, r"masks\['a'\]: expected a bool tensor, got torch.float32"),
         (
             {"masks": {"a": torch.ones(2, dtype=torch.bool)}},
@@ -55,12 +56,7 @@ def test_classes_keep_their_order_in_any_kind_of_sequence(classes):
         (
             {"masks": {"a": torch.ones(2, 2, dtype=torch.bool), "b": torch.ones(3, 2, dtype=torch.bool)}},
             ValueError,
-            r"masks\['b'\]: expected 2 classes as in the first tap, got 3",
-        ),
-        (
-            {"masks": {"a": torch.ones(2, 2, dtype=torch.bool)}, "threshold": 2},
-            ValueError,
-            r"threshold: expected a number in \[0, 1\], got 2",
+            r"masks\['b'\]: expected 2 classes as in the first site, got 3",
         ),
     ],
 )
@@ -69,7 +65,49 @@ def test_bad_masks_are_named(options, error, message):
         Decomposition(**options)
 
 
+def test_a_decomposition_of_another_method_carries_its_own_settings(tmp_path):
+    settings = {"threshold": "none", "layers": [1, 2], "inner": {"share": 0.5}}
+    made = Decomposition(example().masks, method="mwt", settings=settings)
+    made.save(tmp_path)
+    loaded = Decomposition.load(tmp_path)
+    assert (loaded.method, loaded.settings, loaded.combine) == ("mwt", settings, "rows")
+    with pytest.raises(ValueError, match="settings: expected those of the rule 'firing', got {'threshold': 'none'"):
+        FiringRule.of(loaded.settings)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"settings": FiringRule().settings() | {"threshold": 2}}, ValueError, r"threshold: .* in \[0, 1\], got 2"),
+        (
+            {"settings": FiringRule().settings() | {"more": 2}},
+            ValueError,
+            "settings: expected the entries rule, .*, more",
+        ),
+        (
+            {"settings": {"rule": "firing"}},
+            ValueError,
+            "settings: expected the entries rule, threshold, min_fraction, got",
+        ),
+        ({"settings": [1]}, TypeError, "settings: expected an object, got list"),
+        (
+            {"settings": {"x": torch.ones(1)}},
+            TypeError,
+            "settings.*'x'.*: expected only what JSON can hold, got Tensor",
+        ),
+        ({"method": ""}, ValueError, "method: expected a non-empty string"),
+        ({"method": 3}, TypeError, "method: expected a string, got int"),
+        ({"combine": "sum"}, ValueError, "combine: expected one of rows, got 'sum'"),
+    ],
+)
+def test_bad_settings_are_named(options, error, message):
+    with pytest.raises(error, match=message):
+        Decomposition(example().masks, **options)
+
+
 @pytest.mark.parametrize("value", [torch.zeros(2), float("nan"), {1, 2}])
 def test_metadata_that_json_cannot_hold_is_named(value):
-    with pytest.raises(TypeError, match="metadata: expected only what JSON can hold: "):
+    with pytest.raises(
+        (TypeError, ValueError), match=r"metadata\['note'\]: expected (only what JSON can hold|a finite number)"
+    ):
         Decomposition(example().masks, metadata={"note": value})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ import torch
 import moda
 from moda.decomposition.container import Decomposition
 from moda.decomposition.files import load_rates, rates_metadata, save_rates
+from moda.decomposition.settings import FiringRule
 from moda.files import FormatError
 from tests.moda._helpers.decomposing import example
 from tests.moda._helpers.studying import make_run
@@ -27,9 +29,12 @@ def test_a_saved_decomposition_comes_back_whole(tmp_path):
     assert list(loaded.masks) == ["relu2", "relu1"]
     for tap, mask in example().masks.items():
         assert torch.equal(loaded.masks[tap], mask)
-    assert (loaded.threshold, loaded.min_fraction) == (0.8, 0.01)
+    assert FiringRule.of(loaded.settings) == FiringRule(0.8, 0.01)
+    assert (loaded.method, loaded.combine) == ("moda", "rows")
     assert loaded.metadata == {"class_sizes": [3, 4, 5]}
-    assert repr(loaded) == "Decomposition(num_classes=3, taps=2, neurons=6, threshold=0.8, min_fraction=0.01)"
+    assert repr(loaded) == (
+        "Decomposition(num_classes=3, sites=2, neurons=6, method='moda', rule='firing', threshold=0.8, min_fraction=0.01)"
+    )
 
 
 def test_the_folder_holds_two_readable_files(tmp_path):
@@ -37,19 +42,46 @@ def test_the_folder_holds_two_readable_files(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["decomposition.json", "masks.safetensors"]
     description = json.loads((tmp_path / "decomposition.json").read_text())
     assert description["format"] == "moda-decomposition"
-    assert description["format_version"] == 1
-    assert description["taps"] == [{"name": "relu2", "neurons": 4}, {"name": "relu1", "neurons": 2}]
+    assert description["format_version"] == 2
+    assert description["sites"] == [{"name": "relu2", "neurons": 4}, {"name": "relu1", "neurons": 2}]
     masks = safetensors.torch.load_file(tmp_path / "masks.safetensors")
     assert torch.equal(masks["relu1"], example().masks["relu1"])
 
 
 def test_saving_again_replaces_both_files(tmp_path):
     example().save(tmp_path)
-    other = Decomposition({"x": torch.tensor([[True, False]])}, threshold=0.5)
+    other = Decomposition({"x": torch.tensor([[True, False]])}, settings=FiringRule(0.5).settings())
     other.save(tmp_path)
     loaded = Decomposition.load(tmp_path)
     assert list(loaded.masks) == ["x"]
-    assert loaded.threshold == 0.5
+    assert loaded.settings["threshold"] == 0.5
+
+
+def test_a_folder_of_version_1_is_read(tmp_path):
+    loaded = Decomposition.load(Path(__file__).parent / "version_1")
+    assert loaded.masks["relu2"].int().tolist() == [[1, 0, 0, 1], [0, 0, 1, 1], [0, 1, 0, 0]]
+    assert loaded.sites == ("relu2", "relu1")
+    assert (loaded.method, loaded.combine) == ("moda", "rows")
+    assert FiringRule.of(loaded.settings) == FiringRule(0.8, 0.01)
+    assert loaded.metadata == {"class_sizes": [20, 20, 40], "empty_classes": [], "firing_threshold": 0.0}
+    loaded.save(tmp_path)
+    assert json.loads((tmp_path / "decomposition.json").read_text())["format_version"] == 2
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ({"threshold": ...}, r"decomposition\.json: entry 'threshold' is missing"),
+        ({"threshold": "high"}, r"decomposition\.json: threshold: .* got str"),
+        ({"min_fraction": 7}, r"decomposition\.json: min_fraction: .* got 7"),
+        ({"taps": 3}, r"decomposition\.json: sites: expected a list, got int"),
+    ],
+)
+def test_a_spoiled_folder_of_version_1_is_refused(tmp_path, entries, message):
+    shutil.copytree(Path(__file__).parent / "version_1", tmp_path, dirs_exist_ok=True)
+    change(tmp_path, **entries)
+    with pytest.raises(FormatError, match=message):
+        Decomposition.load(tmp_path)
 
 
 def change(folder: Path, **entries: object) -> None:
@@ -57,6 +89,14 @@ def change(folder: Path, **entries: object) -> None:
     path = folder / "decomposition.json"
     description = {**json.loads(path.read_text()), **entries}
     path.write_text(json.dumps({key: value for key, value in description.items() if value is not ...}))
+
+
+def set_rule(folder: Path, **entries: object) -> None:
+    change(folder, settings={**example().settings, **entries})
+
+
+def deep(levels: int) -> list:
+    return [deep(levels - 1)] if levels else []
 
 
 def replace_masks(folder: Path, data: bytes) -> None:
@@ -85,30 +125,66 @@ SPOILED = {
     "no text": (lambda f: (f / "decomposition.json").write_bytes(b"\xff\xfe"), r"decomposition\.json: not JSON"),
     "a list": (lambda f: (f / "decomposition.json").write_text("[]"), "expected a JSON object, got list"),
     "another format": (lambda f: change(f, format="zip"), 'expected "format": "moda-decomposition", got \'zip\''),
-    "a later version": (lambda f: change(f, format_version=2), "expected format_version 1, got 2; .*wrote it"),
-    "no version": (lambda f: change(f, format_version=...), "expected format_version 1, got None"),
-    "no threshold": (lambda f: change(f, threshold=...), r"decomposition\.json: entry 'threshold' is missing"),
+    "a later version": (lambda f: change(f, format_version=3), "expected format_version 1 or 2, got 3; .*wrote it"),
+    "no version": (lambda f: change(f, format_version=...), "expected format_version 1 or 2, got None"),
+    "no method": (lambda f: change(f, method=...), r"decomposition\.json: entry 'method' is missing"),
+    "an unknown combination": (
+        lambda f: change(f, combine="sum"),
+        r"decomposition\.json: combine: expected one of rows",
+    ),
     "no digest": (lambda f: change(f, masks_sha256=...), r"decomposition\.json: entry 'masks_sha256' is missing"),
-    "threshold a word": (lambda f: change(f, threshold="high"), r"decomposition\.json: threshold: .* got str"),
-    "min_fraction too big": (lambda f: change(f, min_fraction=7), r"decomposition\.json: min_fraction: .* got 7"),
+    "threshold a word": (lambda f: set_rule(f, threshold="high"), r"decomposition\.json: threshold: .* got str"),
+    "min_fraction too big": (lambda f: set_rule(f, min_fraction=7), r"decomposition\.json: min_fraction: .* got 7"),
+    "no classes": (lambda f: change(f, num_classes=0), r"decomposition\.json: num_classes: expected at least 1, got 0"),
+    "a class less than none": (lambda f: change(f, num_classes=-2), r"num_classes: expected at least 1, got -2"),
+    "classes true": (lambda f: change(f, num_classes=True), r"num_classes: expected an integer, got bool"),
+    "a digest too short": (lambda f: change(f, masks_sha256="0"), "masks_sha256: expected a SHA-256"),
+    "deep metadata": (lambda f: change(f, metadata={"x": deep(70)}), r"metadata.*: expected at most 64 levels"),
+    "infinite metadata": (
+        lambda f: (f / "decomposition.json").write_text(
+            (f / "decomposition.json").read_text().replace("[\n      3,", "[1e999,")
+        ),
+        r"metadata\['class_sizes'\]\[0\]: expected a finite number, got inf",
+    ),
+    "NaN": (lambda f: change(f, metadata={"x": float("nan")}), r"decomposition\.json: not JSON: NaN is no JSON number"),
+    "an entry twice": (
+        lambda f: (f / "decomposition.json").write_text('{"format": "a", "format": "a"}'),
+        "not JSON: entry 'format' is there twice",
+    ),
+    "deeper than JSON's reader": (
+        lambda f: (f / "decomposition.json").write_text('{"format": ' + "[" * 200_000),
+        "not JSON: its lists and objects are nested too deep",
+    ),
+    "a number of 5000 digits": (
+        lambda f: (f / "decomposition.json").write_text('{"format": ' + "9" * 5000 + "}"),
+        r"decomposition\.json: not JSON",
+    ),
+    "an empty file": (lambda f: (f / "decomposition.json").write_bytes(b""), r"decomposition\.json: not JSON"),
     "metadata a list": (lambda f: change(f, metadata=[1]), r"decomposition\.json: metadata: expected an object, got l"),
-    "taps a number": (lambda f: change(f, taps=3), r"decomposition\.json: taps: expected a list"),
-    "a tap a word": (lambda f: change(f, taps=["relu1"]), r"decomposition\.json: taps: expected a list"),
-    "no taps": (lambda f: change(f, taps=[]), "taps differ from decomposition.json"),
+    "taps a number": (lambda f: change(f, sites=3), r"decomposition\.json: sites: expected a list"),
+    "a tap a word": (
+        lambda f: change(f, sites=["relu1"]),
+        r"decomposition\.json: sites\[0\]: expected an object, got str",
+    ),
+    "no taps": (lambda f: change(f, sites=[]), "sites: expected at least 1 entries, got 0"),
+    "a site of no neurons": (
+        lambda f: change(f, sites=[{"name": "relu1", "neurons": 0}]),
+        r"sites\[0\]\.neurons: expected at least 1, got 0",
+    ),
     "a tap twice": (
-        lambda f: change(f, taps=[{"name": "relu1", "neurons": 2}] * 2),
-        r"decomposition\.json: taps: a name occurs twice",
+        lambda f: change(f, sites=[{"name": "relu1", "neurons": 2}] * 2),
+        r"decomposition\.json: sites: expected every name once, got 'relu1' twice",
     ),
     "a tap too few": (
-        lambda f: change(f, taps=[{"name": "relu1", "neurons": 2}]),
-        r"masks\.safetensors: taps differ from decomposition\.json: missing \[\], not described \['relu2'\]",
+        lambda f: change(f, sites=[{"name": "relu1", "neurons": 2}]),
+        r"masks\.safetensors: expected other tensors: missing \[\], unknown \['relu2'\]",
     ),
     "a tap too many": (
-        lambda f: change(f, taps=[{"name": n, "neurons": 2} for n in ("relu1", "relu2", "relu3")]),
-        r"masks\.safetensors: taps differ from decomposition\.json: missing \['relu3'\]",
+        lambda f: change(f, sites=[{"name": n, "neurons": 2} for n in ("relu1", "relu2", "relu3")]),
+        r"masks\.safetensors: expected other tensors: missing \['relu3'\]",
     ),
     "other neurons": (
-        lambda f: change(f, taps=[{"name": "relu2", "neurons": 5}, {"name": "relu1", "neurons": 2}]),
+        lambda f: change(f, sites=[{"name": "relu2", "neurons": 5}, {"name": "relu1", "neurons": 2}]),
         r"masks\.safetensors: relu2: expected bool \(3, 5\), got torch\.bool \(3, 4\)",
     ),
     "other classes": (lambda f: change(f, num_classes=4), r"relu2: expected bool \(4, 4\), got torch\.bool \(3, 4\)"),
@@ -210,9 +286,17 @@ def test_rates_come_back_to_the_bit(finished, tmp_path):
         (lambda d: d.pop("class_sizes"), "entry 'class_sizes' is missing"),
         (lambda d: d.update(class_sizes="x"), "rates.json: "),
         (lambda d: d.update(format_version=9), "expected format_version 1, got 9"),
-        (lambda d: d.update(counts_sha256="0"), "counts.safetensors: its SHA-256 is"),
+        (lambda d: d.update(counts_sha256="0" * 64), "counts.safetensors: its SHA-256 is"),
+        (lambda d: d["class_sizes"].__setitem__(0, -5), "rates.json: class_sizes[0]: expected at least 0, got -5"),
+        (lambda d: d["class_sizes"].__setitem__(0, 1), "expected counts from 0 to the class's size, got others"),
+        (lambda d: d["class_sizes"].pop(), "rates.json: class_sizes: expected one of each of 10 classes, got 9"),
+        (
+            lambda d: d.update(firing_threshold=-1),
+            "rates.json: firing_threshold: expected a finite number of at least 0",
+        ),
+        (lambda d: d["taps"].append(d["taps"][0]), "rates.json: taps: expected every name once"),
         (lambda d: d["taps"].reverse(), None),
-        (lambda d: d["taps"].pop(), "its tensors are not those that rates.json describes"),
+        (lambda d: d["taps"].pop(), "counts.safetensors: expected other tensors: missing []"),
     ],
 )
 def test_malformed_folders_are_refused(finished, tmp_path, change, message):
@@ -232,5 +316,5 @@ def test_metadata_must_be_an_object(finished, tmp_path):
     save_rates(finished.rates(), tmp_path)
     path = tmp_path / "rates.json"
     path.write_text(path.read_text().replace('"metadata": {}', '"metadata": []'))
-    with pytest.raises(FormatError, match='expected an object "metadata"'):
+    with pytest.raises(FormatError, match="metadata: expected an object, got list"):
         rates_metadata(tmp_path)

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from moda.decomposition.rates import FiringRates
 from moda.decomposition.rule import decompose, masks_from_rates
+from moda.decomposition.settings import FiringRule
 from tests.moda._helpers.decomposing import golden_layers, rates_of
 
 
@@ -110,10 +111,12 @@ def test_decompose_applies_the_rule_at_every_tap_and_says_what_it_used():
     layers = {"b": torch.tensor([[1.0, 0.5], [0.0, 0.8]]), "a": torch.tensor([[0.6, 0.8, 0.1], [0.1, 0.1, 0.7]])}
     decomposition = decompose(rates_of(layers, [10, 10]), threshold=0.75, min_fraction=0.01)
     assert list(decomposition.masks) == ["b", "a"]
-    assert decomposition.taps == ("b", "a")
+    assert decomposition.sites == ("b", "a")
     assert decomposition.masks["b"].tolist() == [[True, False], [False, True]]
     assert decomposition.masks["a"].tolist() == [[False, True, False], [False, False, True]]
-    assert (decomposition.threshold, decomposition.min_fraction, decomposition.num_classes) == (0.75, 0.01, 2)
+    assert (decomposition.method, decomposition.combine, decomposition.num_classes) == ("moda", "rows", 2)
+    assert decomposition.settings == {"rule": "firing", "threshold": 0.75, "min_fraction": 0.01}
+    assert FiringRule.of(decomposition.settings) == FiringRule(0.75, 0.01)
     assert decomposition.metadata == {"class_sizes": [10, 10], "empty_classes": [], "firing_threshold": 0.0}
 
 

@@ -149,9 +149,12 @@ def test_refuses_what_it_cannot_show(tmp_path: Path, kind: str) -> None:
         folder.mkdir()
     if kind == "study":
         (folder / "study.json").write_text('{"format": "moda-study", "format_version": 1, "runs": [{}]}')
-    message = {"none": "no such folder", "empty": "holds no run", "modules": "different modules", "study": "malformed"}[
-        kind
-    ]
+    message = {
+        "none": "no such folder",
+        "empty": "holds no run",
+        "modules": "different modules",
+        "study": "'epochs' is missing",
+    }[kind]
     with pytest.raises(FormatError, match=message):
         read_inputs([folder])
 

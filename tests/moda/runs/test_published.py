@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import moda
+from moda.decomposition.settings import FiringRule
 from moda.files import FormatError
 from moda.runs.config import TrainingConfig
 from moda.runs.finished import FinishedRun
@@ -54,7 +55,7 @@ def test_masks_as_the_published_code_writes_them(finished, tmp_path):
     path = tmp_path / "model.pt.mod_mask.thres0.8.pt"
     torch.save({k: [mask[k] for mask in ours.masks.values()] for k in range(10)}, path)
     theirs = load_published_masks(path, finished.model.taps)
-    assert theirs.threshold == 0.8
+    assert theirs.settings == FiringRule(0.8).settings()
     assert list(theirs.masks) == finished.model.taps
     assert all(torch.equal(theirs.masks[tap], ours.masks[tap]) for tap in ours.masks)
     for layer in agreement(ours, theirs):

@@ -9,8 +9,7 @@ import torch
 
 import moda
 from moda.composition.replace import CalibratedModel, Calibration, NormalizedModel
-from moda.files import FormatError
-from moda.runs.finished import file_sha256
+from moda.files import FormatError, sha256_of
 from moda.runs.folder import RunFolder
 from moda.study.replacement import class_accuracies, read_replacements, replace_class, results_file, write_replacements
 from moda.study.replacement_study import ReplacementStudy, run_replacement_study
@@ -93,7 +92,7 @@ def test_results_come_back_as_they_were(sides, tmp_path):
     text = (tmp_path / "replacement.json").read_text()
     assert json.loads(text)["results"][0]["target_after"] == result.after[-1]
     (tmp_path / "replacement.json").write_text(text.replace('"weak_model"', '"weaker"'))
-    with pytest.raises(FormatError, match="malformed results: 'weak_model'"):
+    with pytest.raises(FormatError, match="entry 'weak_model' is missing"):
         read_replacements(tmp_path / "replacement.json")
 
 
@@ -107,8 +106,8 @@ def test_a_study_trains_once_and_replaces_at_every_checkpoint(tmp_path):
     ]
     weak = RunFolder.open(tmp_path / "weak-3")
     kept = weak.checkpoints / "epoch-0001.safetensors"
-    assert results[0].weak_weights_sha256 == file_sha256(kept)
-    assert results[2].weak_weights_sha256 == file_sha256(weak.weights)
+    assert results[0].weak_weights_sha256 == sha256_of(kept)
+    assert results[2].weak_weights_sha256 == sha256_of(weak.weights)
     assert weak.config.data_options["replacement"] == {"part": "weak", "mixed_class": 3, "seed": 42, "fraction": 0.1}
     assert RunFolder.open(tmp_path / "strong").config.data_options["replacement"]["part"] == "strong"
     assert read_replacements(tmp_path / "replacement.json") == results

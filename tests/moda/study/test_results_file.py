@@ -67,7 +67,7 @@ def test_a_table_without_its_note_is_refused(tmp_path):
     table(tmp_path / "x.csv")
     note = tmp_path / "x.json"
     note.write_text(json.dumps(json.loads(note.read_text()) | {"source": []}))
-    with pytest.raises(FormatError, match='expected an object "source", got'):
+    with pytest.raises(FormatError, match="x.json: source: expected an object, got list"):
         table(tmp_path / "x.csv")
     note.unlink()
     with pytest.raises(FormatError, match=r"x\.json: no such file"):

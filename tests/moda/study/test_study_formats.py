@@ -39,7 +39,8 @@ def folder(tmp_path_factory):
     finished = make_run(tmp_path_factory.mktemp("runs") / "run")
     write_analysis(finished.run.path / "analysis.json", analyze_run(finished))
     run_reuse(finished, [(0, 1)], finished.run.path / "reuse.csv", progress=False)
-    result = ReplacementResult("a", "b", "calibrate", 1, "1", 5, "final", (0.5, 1.0), (0.5, 0.0), "x", "y", "z")
+    hashes = [letter * 64 for letter in "abc"]
+    result = ReplacementResult("a", "b", "calibrate", 1, "1", 5, "final", (0.5, 1.0), (0.5, 0.0), *hashes)
     write_replacements(finished.run.path / "replacement.json", [result])
     study._describe(finished.run.path, StudySettings(), finished=False)
     return finished.run.path
@@ -48,9 +49,9 @@ def folder(tmp_path_factory):
 @pytest.mark.parametrize(
     ("file", "words", "kind"),
     [
-        ("rates/rates.json", "\n`rates.json`:\n", decomposition_files.RATES_FORMAT),
-        ("analysis.json", "\n`analysis.json`:\n", analysis_files.FORMAT),
-        ("replacement.json", "\n`replacement.json`:\n", replacement.FORMAT),
+        ("rates/rates.json", "\n`rates.json`:\n", decomposition_files.RATES.name),
+        ("analysis.json", "\n`analysis.json`:\n", analysis_files.ANALYSIS.name),
+        ("replacement.json", "\n`replacement.json`:\n", replacement.REPLACEMENTS.name),
         ("reuse.json", "The note (`reuse.json`, `sweep_<parameter>.json`):\n", reuse_run.KIND),
     ],
 )

@@ -10,12 +10,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from moda.files import FormatError, read_json
+from moda.files import FormatError
 from moda.runs.config import RUNTIME_SETTINGS, TERMS, TrainingConfig
 from moda.runs.folder import RunFolder
 from moda.runs.metrics import read_metrics
 from moda.study.analysis_files import read_analysis
-from moda.study.digits import DESCRIPTION, FORMAT, FORMAT_VERSION
+from moda.study.digits import DESCRIPTION, STUDY
 from moda.study.replacement import RESULTS, ReplacementResult, read_replacements, results_file
 from moda.study.results_file import read_note
 from moda.study.reuse import ReuseResult, read_results
@@ -214,7 +214,7 @@ def _expanded(folder: Path) -> list[Path]:
                 f"{folder}: holds no run (config.json), study ({DESCRIPTION}) or replacement study ({RESULTS})"
             )
         return [folder]
-    description = _description(folder)
+    description = STUDY.read(folder / DESCRIPTION)
     named = [run[kind] for run in description["runs"] for kind in ("modular", "standard")] + description["replacements"]
     return [path for path in (folder / name for name in named) if _holds_results(path)]
 
@@ -223,22 +223,9 @@ def _holds_results(folder: Path) -> bool:
     return (folder / "config.json").exists() or results_file(folder).exists()
 
 
-def _description(folder: Path) -> dict[str, Any]:
-    """Read the entries of study.json that the page needs."""
-    description = read_json(folder / DESCRIPTION, FORMAT, FORMAT_VERSION)
-    if "repairs" in description:  # what earlier releases called them
-        description["replacements"] = description["repairs"]
-    try:
-        entries = ("replacements", "epochs", "batch_size", "per_size")
-        runs = [{name: run[name] for name in ("model", "seed", "modular", "standard")} for run in description["runs"]]
-        return {"runs": runs, **{name: description[name] for name in entries}}
-    except (KeyError, TypeError) as error:
-        raise FormatError(f"{folder / DESCRIPTION}: malformed: {error}") from None
-
-
 def _command(folder: Path, label: str) -> str:
     """Return the command line that makes a study's folder."""
-    description = _description(folder)
+    description = STUDY.read(folder / DESCRIPTION)
     models, seeds = (dict.fromkeys(str(run[name]) for run in description["runs"]) for name in ("model", "seed"))
     command = (
         f"moda study {label} --models {','.join(models)} --seeds {','.join(seeds)} --epochs {description['epochs']} "

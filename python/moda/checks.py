@@ -1,0 +1,228 @@
+"""Checks of single values, put together into descriptions of whole files and settings.
+
+A check is a function of a value's name and the value. It gives the value back, perhaps converted, or raises a TypeError
+or ValueError that names the value, what was expected and what was given:
+
+    >>> number(0, 1)("threshold", 0.9)
+    0.9
+    >>> record({"name": text(), "neurons": integer(1)})("taps[0]", {"name": "relu", "neurons": -5})
+    Traceback (most recent call last):
+    ...
+    ValueError: taps[0].neurons: expected at least 1, got -5
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, TypeAlias
+
+__all__ = [
+    "Check",
+    "check_count",
+    "digest",
+    "flag",
+    "integer",
+    "items",
+    "json_value",
+    "mapping",
+    "number",
+    "one_of",
+    "optional",
+    "record",
+    "relative_path",
+    "text",
+]
+
+Check: TypeAlias = Callable[[str, Any], Any]
+
+LONGEST_TEXT = 1 << 16
+DEEPEST = 64
+"""Levels of lists and objects in a free JSON value; every recursion over one stays far from Python's limit."""
+LARGEST_INTEGER = 1 << 53
+"""Beyond it a JSON number is no longer the same integer in every reader."""
+
+
+def text(*, longest: int = LONGEST_TEXT, empty: bool = False) -> Check:
+    """A string that can be encoded, of at most `longest` characters."""
+
+    def check(name: str, value: Any) -> str:
+        if not isinstance(value, str):
+            raise TypeError(f"{name}: expected a string, got {type(value).__name__}")
+        if not value and not empty:
+            raise ValueError(f"{name}: expected a non-empty string")
+        if len(value) > longest:
+            raise ValueError(f"{name}: expected at most {longest} characters, got {len(value)}")
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"{name}: expected text that UTF-8 can hold, got {value!a:.80}") from None
+        return value
+
+    return check
+
+
+def integer(low: int = -LARGEST_INTEGER, high: int = LARGEST_INTEGER) -> Check:
+    """An integer in [low, high]; a bool is none."""
+
+    def check(name: str, value: Any) -> int:
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise TypeError(f"{name}: expected an integer, got {type(value).__name__}")
+        if not low <= value <= high:
+            wanted = f"at least {low}" if value < low else f"at most {high}"
+            raise ValueError(f"{name}: expected {wanted}, got {_shown(value)}")
+        return value
+
+    return check
+
+
+def number(low: float = -math.inf, high: float = math.inf) -> Check:
+    """A finite number in [low, high], as a float; a bool is none."""
+
+    def check(name: str, value: Any) -> float:
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            raise TypeError(f"{name}: expected a number{_within(low, high)}, got {type(value).__name__}")
+        if not (abs(value) <= 1.7976931348623157e308 and low <= value <= high):
+            raise ValueError(f"{name}: expected a finite number{_within(low, high)}, got {_shown(value)}")
+        return float(value)
+
+    return check
+
+
+def _within(low: float, high: float) -> str:
+    if math.isinf(high):
+        return "" if math.isinf(low) else f" of at least {low:g}"
+    return f" in [{low:g}, {high:g}]"
+
+
+def _shown(value: Any) -> str:
+    """The value as text, but no kilobytes of it."""
+    if isinstance(value, int) and abs(value) > 1 << 64:
+        return f"one of {value.bit_length()} bits"
+    shown = repr(value)
+    return shown if len(shown) <= 80 else f"{shown[:80]}..."
+
+
+def flag(name: str, value: Any) -> bool:
+    """True or false."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected true or false, got {_shown(value)}")
+    return value
+
+
+def one_of(choices: Collection[str]) -> Check:
+    """One of some strings."""
+
+    def check(name: str, value: Any) -> str:
+        if not isinstance(value, str) or value not in choices:
+            raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {_shown(value)}")
+        return value
+
+    return check
+
+
+def digest(name: str, value: Any) -> str:
+    """A SHA-256 in hex."""
+    if not isinstance(value, str) or len(value) != 64 or set(value) - set("0123456789abcdef"):
+        raise ValueError(f"{name}: expected a SHA-256, 64 hexadecimal digits, got {_shown(value)}")
+    return value
+
+
+def relative_path(name: str, value: Any) -> str:
+    """A path below the folder of the file that names it."""
+    path: str = text(longest=4096)(name, value)
+    parts = path.split("/")
+    if path.startswith("/") or ".." in parts or "\\" in path or ":" in parts[0] or "\0" in path:
+        raise ValueError(f"{name}: expected a path below the file's own folder, got {_shown(value)}")
+    return path
+
+
+def optional(check: Check) -> Check:
+    """None, or what `check` takes."""
+
+    def checked(name: str, value: Any) -> Any:
+        return None if value is None else check(name, value)
+
+    return checked
+
+
+def items(check: Check, *, least: int = 0, most: int = 1 << 20) -> Check:
+    """A list of at least `least` and at most `most` values that `check` takes."""
+
+    def checked(name: str, value: Any) -> list[Any]:
+        if not isinstance(value, list | tuple):
+            raise TypeError(f"{name}: expected a list, got {type(value).__name__}")
+        if not least <= len(value) <= most:
+            wanted = f"at least {least}" if len(value) < least else f"at most {most}"
+            raise ValueError(f"{name}: expected {wanted} entries, got {len(value)}")
+        return [check(f"{name}[{index}]", entry) for index, entry in enumerate(value)]
+
+    return checked
+
+
+def mapping(check: Check, *, least: int = 0) -> Check:
+    """An object of any names, whose values `check` takes."""
+
+    def checked(name: str, value: Any) -> dict[str, Any]:
+        _require_object(name, value)
+        if len(value) < least:
+            raise ValueError(f"{name}: expected at least {least} entries, got {len(value)}")
+        return {key: check(f"{name}[{key!r}]", entry) for key, entry in value.items()}
+
+    return checked
+
+
+def record(fields: Mapping[str, Check], optional: Mapping[str, Check] | None = None) -> Check:
+    """An object with these entries, and perhaps the optional ones; others are let through as they are."""
+
+    def checked(name: str, value: Any) -> dict[str, Any]:
+        _require_object(name, value)
+        missing = [field for field in fields if field not in value]
+        if missing:
+            raise ValueError(f"{name + ': ' if name else ''}entry {missing[0]!r} is missing")
+        known = {**fields, **(optional or {})}
+        prefix = f"{name}." if name else ""
+        return {
+            key: known[key](f"{prefix}{key}", entry) if key in known else json_value(f"{prefix}{key}", entry)
+            for key, entry in value.items()
+        }
+
+    return checked
+
+
+def _require_object(name: str, value: Any) -> None:
+    if not isinstance(value, Mapping):
+        raise TypeError(f"{name}: expected an object, got {type(value).__name__}")
+    for key in value:
+        text(empty=True)(f"{name}: a name of an entry", key)
+
+
+def json_value(name: str, value: Any) -> Any:
+    """Whatever JSON can hold: no NaN or infinity, not too deep. Mappings and tuples become objects and lists."""
+    return _json_value(name, value, 0)
+
+
+def _json_value(name: str, value: Any, depth: int) -> Any:
+    if depth > DEEPEST:
+        raise ValueError(f"{name}: expected at most {DEEPEST} levels of lists and objects, got more")
+    if value is None or isinstance(value, bool | int):
+        return value
+    if isinstance(value, float):
+        return number()(name, value)
+    if isinstance(value, str):
+        return text(empty=True, longest=1 << 24)(name, value)
+    if isinstance(value, list | tuple):
+        return [_json_value(f"{name}[{index}]", entry, depth + 1) for index, entry in enumerate(value)]
+    if isinstance(value, Mapping):
+        _require_object(name, value)
+        return {key: _json_value(f"{name}[{key!r}]", entry, depth + 1) for key, entry in value.items()}
+    raise TypeError(f"{name}: expected only what JSON can hold, got {type(value).__name__}")
+
+
+def check_count(name: str, value: int, least: int = 1) -> int:
+    """`value`, if it is an int of at least `least`."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
+    if value < least:
+        raise ValueError(f"{name}: expected at least {least}, got {value}")
+    return value

@@ -1,0 +1,82 @@
+"""How modules were chosen: the settings that a decomposition carries along with its masks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, ClassVar, Literal, TypeAlias, get_args
+
+from moda.checks import json_value, one_of, text
+
+__all__ = ["Combine", "FiringRule", "check_combine", "check_fraction", "check_settings"]
+
+Combine: TypeAlias = Literal["rows"]
+"""How the outputs of modules become those of a composition. "rows": the union of the modules is one network, of whose
+logits the rows of the classes are taken."""
+
+
+@dataclass(frozen=True)
+class FiringRule:
+    """The published rule of MODA: a class keeps the neurons that fire for enough of its samples.
+
+    Attributes:
+        threshold: firing rate from which a neuron is kept, in [0, 1].
+        min_fraction: the least share of a layer's neurons that a class keeps, in [0, 1].
+    """
+
+    NAME: ClassVar[str] = "firing"
+
+    threshold: float = 0.9
+    min_fraction: float = 0.005
+
+    def __post_init__(self) -> None:
+        """Raise TypeError or ValueError where a field is not as above."""
+        check_fraction("threshold", self.threshold)
+        check_fraction("min_fraction", self.min_fraction)
+
+    def settings(self) -> dict[str, Any]:
+        """As a decomposition holds them."""
+        return {"rule": self.NAME, **asdict(self)}
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any]) -> FiringRule:
+        """The rule in a decomposition's settings.
+
+        Raises:
+            ValueError: another rule made it, or a field is missing, unknown or out of range.
+        """
+        if settings.get("rule") != cls.NAME:
+            raise ValueError(f"settings: expected those of the rule {cls.NAME!r}, got {dict(settings)!r:.200}")
+        names = ["rule", *(field.name for field in fields(cls))]
+        if sorted(settings) != sorted(names):
+            raise ValueError(f"settings: expected the entries {', '.join(names)}, got {', '.join(sorted(settings))}")
+        return cls(settings["threshold"], settings["min_fraction"])
+
+
+def check_settings(method: Any, settings: Any) -> dict[str, Any]:
+    """The settings of a method, as plain JSON values; none at all where nothing is known of them.
+
+    Raises:
+        TypeError, ValueError: the method has no name, a value is nothing that JSON can hold, or they are settings of
+            the published rule and out of range.
+    """
+    text()("method", method)
+    if not isinstance(settings, Mapping):
+        raise TypeError(f"settings: expected an object, got {type(settings).__name__}")
+    values: dict[str, Any] = json_value("settings", settings)
+    if method == "moda" and values.get("rule") == FiringRule.NAME:
+        FiringRule.of(values)
+    return values
+
+
+def check_combine(value: Any) -> None:
+    """Raise ValueError unless `value` is one of `Combine`."""
+    one_of(get_args(Combine))("combine", value)
+
+
+def check_fraction(name: str, value: float) -> None:
+    """Raise TypeError or ValueError unless `value`, the argument `name`, is a number in [0, 1]."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise TypeError(f"{name}: expected a number in [0, 1], got {type(value).__name__}")
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name}: expected a number in [0, 1], got {value}")
