@@ -1,5 +1,6 @@
 """Kernels and losses for modular training of neural networks (MODA, arXiv 2411.01074)."""
 
+from moda_kernels import closed_form, distributed, native, reference
 from moda_kernels._version import __version__
 from moda_kernels.backends import BackendUnavailableError, Status, backends
 from moda_kernels.firing import FiringCounter
@@ -20,8 +21,12 @@ __all__ = [
     "backends",
     "class_means",
     "class_similarity",
+    "closed_form",
+    "distributed",
     "modular_losses",
+    "native",
     "norm_relu_pool",
     "pool",
+    "reference",
     "relu_pool",
 ]

@@ -11,13 +11,18 @@ import importlib
 import itertools
 import os
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from moda_kernels._version import __version__
+from moda_kernels.plain import resolved
+from moda_kernels.precision import accumulation
+from moda_kernels.segments import Segments
+from moda_kernels.tally import Tally
 
 DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}  # Dtype of csrc/types.h
 _POSITIONS_LAST, _NEURONS_LAST, _NO_POSITIONS = 0, 1, 2  # Layout of csrc/types.h
@@ -85,11 +90,6 @@ def source_digest(sources: Path) -> str:
     return hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
-def accumulation(dtype: torch.dtype) -> torch.dtype:
-    """float64 for float64, float32 for everything narrower."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def layout(x: Tensor) -> int | None:
     """How a dense (N, C, *spatial) tensor lies in memory; None if it does in no way that the kernels read."""
     if x.is_contiguous():
@@ -121,6 +121,7 @@ def _flat(layers: Sequence[tuple[int, ...]]) -> list[int]:
 
 def _like_layout(x: Tensor, pattern: Tensor) -> Tensor:
     """`x` with the strides of the dense tensor `pattern`."""
+    x = resolved(x)
     return x if x.stride() == pattern.stride() else torch.empty_like(pattern).copy_(x)
 
 
@@ -135,7 +136,7 @@ def pool_forward(layers: Sequence[Tensor]) -> list[Tensor]:
 def pool_backward(upstream: Sequence[Tensor | None], layers: Sequence[Tensor]) -> list[Tensor | None]:
     """The gradient of every dense layer whose pooled activation has one."""
     gradients = [None if rows is None else torch.empty_like(x) for rows, x in zip(upstream, layers, strict=True)]
-    rows = [None if g is None else g.contiguous() for g in upstream]
+    rows = [None if g is None else resolved(g).contiguous() for g in upstream]
     fields = [
         _fields(x, row.data_ptr(), gradient.data_ptr())
         for x, row, gradient in zip(layers, rows, gradients, strict=True)
@@ -156,15 +157,31 @@ def relu_pool_backward(y: Tensor, dy: Tensor | None, dpooled: Tensor | None) -> 
     """The gradient of x; an upstream gradient that is None is zero."""
     dx = torch.empty_like(y)
     dy = torch.zeros_like(y) if dy is None else _like_layout(dy, y)
-    rows = y.new_zeros(y.shape[:2], dtype=accumulation(y.dtype)) if dpooled is None else dpooled.contiguous()
+    rows = y.new_zeros(y.shape[:2], dtype=accumulation(y.dtype)) if dpooled is None else resolved(dpooled).contiguous()
     fields = _fields(y, rows.data_ptr(), dx.data_ptr())
     extension().relu_pool_backward(fields, dy.data_ptr(), torch.get_num_threads())
     return dx
 
 
-def _segment_fields(segments: Sequence[Tensor], room: int) -> tuple[int, ...]:
-    order, offsets, segment, same_pairs, diff_pairs = segments
-    return order.data_ptr(), offsets.data_ptr(), segment.data_ptr(), int(same_pairs), int(diff_pairs), room
+class SavedLosses(NamedTuple):
+    """What the backward pass of the losses reads."""
+
+    workspace: Tensor
+    segments: Segments
+    layers: tuple[Tensor, ...]
+
+    @staticmethod
+    def of(saved_tensors: Sequence[Tensor]) -> SavedLosses:
+        """From a context's tensors, which are these fields one after the other."""
+        tensors = iter(saved_tensors)
+        workspace = next(tensors)
+        return SavedLosses(workspace, Segments(*islice(tensors, len(Segments._fields))), tuple(tensors))
+
+
+def _segment_fields(segments: Segments, room: int) -> tuple[int, ...]:
+    """A `SegmentsView` of csrc/types.h."""
+    addresses = (segments.order.data_ptr(), segments.offsets.data_ptr(), segments.segment.data_ptr())
+    return *addresses, int(segments.same_pairs), int(segments.diff_pairs), room
 
 
 def _losses_fields(layers: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> list[int]:
@@ -186,10 +203,9 @@ def losses_dtype(layers: Sequence[Tensor]) -> torch.dtype:
     return torch.float64 if any(x.dtype == torch.float64 for x in layers) else torch.float32
 
 
-def segment_count(segments: Sequence[Tensor]) -> int:
+def segment_count(segments: Segments) -> int:
     """How many segments there are; reads a value, which on the CPU costs nothing."""
-    order, _, segment, _, _ = segments
-    return int(segment[order[-1]]) + 1
+    return int(segments.segment[segments.order[-1]]) + 1
 
 
 def losses_workspace_bytes(layers: Sequence[Tensor], room: int) -> int:
@@ -204,7 +220,7 @@ def losses_workspace_bytes(layers: Sequence[Tensor], room: int) -> int:
     return total
 
 
-def losses_forward(layers: Sequence[Tensor], segments: Sequence[Tensor], workspace: Tensor, room: int) -> list[float]:
+def losses_forward(layers: Sequence[Tensor], segments: Segments, workspace: Tensor, room: int) -> list[float]:
     """The three terms. Writes to the workspace what the backward pass reads."""
     terms: list[float] = extension().losses_forward(
         _losses_fields(layers, [None] * len(layers)),
@@ -219,7 +235,7 @@ def losses_backward(
     upstream: Sequence[Tensor | None],
     layers: Sequence[Tensor],
     needed: Sequence[bool],
-    segments: Sequence[Tensor],
+    segments: Segments,
     workspace: Tensor,
     room: int,
 ) -> list[Tensor | None]:
@@ -258,15 +274,15 @@ def _firing_fields(x: Tensor, threshold: float, counts: Tensor) -> tuple[int, ..
     return address, code, placed, neurons, positions, _threshold_bits(threshold, dtype, dtype), counts.data_ptr()
 
 
-def _firing_batch(labels: Tensor, class_sizes: Tensor, invalid: Tensor) -> tuple[int, ...]:
+def _firing_batch(labels: Tensor, tally: Tally) -> tuple[int, ...]:
     """A `FiringBatch` of csrc/types.h."""
     return (
         labels.data_ptr(),
         int(labels.dtype == torch.int64),
         labels.shape[0],
-        class_sizes.shape[0],
-        class_sizes.data_ptr(),
-        invalid.data_ptr(),
+        tally.class_sizes.shape[0],
+        tally.class_sizes.data_ptr(),
+        tally.invalid.data_ptr(),
     )
 
 
@@ -280,19 +296,15 @@ def _run_count(kernel: str, fields: list[int], batch: tuple[int, ...], device: t
         getattr(extension(), f"{kernel}_cuda")(fields, batch, device.index, stream)
 
 
-def count_firings(
-    activations: Sequence[Tensor],
-    labels: Tensor,
-    threshold: float,
-    counts: Sequence[Tensor],
-    class_sizes: Tensor,
-    invalid: Tensor,
-) -> None:
-    """Add to counts, class_sizes and invalid in place; activations of any layout."""
+def count_firings(activations: Sequence[Tensor], labels: Tensor, threshold: float, tally: Tally) -> None:
+    """Add the batch to the tally, in place; activations of any layout."""
     layers = [dense(x) for x in activations]
+    if tally.sums:
+        _class_statistics(layers, labels, threshold, tally)
+        return
     labels = labels.contiguous()
-    fields = [_firing_fields(x, threshold, count) for x, count in zip(layers, counts, strict=True)]
-    _run_count("count_firings", _flat(fields), _firing_batch(labels, class_sizes, invalid), labels.device)
+    fields = [_firing_fields(x, threshold, count) for x, count in zip(layers, tally.counts, strict=True)]
+    _run_count("count_firings", _flat(fields), _firing_batch(labels, tally), labels.device)
 
 
 def _statistics_rows(x: Tensor) -> Tensor:
@@ -307,22 +319,13 @@ def _statistics_fields(x: Tensor, rows: Tensor, threshold: float, count: Tensor,
     return *_fields(x, rows.data_ptr(), total.data_ptr()), bits, count.data_ptr()
 
 
-def class_statistics(
-    activations: Sequence[Tensor],
-    labels: Tensor,
-    threshold: float,
-    counts: Sequence[Tensor],
-    class_sizes: Tensor,
-    invalid: Tensor,
-    sums: Sequence[Tensor],
-) -> None:
-    """Add to counts, class_sizes, invalid and sums in place; activations of any layout."""
-    layers = [dense(x) for x in activations]
+def _class_statistics(layers: Sequence[Tensor], labels: Tensor, threshold: float, tally: Tally) -> None:
+    """Counts and sums of dense layers, from one read of each."""
     rows = [_statistics_rows(x) for x in layers]
     ordered, order = labels.sort(stable=True)
     fields = [
         _statistics_fields(x, row, threshold, count, total)
-        for x, row, count, total in zip(layers, rows, counts, sums, strict=True)
+        for x, row, count, total in zip(layers, rows, tally.counts, tally.sums, strict=True)
     ]
-    batch = (*_firing_batch(ordered, class_sizes, invalid), order.data_ptr())
+    batch = (*_firing_batch(ordered, tally), order.data_ptr())
     _run_count("class_statistics", _flat(fields), batch, labels.device)

@@ -14,17 +14,10 @@ import torch
 from torch import Tensor
 
 from moda_kernels import _native_calls as calls
-
-SEGMENT_TENSORS = 5  # order, offsets, segment, same_pairs, diff_pairs: see moda_kernels/segments.py
-
-ONCE_ONLY = (
-    "the native kernels are differentiable once, and their gradient was differentiated again; use "
-    'backend="torch", which is differentiable twice'
-)
-
-
-def _refuse_second_backward(ctx: Any, *gradients: Any) -> Any:
-    raise RuntimeError(ONCE_ONLY)
+from moda_kernels.once import refuse_second_backward
+from moda_kernels.precision import accumulation
+from moda_kernels.segments import Segments
+from moda_kernels.tally import Tally
 
 
 def _zeros_for_none(gradients: Sequence[Tensor | None], like: Sequence[Tensor]) -> list[Tensor]:
@@ -32,7 +25,7 @@ def _zeros_for_none(gradients: Sequence[Tensor | None], like: Sequence[Tensor]) 
 
 
 def _rows_like(x: Tensor) -> Tensor:
-    return x.new_empty((x.shape[0], x.shape[1]), dtype=calls.accumulation(x.dtype))
+    return x.new_empty((x.shape[0], x.shape[1]), dtype=accumulation(x.dtype))
 
 
 # Pooling.
@@ -72,7 +65,7 @@ def _differentiate_pool(ctx: Any, upstream: Sequence[Tensor | None]) -> list[Ten
 
 
 pool.register_autograd(_differentiate_pool, setup_context=_save_activations)
-pool_backward.register_autograd(_refuse_second_backward)
+pool_backward.register_autograd(refuse_second_backward)
 
 
 # ReLU and pooling.
@@ -113,7 +106,7 @@ def _differentiate_relu_pool(ctx: Any, dy: Tensor | None, dpooled: Tensor | None
 
 
 relu_pool.register_autograd(_differentiate_relu_pool, setup_context=_save_output)
-relu_pool_backward.register_autograd(_refuse_second_backward)
+relu_pool_backward.register_autograd(refuse_second_backward)
 
 
 # Losses.
@@ -123,10 +116,9 @@ relu_pool_backward.register_autograd(_refuse_second_backward)
 def grouped_losses(activations: Sequence[Tensor], segments: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Affinity, dispersion, compactness, and the workspace of the backward pass."""
     # Zeros, because an output of an operator must not differ from call to call.
-    workspace = activations[0].new_zeros(
-        calls.losses_workspace_bytes(activations, len(activations[0])), dtype=torch.uint8
-    )
-    terms = calls.losses_forward(activations, segments, workspace, len(activations[0]))
+    room = len(activations[0])
+    workspace = activations[0].new_zeros(calls.losses_workspace_bytes(activations, room), dtype=torch.uint8)
+    terms = calls.losses_forward(activations, Segments(*segments), workspace, room)
     dtype = calls.losses_dtype(activations)
     affinity, dispersion, compactness = (workspace.new_tensor(term, dtype=dtype) for term in terms)
     return affinity, dispersion, compactness, workspace
@@ -145,8 +137,8 @@ def grouped_losses_backward(
     upstream: Sequence[Tensor], activations: Sequence[Tensor], segments: Sequence[Tensor], workspace: Tensor
 ) -> list[Tensor]:
     """The gradient of every layer."""
-    needed = [True] * len(activations)
-    gradients = calls.losses_backward(upstream, activations, needed, segments, workspace, len(activations[0]))
+    needed, room = [True] * len(activations), len(activations[0])
+    gradients = calls.losses_backward(upstream, activations, needed, Segments(*segments), workspace, room)
     return [gradient for gradient in gradients if gradient is not None]
 
 
@@ -159,27 +151,24 @@ def _(
 
 def _save_losses(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     activations, segments = inputs
-    ctx.mark_non_differentiable(output[3])
-    ctx.save_for_backward(output[3], *segments, *activations)
+    workspace = output[3]
+    ctx.mark_non_differentiable(workspace)
+    ctx.save_for_backward(workspace, *segments, *activations)
 
 
 def _differentiate_losses(ctx: Any, *upstream: Tensor | None) -> tuple[list[Tensor], list[None]]:
-    workspace, *tensors = ctx.saved_tensors
-    segments, activations = tensors[:SEGMENT_TENSORS], tensors[SEGMENT_TENSORS:]
-    zero = activations[0].new_zeros((), dtype=calls.losses_dtype(activations))
+    saved = calls.SavedLosses.of(ctx.saved_tensors)
+    layers = list(saved.layers)
+    zero = layers[0].new_zeros((), dtype=calls.losses_dtype(layers))
     terms = _zeros_for_none(upstream[:3], [zero] * 3)
-    return grouped_losses_backward(terms, activations, segments, workspace), [None] * SEGMENT_TENSORS
+    return grouped_losses_backward(terms, layers, list(saved.segments), saved.workspace), [None] * len(saved.segments)
 
 
 grouped_losses.register_autograd(_differentiate_losses, setup_context=_save_losses)
-grouped_losses_backward.register_autograd(_refuse_second_backward)
+grouped_losses_backward.register_autograd(refuse_second_backward)
 
 
-# Class sums, firing counts, class statistics.
-
-
-def _no_result(*_: Any) -> None:
-    """What a compiler sees of an operator that only adds to its arguments."""
+# Class sums and firing counts.
 
 
 @torch.library.custom_op("moda_kernels::native_class_sums", mutates_args=())
@@ -193,26 +182,10 @@ def _(pooled: Sequence[Tensor], labels: Tensor, num_classes: int) -> list[Tensor
     return [rows.new_empty((num_classes, rows.shape[1])) for rows in pooled]
 
 
-@torch.library.custom_op("moda_kernels::native_count_firings", mutates_args=("counts", "class_sizes", "invalid"))
-def count_firings(
-    activations: Sequence[Tensor],
-    labels: Tensor,
-    threshold: float,
-    counts: Sequence[Tensor],
-    class_sizes: Tensor,
-    invalid: Tensor,
-) -> None:
-    """Add to counts, class_sizes and invalid in place."""
-    calls.count_firings(activations, labels, threshold, counts, class_sizes, invalid)
-
-
-count_firings.register_fake(_no_result)
-
-
 @torch.library.custom_op(
-    "moda_kernels::native_class_statistics", mutates_args=("counts", "class_sizes", "invalid", "sums")
+    "moda_kernels::native_count_firings", mutates_args=("counts", "class_sizes", "invalid", "sums")
 )
-def class_statistics(
+def count_firings(
     activations: Sequence[Tensor],
     labels: Tensor,
     threshold: float,
@@ -221,8 +194,10 @@ def class_statistics(
     invalid: Tensor,
     sums: Sequence[Tensor],
 ) -> None:
-    """Add to counts, class_sizes, invalid and sums in place."""
-    calls.class_statistics(activations, labels, threshold, counts, class_sizes, invalid, sums)
+    """Add the batch to the tensors of a tally, in place."""
+    calls.count_firings(activations, labels, threshold, Tally(counts, class_sizes, invalid, sums))
 
 
-class_statistics.register_fake(_no_result)
+@count_firings.register_fake
+def _(*_: Any) -> None:
+    """The operator only adds to its arguments."""

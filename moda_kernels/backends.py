@@ -1,19 +1,7 @@
 """Which implementation runs, and why the others cannot.
 
-A backend is a module that offers some of the operations below under these names (see CONTRIBUTING.md, "How to add a
-backend"):
-
-    OPS            frozenset of the names of the operations it implements
-    DTYPES         operation -> dtypes of activations it takes
-    DEVICES        operation -> device types it runs on; None: any
-    unavailable(device) -> None if it can run there, else one line: the reason and what to do about it
-
-    grouped_losses(activations, segments) -> (affinity, dispersion, compactness)
-    pool(activations) -> [pooled activation of each layer]
-    relu_pool(x, inplace) -> (relu(x), pooled)
-    norm_relu_pool(x, norm) -> (relu(batch_norm(x) + residual), pooled); norm is a BatchNorm
-    class_sums(pooled, labels, num_classes, *, normalize=True) -> [(K, C) sums over each class of each layer's rows]
-    count_firings(activations, labels, threshold, counts, class_sizes, invalid, sums=()) -> None (in place, no graph)
+A backend is a module with the names of `Backend` (see CONTRIBUTING.md, "How to add a backend"). It may leave out
+operations that its `OPS` does not list.
 
 `auto` takes the first of `PREFERENCE` that can run the operation on the given tensors. The environment variable
 `MODA_BACKEND` stands in for `auto` in every operation that the named backend implements. A backend asked for by name
@@ -23,19 +11,79 @@ that cannot run is an error that says why: only `auto` may fall back.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor
 
-from moda_kernels import closed_form, reference
+from moda_kernels import closed_form, native, plain, reference, triton_kernels
+from moda_kernels.batch_norm import BatchNorm
+from moda_kernels.segments import Segments
+from moda_kernels.tally import Tally
 
 NAMES = ("reference", "torch", "triton", "native")
 PREFERENCE = ("triton", "native", "torch", "reference")
 
-_modules: dict[str, Any] = {"torch": closed_form, "reference": reference}
+
+class Backend(Protocol):
+    """What a backend offers. Behind a front door, arguments are valid and may be relied on."""
+
+    @property
+    def OPS(self) -> frozenset[str]:  # noqa: N802
+        """Names of the operations that it implements."""
+
+    @property
+    def DTYPES(self) -> Mapping[str, frozenset[torch.dtype]]:  # noqa: N802
+        """Per operation the dtypes of activations that it takes."""
+
+    @property
+    def DEVICES(self) -> Mapping[str, frozenset[str]] | None:  # noqa: N802
+        """Per operation the types of devices that it runs on; None means any."""
+
+    @property
+    def READS_MEMORY(self) -> bool:  # noqa: N802
+        """Whether it takes tensors by their addresses, and so only those that `plain` lets pass."""
+
+    def unavailable(self, device: torch.device | None = None) -> str | None:
+        """None if it can run (on `device`), else one line: the reason and what to do about it."""
+
+    def grouped_losses(self, activations: Sequence[Tensor], segments: Segments) -> tuple[Tensor, Tensor, Tensor]:
+        """(affinity, dispersion, compactness) over all layers; 0-d, in the accumulation dtype of the widest layer."""
+
+    def pool(self, activations: Sequence[Tensor]) -> list[Tensor]:
+        """The pooled activation of every layer."""
+
+    def relu_pool(self, x: Tensor, inplace: bool) -> tuple[Tensor, Tensor]:
+        """`relu(x)`, written over `x` if `inplace`, and its pooled activation."""
+
+    def norm_relu_pool(self, x: Tensor, norm: BatchNorm) -> tuple[Tensor, Tensor]:
+        """`relu(batch_norm(x) + residual)` and its pooled activation."""
+
+    def class_sums(
+        self, pooled: Sequence[Tensor], labels: Tensor, num_classes: int, *, normalize: bool = True
+    ) -> list[Tensor]:
+        """Per layer the (K, C) sum over each class's samples of the (N, C) rows, L2-normalised by default.
+
+        `labels` are in [0, K). Not differentiable.
+        """
+
+    def count_firings(self, activations: Sequence[Tensor], labels: Tensor, threshold: float, tally: Tally) -> None:
+        """Add the batch to the tally, in place.
+
+        A neuron fires for a sample when any of its positions exceeds `threshold` in magnitude; NaN counts as firing.
+        Samples whose label is outside of [0, K) are counted in `tally.invalid` alone.
+        """
+
+
+# Each module has the operations that its OPS lists; a test compares their signatures with the protocol's.
+_MODULES: dict[str, Backend] = {
+    "reference": cast(Backend, reference),
+    "torch": closed_form,
+    "triton": cast(Backend, triton_kernels),
+    "native": cast(Backend, native),
+}
 
 
 class BackendUnavailableError(RuntimeError):
@@ -63,15 +111,18 @@ def backends() -> dict[str, Status]:
         >>> print(moda_kernels.backends()["torch"])
         available
     """
-    status = {}
-    for name in NAMES:
-        reason = _module(name).unavailable()
-        status[name] = Status(reason is None, reason or "")
-    return status
+    reasons = {name: _MODULES[name].unavailable() for name in NAMES}
+    return {name: Status(reason is None, reason or "") for name, reason in reasons.items()}
 
 
-def select(operation: str, requested: str, tensors: Sequence[Tensor]) -> Any:
-    """The backend module that runs `operation` on `tensors`.
+def select(operation: str, requested: str, tensors: Sequence[Tensor], beside: Sequence[Tensor] = ()) -> Backend:
+    """The backend that runs `operation` on `tensors`.
+
+    Args:
+        operation: a name of `Backend.OPS`.
+        requested: "auto" or a backend's name.
+        tensors: activations, or pooled rows.
+        beside: what goes with them, on the same device: labels, counts.
 
     Raises:
         ValueError: `requested` or MODA_BACKEND is no backend's name.
@@ -80,60 +131,49 @@ def select(operation: str, requested: str, tensors: Sequence[Tensor]) -> Any:
     if requested == "auto":
         # Inductor fuses the closed form itself; a call into a compiled kernel would only get in its way.
         if torch.compiler.is_compiling():
-            return _module("torch")
+            return closed_form
         override = os.environ.get("MODA_BACKEND", "auto")
         if override == "auto" or operation not in _named(override, "MODA_BACKEND").OPS:
-            return _first_that_runs(operation, tensors)
+            return _first_that_runs(operation, tensors, beside)
         requested, source = override, "MODA_BACKEND"
     else:
         source = "backend"
-    module = _named(requested, source)
-    reason = _refusal(module, operation, tensors)
+    backend = _named(requested, source)
+    reason = _refusal(backend, operation, tensors)
+    if reason is None and backend.READS_MEMORY and (problem := plain.obstacle((*tensors, *beside))):
+        reason = f'{problem}; backend="torch" can'
     if reason is not None:
         raise BackendUnavailableError(f"{source}={requested!r} cannot run {operation}: {reason}")
-    return module
+    return backend
 
 
-def _first_that_runs(operation: str, tensors: Sequence[Tensor]) -> Any:
+def _first_that_runs(operation: str, tensors: Sequence[Tensor], beside: Sequence[Tensor]) -> Backend:
+    if plain.is_traced() or plain.obstacle((*tensors, *beside)):
+        return closed_form
     for name in PREFERENCE:
-        module = _module(name)
-        if operation in module.OPS and _refusal(module, operation, tensors) is None:
-            return module
+        backend = _MODULES[name]
+        if operation in backend.OPS and _refusal(backend, operation, tensors) is None:
+            return backend
     raise BackendUnavailableError(f"no backend runs {operation} on {tensors[0].device}")  # pragma: no cover
 
 
-def _refusal(module: Any, operation: str, tensors: Sequence[Tensor]) -> str | None:
-    """Why `module` cannot run `operation` on `tensors`; None if it can. Cheap: it is on the path of every step."""
-    if operation not in module.OPS:
-        return f"it does not implement it (it has: {', '.join(sorted(module.OPS))})"
+def _refusal(backend: Backend, operation: str, tensors: Sequence[Tensor]) -> str | None:
+    """Why the backend cannot run `operation` on `tensors`; None if it can. Cheap: it is on the path of every step."""
+    if operation not in backend.OPS:
+        return f"it does not implement it (it has: {', '.join(sorted(backend.OPS))})"
     device = tensors[0].device
-    if module.DEVICES is not None and device.type not in module.DEVICES[operation]:
-        where = " and ".join(sorted(module.DEVICES[operation]))
+    if backend.DEVICES is not None and device.type not in backend.DEVICES[operation]:
+        where = " and ".join(sorted(backend.DEVICES[operation]))
         return f"it runs on {where} tensors, got a tensor on {device}"
-    taken = module.DTYPES[operation]
+    taken = backend.DTYPES[operation]
     for tensor in tensors:
         if tensor.dtype not in taken:
             names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in taken))
             return f"it takes {names}, got {str(tensor.dtype).removeprefix('torch.')}"
-    reason: str | None = module.unavailable(device)
-    return reason
+    return backend.unavailable(device)
 
 
-def _named(name: str, source: str) -> Any:
+def _named(name: str, source: str) -> Backend:
     if name not in NAMES:
         raise ValueError(f"{source}: expected one of 'auto', {', '.join(map(repr, NAMES))}, got {name!r}")
-    return _module(name)
-
-
-def _module(name: str) -> Any:
-    """The backend's module, imported at first use: importing Triton is slow, and most machines have no use for it.
-
-    Plain import statements, because `torch.compile` can trace those; once only, because they are slow in every step.
-    """
-    if name not in _modules:
-        if name == "triton":
-            from moda_kernels import triton_kernels as module
-        else:
-            from moda_kernels import native as module  # type: ignore[no-redef]
-        _modules[name] = module
-    return _modules[name]
+    return _MODULES[name]

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from moda_kernels.validation import check_strided
+
 
 class BatchNorm(NamedTuple):
     """The arguments of `torch.nn.functional.batch_norm`, and a residual that is added to its result.
@@ -42,7 +44,6 @@ def check_batch_norm(x: Tensor, norm: BatchNorm) -> None:
             are missing, or are to be taken over one value.
     """
     _check_settings(norm)
-    _check_dense("x", x)
     dtype: torch.dtype | None = None
     for name, tensor in zip(_PER_NEURON, norm[:4], strict=True):
         if tensor is not None:
@@ -75,15 +76,10 @@ def _check_settings(norm: BatchNorm) -> None:
         raise ValueError(f"eps: expected {expected}, got {norm.eps}")
 
 
-def _check_dense(name: str, tensor: Any) -> None:
-    if tensor.layout != torch.strided or tensor.is_nested:
-        raise TypeError(f"{name}: expected a dense tensor, got layout {tensor.layout}")
-
-
 def _check_per_neuron(name: str, tensor: Any, x: Tensor, others: torch.dtype | None) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: expected a tensor or None, got {type(tensor).__name__}")
-    _check_dense(name, tensor)
+    check_strided(tensor, name)
     if tensor.dim() != 1 or tensor.shape[0] != x.shape[1]:
         raise ValueError(f"{name}: expected shape ({x.shape[1]},), one number per neuron, got {tuple(tensor.shape)}")
     half = x.dtype in (torch.float16, torch.bfloat16)
@@ -98,7 +94,7 @@ def _check_per_neuron(name: str, tensor: Any, x: Tensor, others: torch.dtype | N
 def _check_residual(residual: Any, x: Tensor) -> None:
     if not isinstance(residual, Tensor):
         raise TypeError(f"residual: expected a tensor or None, got {type(residual).__name__}")
-    _check_dense("residual", residual)
+    check_strided(residual, "residual")
     if residual.shape != x.shape:
         raise ValueError(f"residual: expected shape {tuple(x.shape)} as x has, got {tuple(residual.shape)}")
     if residual.dtype != x.dtype:

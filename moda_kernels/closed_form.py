@@ -23,13 +23,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moda_kernels._segment_add import segment_add
 from moda_kernels.batch_norm import BatchNorm
+from moda_kernels.precision import accumulation
 from moda_kernels.segments import Segments
+from moda_kernels.tally import Tally
 
 _FLOATS = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 
 OPS = frozenset({"grouped_losses", "pool", "relu_pool", "norm_relu_pool", "class_sums", "count_firings"})
 DTYPES: Mapping[str, frozenset[torch.dtype]] = dict.fromkeys(OPS, _FLOATS)
+READS_MEMORY = False
 DEVICES: Mapping[str, frozenset[str]] | None = None  # any
 
 EPS = 1e-12  # the published floor of a row's norm
@@ -40,14 +44,9 @@ def unavailable(device: torch.device | None = None) -> str | None:
     return None
 
 
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float64 for float64, float32 for everything narrower."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def pooled_activation(activation: Tensor) -> Tensor:
     """(N, C) pooled activation: mean of |x| over positions; an (N, C) activation is its own pool (signed)."""
-    dtype = accumulation_dtype(activation.dtype)
+    dtype = accumulation(activation.dtype)
     if activation.dim() == 2:
         return activation.to(dtype)
     return activation.abs().mean(dim=tuple(range(2, activation.dim())), dtype=dtype)
@@ -69,7 +68,7 @@ def _pooled_relu(y: Tensor) -> Tensor:
     if y.dim() == 2:
         return pooled_activation(y)
     # y is its own absolute value, and the ReLU's gradient is 0 where that of |y| would be.
-    return y.mean(dim=tuple(range(2, y.dim())), dtype=accumulation_dtype(y.dtype))
+    return y.mean(dim=tuple(range(2, y.dim())), dtype=accumulation(y.dtype))
 
 
 def norm_relu_pool(x: Tensor, norm: BatchNorm) -> tuple[Tensor, Tensor]:
@@ -98,8 +97,6 @@ def class_sums(pooled: Sequence[Tensor], labels: Tensor, num_classes: int, *, no
 
 def _segment_add(rows: Tensor, segment: Tensor) -> Tensor:
     if rows.device.type == "cpu" and torch.compiler.is_compiling():
-        from moda_kernels._segment_add import segment_add
-
         summed: Tensor = segment_add(rows, segment)
         return summed
     return torch.zeros_like(rows).index_add(0, segment, rows)
@@ -132,34 +129,22 @@ def grouped_losses(activations: Sequence[Tensor], segments: Segments) -> tuple[T
 
 
 @torch.no_grad()
-def count_firings(
-    activations: Sequence[Tensor],
-    labels: Tensor,
-    threshold: float,
-    counts: Sequence[Tensor],
-    class_sizes: Tensor,
-    invalid: Tensor,
-    sums: Sequence[Tensor] = (),
-) -> None:
-    """Add the batch's firings to `counts` ((K, C) int64 each), `class_sizes` and `invalid`, in place.
-
-    A neuron fires for a sample when any of its positions exceeds `threshold` in magnitude; NaN counts as firing.
-    Samples whose label is outside [0, K) are counted in `invalid` alone. With `sums` ((K, C) each, in the accumulation
-    dtype) also add the pooled activations to each class's.
-    """
-    valid = (labels >= 0) & (labels < class_sizes.shape[0])
+def count_firings(activations: Sequence[Tensor], labels: Tensor, threshold: float, tally: Tally) -> None:
+    """Contract of `backends.Backend.count_firings`."""
+    num_classes = tally.class_sizes.shape[0]
+    valid = (labels >= 0) & (labels < num_classes)
     index = torch.where(valid, labels, 0).long()
     weight = valid.long()
-    for activation, count in zip(activations, counts, strict=True):
+    for activation, count in zip(activations, tally.counts, strict=True):
         # Largest and smallest, for NaN and for speed: no temporary of the activation's size.
         positions = tuple(range(2, activation.dim()))
         largest = activation.amax(positions) if positions else activation
         smallest = activation.amin(positions) if positions else activation
         fired = ~((largest <= threshold) & (smallest >= -threshold))
         count.index_add_(0, index, fired.long() * weight[:, None])
-    if sums:
+    if tally.sums:
         pooled = [torch.where(valid[:, None], rows, 0) for rows in pool(activations)]
-        for total, batch in zip(sums, class_sums(pooled, index, class_sizes.shape[0], normalize=False), strict=True):
+        for total, batch in zip(tally.sums, class_sums(pooled, index, num_classes, normalize=False), strict=True):
             total += batch
-    class_sizes.index_add_(0, index, weight)
-    invalid.add_((~valid).sum())
+    tally.class_sizes.index_add_(0, index, weight)
+    tally.invalid.add_((~valid).sum())

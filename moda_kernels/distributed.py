@@ -61,6 +61,7 @@ from torch import Tensor
 from moda_kernels import closed_form
 from moda_kernels.backends import select
 from moda_kernels.closed_form import EPS
+from moda_kernels.plain import is_traced
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -110,7 +111,10 @@ def grouped_losses(
     layout = _Layout(tuple(layer.shape[1] for layer in layers), tuple(layer.dtype for layer in layers), num_classes)
     owners = None
     if num_classes is None:
-        index, rows, owners = _present_classes(labels, layout, group)
+        present = _present_classes
+        if torch.compiler.is_compiling():  # not a decorator: asking for it imports the compiler, which is slow
+            present = torch.compiler.disable(present)
+        index, rows, owners = present(labels, layout, group)
     else:
         index, rows = labels.long(), num_classes
         if not torch.compiler.is_compiling():
@@ -125,8 +129,7 @@ def _pool(layers: Sequence[Tensor], labels: Tensor, backend: str) -> list[Tensor
     """Pooled activations by the chosen backend; an empty batch has nothing for a kernel to run on."""
     if labels.shape[0] == 0:
         return closed_form.pool(layers)
-    pooled: list[Tensor] = select("pool", backend, layers).pool(layers)
-    return pooled
+    return select("pool", backend, layers).pool(layers)
 
 
 class _GlobalLosses(torch.autograd.Function):
@@ -314,7 +317,9 @@ def _pair_counts(sizes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def _columns(widths: tuple[int, ...], like: Tensor) -> tuple[Tensor, Tensor]:
     """Of each of the D columns: its layer (int64), and 1 / (L C), its weight in the mean over neurons and layers."""
     # Kept from step to step: a copy from the host is a synchronisation, and not allowed while a CUDA graph is captured.
-    make = _make_columns if torch.compiler.is_compiling() else _cached_columns
+    # Columns made by a trace or in inference mode are of no use outside of it.
+    keep = not (is_traced() or torch.is_inference_mode_enabled())
+    make = _cached_columns if keep else _make_columns
     return make(widths, like.dtype, like.device)
 
 
@@ -396,7 +401,6 @@ MESSAGE_BYTES = 256 << 10
 """What could be sent while a message is under way: 8 us at 32 GB/s. Between 75 kB (25 Gbit/s) and 600 kB (NVLink)."""
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _present_classes(labels: Tensor, layout: _Layout, group: ProcessGroup) -> tuple[Tensor, int, _Owners | None]:
     """The row of each local sample's class among the rows to exchange, their number, and the owners, if that pays."""
     agreed = _agreed.setdefault(group, _Agreed())

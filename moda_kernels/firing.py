@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import math
+import threading
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from moda_kernels import distributed
 from moda_kernels.backends import select
-from moda_kernels.closed_form import accumulation_dtype
+from moda_kernels.distributed import Group
 from moda_kernels.means import mean_of_classes
-from moda_kernels.validation import check_batch, check_label_range, check_num_classes
-
-if TYPE_CHECKING:
-    from moda_kernels.distributed import Group
+from moda_kernels.pooling import is_pooled
+from moda_kernels.precision import accumulation
+from moda_kernels.tally import Tally
+from moda_kernels.validation import check_batch, check_label_range, check_magnitude, check_num_classes
 
 
 class FiringCounter:
@@ -31,12 +33,15 @@ class FiringCounter:
     same order are bitwise equal from run to run, with backend "native" on any device, and for any number of threads;
     another order of samples or batches rounds differently.
 
+    Threads may share a counter: each batch is added as a whole.
+
     Labels outside [0, num_classes) are an error: at once on the CPU; on a GPU, where looking would be a synchronisation
     per batch, at the next read of a result.
 
     Args:
         num_classes: K, at least 1.
-        threshold: magnitude that a position must exceed, finite and >= 0; the published code uses 0.
+        threshold: magnitude that a position must exceed, finite and >= 0; the published code uses 0. With any other,
+            pooled activations (of `pool` or `relu_pool`) are refused: a mean says nothing about single positions.
         backend: see `moda_kernels.backends`.
         sums: also add up pooled activations.
 
@@ -53,18 +58,18 @@ class FiringCounter:
 
     def __init__(self, num_classes: int, *, threshold: float = 0.0, backend: str = "auto", sums: bool = False) -> None:
         check_num_classes(num_classes)
-        if not (math.isfinite(threshold) and threshold >= 0):
-            raise ValueError(f"threshold: expected a finite number of at least 0, got {threshold}")
         if not isinstance(sums, bool):
             raise TypeError(f"sums: expected True or False, got {type(sums).__name__}")
         self.num_classes = num_classes
-        self.threshold = float(threshold)
+        self.threshold = check_magnitude(threshold, "threshold")
         self.backend = backend
         self._with_sums = sums
+        self._lock = threading.Lock()
         self._counts: list[Tensor] = []
         self._sums: list[Tensor] = []
-        self._class_sizes = torch.zeros(num_classes, dtype=torch.int64)
-        self._invalid = torch.zeros((), dtype=torch.int64)
+        with torch.inference_mode(False):
+            self._class_sizes = torch.zeros(num_classes, dtype=torch.int64)
+            self._invalid = torch.zeros((), dtype=torch.int64)
 
     def update(self, activations: Sequence[Tensor], labels: Tensor) -> None:
         """Count one batch.
@@ -79,16 +84,16 @@ class FiringCounter:
                 neurons or, with sums, between float64 and narrower; nothing is counted.
         """
         layers = check_batch(activations, labels)
+        self._check_unpooled(layers)
         widths = [layer.shape[1] for layer in layers]
-        dtypes = [accumulation_dtype(layer.dtype) for layer in layers] if self._with_sums else []
-        self._check_layers(widths, dtypes)
+        dtypes = [accumulation(layer.dtype) for layer in layers] if self._with_sums else []
         if labels.device.type == "cpu":
             check_label_range(labels, self.num_classes)
-        implementation = select("count_firings", self.backend, layers)
-        self._place(widths, dtypes, labels.device)
-        implementation.count_firings(
-            layers, labels, self.threshold, self._counts, self._class_sizes, self._invalid, self._sums
-        )
+        with self._alone():
+            self._check_layers(widths, dtypes)
+            implementation = select("count_firings", self.backend, layers, (labels, *self._counts))
+            self._place(widths, dtypes, labels.device)
+            implementation.count_firings(layers, labels, self.threshold, self._tally())
 
     @property
     def counts(self) -> list[Tensor]:
@@ -142,19 +147,22 @@ class FiringCounter:
         Raises:
             ValueError: the counters differ in one of these; nothing is added.
         """
+        if not isinstance(other, FiringCounter):
+            raise TypeError(f"other: expected a FiringCounter, got {type(other).__name__}")
         given = other._settings()
         for name, mine in self._settings().items():
             if mine != given[name]:
                 raise ValueError(f"other: expected {name}={mine} as here, got {given[name]}")
         if not other.counts:
             return
-        widths, dtypes = other._widths(), other._sum_dtypes()
-        self._check_layers(widths, dtypes)
-        device = other._class_sizes.device
-        self._place(widths, dtypes, device)
-        for mine, theirs in zip([*self._counts, *self._sums], [*other._counts, *other._sums], strict=True):
-            mine += theirs.to(device)
-        self._class_sizes += other.class_sizes.to(device)
+        with other._alone():
+            widths, dtypes = other._widths(), other._sum_dtypes()
+            added = [_own(tensor) for tensor in other._tally().tensors()]
+        with self._alone():
+            self._check_layers(widths, dtypes)
+            self._place(widths, dtypes, added[0].device)
+            for mine, theirs in zip(self._tally().tensors(), added, strict=True):
+                mine += theirs
 
     def all_reduce(self, group: Group) -> None:
         """Replace the counts, and sums if there are, on every rank by those of all ranks of a process group together.
@@ -170,8 +178,6 @@ class FiringCounter:
             TypeError, ValueError: `group` is none, or the ranks' counters differ in classes, threshold, sums or layers;
                 then on every rank, and nothing is added.
         """
-        from moda_kernels import distributed  # brings in torch's compiler, which is slow to import
-
         process_group = distributed.resolve_group(group)
         mine = (self._settings(), self._widths(), self._sum_dtypes())
         everyone = distributed.gather_objects(mine, process_group)
@@ -182,14 +188,15 @@ class FiringCounter:
                 f"group: expected the same classes, threshold, sums and layers on every rank, got "
                 f"{distributed.describe(described)}"
             )
-        if counted:
-            widths, dtypes = counted[0]
-            self._place(widths, dtypes, self._class_sizes.device)
-        *self._counts, self._class_sizes, self._invalid = distributed.sum_tensors(
-            [*self._counts, self._class_sizes, self._invalid], torch.int64, process_group
-        )
-        if self._sums:
-            self._sums = distributed.sum_tensors(self._sums, torch.float64, process_group)
+        with self._alone(), torch.inference_mode(False):
+            if counted:
+                widths, dtypes = counted[0]
+                self._place(widths, dtypes, self._class_sizes.device)
+            *self._counts, self._class_sizes, self._invalid = distributed.sum_tensors(
+                [*self._counts, self._class_sizes, self._invalid], torch.int64, process_group
+            )
+            if self._sums:
+                self._sums = distributed.sum_tensors(self._sums, torch.float64, process_group)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Counts, sums if there are, sizes and settings as tensors.
@@ -225,10 +232,11 @@ class FiringCounter:
         threshold = float(state["threshold"])
         if threshold != self.threshold:
             raise ValueError(f"state['threshold']: expected {self.threshold} as here, got {threshold}")
-        self._counts = [_own(state[name]) for name in counts]
-        self._sums = [_own(state[name]) for name in sums] if self._with_sums else []
-        self._class_sizes = _own(state["class_sizes"])
-        self._invalid = torch.zeros((), dtype=torch.int64, device=self._class_sizes.device)
+        with self._alone(), torch.inference_mode(False):
+            self._counts = [_own(state[name]) for name in counts]
+            self._sums = [_own(state[name]) for name in sums] if self._with_sums else []
+            self._class_sizes = _own(state["class_sizes"])
+            self._invalid = torch.zeros((), dtype=torch.int64, device=self._class_sizes.device)
 
     def __repr__(self) -> str:
         settings = f"num_classes={self.num_classes}, threshold={self.threshold:g}, neurons={self._widths()}"
@@ -253,15 +261,46 @@ class FiringCounter:
                 f"activations: expected layers whose sums are {_names(summed)} as so far, got {_names(dtypes)}"
             )
 
+    def _check_unpooled(self, layers: Sequence[Tensor]) -> None:
+        if self.threshold == 0:  # a mean of magnitudes is above 0 where one of them is
+            return
+        for index, layer in enumerate(layers):
+            if is_pooled(layer):
+                raise ValueError(
+                    f"activations[{index}]: expected an activation, to compare its positions with the threshold "
+                    f"{self.threshold:g}, got pooled rows, which hold means over positions"
+                )
+
+    def _alone(self) -> AbstractContextManager[Any]:
+        """Keeps other threads out; a compiler traces one thread, and knows no locks."""
+        return nullcontext() if torch.compiler.is_compiling() else self._lock
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._lock = threading.Lock()
+
+    def _tally(self) -> Tally:
+        return Tally(self._counts, self._class_sizes, self._invalid, self._sums)
+
     def _place(self, widths: list[int], dtypes: list[torch.dtype], device: torch.device) -> None:
-        """Counts, and sums if there are `dtypes` for them, on the device; made at the first batch."""
-        if not self._counts:
-            self._counts = [torch.zeros(self.num_classes, width, dtype=torch.int64, device=device) for width in widths]
-            self._sums = [
-                torch.zeros(self.num_classes, width, dtype=dtype, device=device)
-                for width, dtype in zip(widths, dtypes, strict=False)
-            ]
-        if self._class_sizes.device != device:
+        """Counts, and sums if there are `dtypes` for them, on the device; made at the first batch.
+
+        Tensors made in inference mode could not be added to outside of it.
+        """
+        if self._counts and self._class_sizes.device == device:
+            return
+        with torch.inference_mode(False):
+            if not self._counts:
+                self._counts = [
+                    torch.zeros(self.num_classes, width, dtype=torch.int64, device=device) for width in widths
+                ]
+                self._sums = [
+                    torch.zeros(self.num_classes, width, dtype=dtype, device=device)
+                    for width, dtype in zip(widths, dtypes, strict=False)
+                ]
             self._counts = [count.to(device) for count in self._counts]
             self._sums = [total.to(device) for total in self._sums]
             self._class_sizes, self._invalid = self._class_sizes.to(device), self._invalid.to(device)

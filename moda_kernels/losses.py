@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from moda_kernels import distributed
 from moda_kernels.backends import select
+from moda_kernels.distributed import Group
 from moda_kernels.segments import Segments
-from moda_kernels.validation import check_batch, check_label_range, check_num_classes
-
-if TYPE_CHECKING:
-    from moda_kernels.distributed import Group
+from moda_kernels.validation import check_batch, check_label_range, check_magnitude, check_num_classes
 
 
 class ModularLosses(NamedTuple):
@@ -76,15 +74,13 @@ def modular_losses(
     if group is not None:
         return _global_losses(activations, labels, backend, group, num_classes)
     layers = check_batch(activations, labels)
-    implementation = select("grouped_losses", backend, layers)
+    implementation = select("grouped_losses", backend, layers, (labels,))
     return ModularLosses(*implementation.grouped_losses(layers, Segments.from_labels(labels)))
 
 
 def _global_losses(
     activations: Sequence[Tensor], labels: Tensor, backend: str, group: Group, num_classes: int | None
 ) -> ModularLosses:
-    from moda_kernels import distributed  # brings in torch's compiler, which is slow to import
-
     process_group = distributed.resolve_group(group)
     layers = check_batch(activations, labels, allow_empty=True)
     if num_classes is not None:
@@ -113,7 +109,7 @@ class ModularLoss(nn.Module):
         num_classes: see `modular_losses`.
 
     Raises:
-        ValueError: a weight is negative or not finite.
+        TypeError, ValueError: a weight is no number, negative or not finite.
 
     Example:
         >>> loss = F.cross_entropy(model(x), y) + modular_loss(model.activations(), y)
@@ -130,10 +126,11 @@ class ModularLoss(nn.Module):
         num_classes: int | None = None,
     ) -> None:
         super().__init__()
-        self.weights = ModularWeights(affinity, dispersion, compactness)
-        for name, weight in self.weights._asdict().items():
-            if not (math.isfinite(weight) and weight >= 0):
-                raise ValueError(f"{name}: expected a finite weight of at least 0, got {weight}")
+        self.weights = ModularWeights(
+            check_magnitude(affinity, "affinity", "weight"),
+            check_magnitude(dispersion, "dispersion", "weight"),
+            check_magnitude(compactness, "compactness", "weight"),
+        )
         if num_classes is not None:
             check_num_classes(num_classes)
         self.backend = backend

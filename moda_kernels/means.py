@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from moda_kernels.backends import select
+from moda_kernels.backends import Backend, select
 from moda_kernels.pooling import pool
 from moda_kernels.validation import check_batch, check_label_range, check_num_classes
 
@@ -38,11 +38,16 @@ def class_means(
     check_label_range(labels, num_classes)
     pooled = pool(layers, backend=backend)
     index = labels.long()
-    sums = select("class_sums", "auto", pooled).class_sums(pooled, index, num_classes, normalize=False)
+    sums = summing_backend(backend, pooled, labels).class_sums(pooled, index, num_classes, normalize=False)
     sizes = torch.zeros(num_classes, dtype=torch.int64, device=labels.device).index_add(
         0, index, torch.ones_like(index)
     )
     return [mean_of_classes(total, sizes) for total in sums]
+
+
+def summing_backend(requested: str, pooled: Sequence[Tensor], labels: Tensor) -> Backend:
+    """The backend that adds rows up over classes: the one asked for, but plain PyTorch for "reference"."""
+    return select("class_sums", "torch" if requested == "reference" else requested, pooled, (labels,))
 
 
 def mean_of_classes(total: Tensor, sizes: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ Two roads lead to the same kernels (`_native_calls.py`):
 - eager: `torch.autograd.Function`s, called directly. A call through the dispatcher costs more than a small kernel:
   `relu_pool` of (4, 8, 4, 4) takes 26 us of CPU time directly, 70 us as an operator, 115 and 219 us with its backward
   (one core of an AMD EPYC Milan);
-- under `torch.compile`: the operators of `_native_ops.py`, which the compiler sees whole.
+- under `torch.compile`, and wherever else operations are recorded: the operators of `_native_ops.py`, seen whole.
 
 Layouts: contiguous `(N, C, *spatial)`, neurons last in memory (channels_last, tokens), `(N, C)`; others are made
 contiguous. Sums are in float32 for half precision and float32, in float64 for float64. Results are bitwise equal from
@@ -23,13 +23,18 @@ from torch import Tensor
 from moda_kernels import _native_calls as calls
 from moda_kernels import _native_ops as ops
 from moda_kernels import closed_form
+from moda_kernels.once import once_only
+from moda_kernels.plain import is_traced
+from moda_kernels.precision import accumulation
 from moda_kernels.segments import Segments
+from moda_kernels.tally import Tally
 
 OPS = frozenset({"grouped_losses", "pool", "relu_pool", "class_sums", "count_firings"})
 DTYPES: Mapping[str, frozenset[torch.dtype]] = {
     **dict.fromkeys(OPS, frozenset(calls.DTYPE_CODES)),
     "class_sums": frozenset({torch.float32, torch.float64}),
 }
+READS_MEMORY = True
 DEVICES: Mapping[str, frozenset[str]] | None = {
     **dict.fromkeys(OPS, frozenset({"cpu"})),
     "count_firings": frozenset({"cpu", "cuda"}),
@@ -66,11 +71,11 @@ def pool(activations: Sequence[Tensor]) -> list[Tensor]:
     """The pooled activation of every layer; differentiable once. An (N, C) layer is its own, in float32 or float64."""
     spatial = [calls.dense(x) for x in activations if x.dim() > 2]
     means = iter(_pool_dense(spatial) if spatial else ())
-    return [next(means) if x.dim() > 2 else x.to(calls.accumulation(x.dtype)) for x in activations]
+    return [next(means) if x.dim() > 2 else x.to(accumulation(x.dtype)) for x in activations]
 
 
 def _pool_dense(layers: Sequence[Tensor]) -> Sequence[Tensor]:
-    if torch.compiler.is_compiling():
+    if is_traced():
         means: Sequence[Tensor] = ops.pool(list(layers))
         return means
     pooled: tuple[Tensor, ...] = _Pool.apply(*layers)  # type: ignore[no-untyped-call]
@@ -79,10 +84,10 @@ def _pool_dense(layers: Sequence[Tensor]) -> Sequence[Tensor]:
 
 def relu_pool(x: Tensor, inplace: bool) -> tuple[Tensor, Tensor]:
     """`relu(x)` and its pooled activation; differentiable once. An (N, C) activation is its own pool."""
-    if x.dim() == 2 or (inplace and (torch.compiler.is_compiling() or calls.layout(x) is None)):
+    if x.dim() == 2 or (inplace and (is_traced() or calls.layout(x) is None)):
         y = torch.relu_(x) if inplace else torch.relu(x)
         return y, pool([y])[0]
-    if torch.compiler.is_compiling():
+    if is_traced():
         y, pooled = ops.relu_pool(calls.dense(x))
         return y, pooled
     y, pooled = _ReluPool.apply(x if inplace else calls.dense(x), inplace)  # type: ignore[no-untyped-call]
@@ -92,73 +97,35 @@ def relu_pool(x: Tensor, inplace: bool) -> tuple[Tensor, Tensor]:
 def grouped_losses(activations: Sequence[Tensor], segments: Segments) -> tuple[Tensor, Tensor, Tensor]:
     """(affinity, dispersion, compactness); 0-d, in the widest layer's accumulation dtype; differentiable once."""
     layers = [calls.dense(x) for x in activations]
-    tensors = _segment_tensors(segments)
-    if torch.compiler.is_compiling():
-        affinity, dispersion, compactness, _ = ops.grouped_losses(layers, tensors)
+    if is_traced():
+        affinity, dispersion, compactness, _ = ops.grouped_losses(layers, list(segments))
         return affinity, dispersion, compactness
-    affinity, dispersion, compactness = _GroupedLosses.apply(tensors, *layers)  # type: ignore[no-untyped-call]
+    affinity, dispersion, compactness = _GroupedLosses.apply(segments, *layers)  # type: ignore[no-untyped-call]
     return affinity, dispersion, compactness
-
-
-def _segment_tensors(segments: Segments) -> list[Tensor]:
-    return [segments.order, segments.offsets, segments.segment, segments.same_pairs, segments.diff_pairs]
 
 
 def class_sums(pooled: Sequence[Tensor], labels: Tensor, num_classes: int, *, normalize: bool = True) -> list[Tensor]:
     """Per layer the (K, C) sum over each class's samples of the rows, L2-normalised by default. Not differentiable."""
     if not normalize:  # a sum of rows as they are is no work for a kernel of its own
         return closed_form.class_sums(pooled, labels, num_classes, normalize=False)
-    run = ops.class_sums if torch.compiler.is_compiling() else calls.class_sums
+    run = ops.class_sums if is_traced() else calls.class_sums
     sums: list[Tensor] = run([rows.detach() for rows in pooled], labels, num_classes)
     return sums
 
 
-def count_firings(
-    activations: Sequence[Tensor],
-    labels: Tensor,
-    threshold: float,
-    counts: Sequence[Tensor],
-    class_sizes: Tensor,
-    invalid: Tensor,
-    sums: Sequence[Tensor] = (),
-) -> None:
-    """Add the batch's firings to `counts` ((K, C) int64 each), `class_sizes` and `invalid`, in place.
+def count_firings(activations: Sequence[Tensor], labels: Tensor, threshold: float, tally: Tally) -> None:
+    """Contract of `backends.Backend.count_firings`.
 
-    A neuron fires for a sample when any of its positions exceeds `threshold` (rounded to the layer's dtype, as PyTorch
-    compares) in magnitude; NaN counts as firing. Samples whose label is outside [0, K) are counted in `invalid` alone.
-
-    With `sums` ((K, C) float64 for float64 layers, else float32) also the pooled activations, from the same read. A
-    class's samples are added in the order of the batch, in the accumulation dtype, and then to the running sum:
-    bitwise equal from run to run and for any number of threads; on CUDA also given the same alignment to 16 bytes.
+    The threshold is rounded to the layer's dtype, as PyTorch compares. A class's samples are added in the order of the
+    batch, in the accumulation dtype, and then to the running sum: bitwise equal from run to run and for any number of
+    threads; on CUDA also given the same alignment to 16 bytes.
     """
-    compiling = torch.compiler.is_compiling()
-    module = ops if compiling else calls
-    layers = [x.detach() for x in activations] if compiling else activations
-    if sums:
-        module.class_statistics(layers, labels, threshold, list(counts), class_sizes, invalid, list(sums))
+    if is_traced():
+        layers = [x.detach() for x in activations]
+        counts, sums = list(tally.counts), list(tally.sums)
+        ops.count_firings(layers, labels, threshold, counts, tally.class_sizes, tally.invalid, sums)
     else:
-        module.count_firings(layers, labels, threshold, list(counts), class_sizes, invalid)
-
-
-def _once_only(gradients: Sequence[Tensor | None], inputs: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
-    """The gradients, such that differentiating them again is an error that says what to do."""
-    if not torch.is_grad_enabled():
-        return tuple(gradients)
-    present = [gradient for gradient in gradients if gradient is not None]
-    guarded = iter(_OnceOnly.apply(len(present), *present, *(x for x in inputs if x is not None)))  # type: ignore[no-untyped-call]
-    return tuple(None if gradient is None else next(guarded) for gradient in gradients)
-
-
-class _OnceOnly(torch.autograd.Function):
-    """Passes gradients on; stands in the graph as a function of what they were computed from."""
-
-    @staticmethod
-    def forward(ctx: Any, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
-        return tuple(tensor.view_as(tensor) for tensor in tensors[:count])
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Any:
-        raise RuntimeError(ops.ONCE_ONLY)
+        calls.count_firings(activations, labels, threshold, tally)
 
 
 class _Pool(torch.autograd.Function):
@@ -171,7 +138,7 @@ class _Pool(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
         layers = ctx.saved_tensors
-        return _once_only(calls.pool_backward(upstream, layers), [*layers, *upstream])
+        return once_only(calls.pool_backward(upstream, layers), [*layers, *upstream])
 
 
 class _ReluPool(torch.autograd.Function):
@@ -190,12 +157,12 @@ class _ReluPool(torch.autograd.Function):
         (y,) = ctx.saved_tensors
         if dy is None and dpooled is None:
             return None, None
-        return _once_only([calls.relu_pool_backward(y, dy, dpooled)], [y, dy, dpooled])[0], None
+        return once_only([calls.relu_pool_backward(y, dy, dpooled)], [y, dy, dpooled])[0], None
 
 
 class _GroupedLosses(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, segments: list[Tensor], *layers: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, segments: Segments, *layers: Tensor) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         # How many segments there are is the labels' affair; a compiler, which sees no values, has to allow for N.
         ctx.room = calls.segment_count(segments)
@@ -207,7 +174,6 @@ class _GroupedLosses(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
-        workspace, *tensors = ctx.saved_tensors
-        segments, layers = tensors[: ops.SEGMENT_TENSORS], tensors[ops.SEGMENT_TENSORS :]
+        workspace, segments, layers = calls.SavedLosses.of(ctx.saved_tensors)
         gradients = calls.losses_backward(upstream, layers, ctx.needs_input_grad[1:], segments, workspace, ctx.room)
-        return None, *_once_only(gradients, [*layers, *upstream])
+        return None, *once_only(gradients, [*layers, *upstream])

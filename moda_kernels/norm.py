@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from moda_kernels.backends import select
 from moda_kernels.batch_norm import BatchNorm, check_batch_norm
-from moda_kernels.plain import are_plain
+from moda_kernels.pooling import mark_pooled
 from moda_kernels.validation import check_activation
 
 
@@ -55,7 +54,7 @@ def norm_relu_pool(
     check_activation(x, "x")
     norm = BatchNorm(running_mean, running_var, weight, bias, residual, training, momentum, eps)
     check_batch_norm(x, norm)
-    if backend == "auto" and not torch.compiler.is_compiling() and not are_plain((x, *norm.tensors())):
-        backend = "torch"
-    y, pooled = select("norm_relu_pool", backend, (x,)).norm_relu_pool(x, norm)
+    y, pooled = select("norm_relu_pool", backend, (x,), norm.tensors()).norm_relu_pool(x, norm)
+    if x.dim() > 2:
+        mark_pooled(pooled)
     return y, pooled

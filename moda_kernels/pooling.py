@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from moda_kernels.backends import select
@@ -26,7 +27,10 @@ def pool(activations: Sequence[Tensor], *, backend: str = "auto") -> list[Tensor
         BackendUnavailableError: the backend asked for cannot run.
     """
     layers = check_layers(activations)
-    pooled: list[Tensor] = select("pool", backend, layers).pool(layers)
+    pooled = select("pool", backend, layers).pool(layers)
+    for layer, rows in zip(layers, pooled, strict=True):
+        if layer.dim() > 2:
+            mark_pooled(rows)
     return pooled
 
 
@@ -49,5 +53,32 @@ def relu_pool(x: Tensor, *, inplace: bool = False, backend: str = "auto") -> tup
         BackendUnavailableError: the backend asked for cannot run.
     """
     check_activation(x, "x")
-    y, pooled = select("relu_pool", backend, (x,)).relu_pool(x, inplace)
+    implementation = select("relu_pool", backend, (x,))
+    if inplace and _is_guarded(x):
+        y = torch.relu_(x)
+        pooled = implementation.pool([y])[0]
+    else:
+        y, pooled = implementation.relu_pool(x, inplace)
+    if x.dim() > 2:
+        mark_pooled(pooled)
     return y, pooled
+
+
+def _is_guarded(x: Tensor) -> bool:
+    """Whether autograd may forbid to overwrite x, or must hear of it first; `torch.relu_` asks it before it writes."""
+    if torch.compiler.is_compiling():  # the compiler looks after what is overwritten
+        return False
+    if x.is_inference():
+        return not torch.is_inference_mode_enabled()
+    return x._is_view() or (x.requires_grad and x.is_leaf)
+
+
+def mark_pooled(rows: Tensor) -> None:
+    """Say of a tensor that it holds means over positions: the activation's own values are not in it any more."""
+    if not torch.compiler.is_compiling():
+        rows._moda_pooled = True  # type: ignore[attr-defined]
+
+
+def is_pooled(tensor: Tensor) -> bool:
+    """Whether `mark_pooled` was called for this tensor; a tensor computed from it has no mark."""
+    return getattr(tensor, "_moda_pooled", False)

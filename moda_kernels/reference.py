@@ -16,9 +16,11 @@ from torch import Tensor
 
 from moda_kernels import closed_form
 from moda_kernels.segments import Segments
+from moda_kernels.tally import Tally
 
 OPS = frozenset({"grouped_losses", "pool", "relu_pool", "count_firings"})
 DTYPES: Mapping[str, frozenset[torch.dtype]] = {op: closed_form.DTYPES[op] for op in OPS}
+READS_MEMORY = False
 DEVICES: Mapping[str, frozenset[str]] | None = None  # any
 
 pool = closed_form.pool
@@ -30,12 +32,17 @@ def unavailable(device: torch.device | None = None) -> str | None:
     return None
 
 
+def normalized_rows(pooled: Tensor) -> Tensor:
+    """Rows over max(L2 norm, 1e-12), as the published code has them."""
+    return F.normalize(pooled, dim=1, eps=closed_form.EPS)
+
+
 def published_losses(activations: Sequence[Tensor], labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(affinity, dispersion, compactness) of (N, C) or (N, C, *spatial) activations; NaN where a kind has no pair."""
     affinities, dispersions, compactnesses = [], [], []
     for activation in activations:
         pooled = closed_form.pooled_activation(activation)
-        rows = F.normalize(pooled, dim=1, eps=closed_form.EPS)
+        rows = normalized_rows(pooled)
         with torch.autocast(rows.device.type, enabled=False):
             similarity = rows @ rows.T
         i, j = torch.triu_indices(len(labels), len(labels), offset=1, device=labels.device)
@@ -56,18 +63,10 @@ def grouped_losses(activations: Sequence[Tensor], segments: Segments) -> tuple[T
 
 
 @torch.no_grad()
-def count_firings(
-    activations: Sequence[Tensor],
-    labels: Tensor,
-    threshold: float,
-    counts: Sequence[Tensor],
-    class_sizes: Tensor,
-    invalid: Tensor,
-    sums: Sequence[Tensor] = (),
-) -> None:
-    """The published counting loop, a boolean selection per class and layer; contract of `closed_form.count_firings`."""
-    num_classes = class_sizes.shape[0]
-    for activation, count in zip(activations, counts, strict=True):
+def count_firings(activations: Sequence[Tensor], labels: Tensor, threshold: float, tally: Tally) -> None:
+    """The published counting loop, a boolean selection per class and layer."""
+    num_classes = tally.class_sizes.shape[0]
+    for activation, count in zip(activations, tally.counts, strict=True):
         if threshold == 0:
             fired = closed_form.pooled_activation(activation) != 0
         else:  # the published code has no threshold
@@ -75,12 +74,12 @@ def count_firings(
             fired = ~((magnitude if magnitude.dim() == 2 else magnitude.flatten(2).amax(2)) <= threshold)
         for k in range(num_classes):
             count[k] += fired[labels == k].sum(0)
-    for rows, total in zip(pool(activations) if sums else (), sums, strict=True):
+    for rows, total in zip(pool(activations) if tally.sums else (), tally.sums, strict=True):
         for k in range(num_classes):
             total[k] += rows[labels == k].sum(0)
     for k in range(num_classes):
-        class_sizes[k] += (labels == k).sum()
-    invalid.add_(((labels < 0) | (labels >= num_classes)).sum())
+        tally.class_sizes[k] += (labels == k).sum()
+    tally.invalid.add_(((labels < 0) | (labels >= num_classes)).sum())
 
 
 def published_rates(activations: Sequence[Tensor], labels: Tensor, num_classes: int) -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""Labels -> segments: which samples of a batch are of one class, worked out once per batch.
+"""Labels become segments: which samples of a batch are of one class, worked out once per batch.
 
 A *segment* is the set of samples of one class inside a batch. Everything the modular loss needs of the labels is
 here, as tensors on the labels' own device and without a host synchronisation: the number of segments stays a device
@@ -8,21 +8,21 @@ one. Memory therefore follows the batch, never the number of classes of the data
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True)
-class Segments:
+class Segments(NamedTuple):
     """The samples of each class in a batch of N. Segments are numbered by ascending label.
+
+    Operators of `torch.library` take the fields as a list of tensors, in this order.
 
     Attributes:
         order: (N,) int64, samples sorted by class, in batch order inside a class.
         offsets: (N + 1,) int64, segment g is `order[offsets[g]:offsets[g + 1]]`; N beyond the last segment.
         segment: (N,) int64, the segment of each sample.
-        sizes: (N,) int64, samples per segment; 0 beyond the last segment.
         same_pairs: () int64, number of pairs i < j of one class.
         diff_pairs: () int64, number of pairs i < j of two classes.
     """
@@ -30,7 +30,6 @@ class Segments:
     order: Tensor
     offsets: Tensor
     segment: Tensor
-    sizes: Tensor
     same_pairs: Tensor
     diff_pairs: Tensor
 
@@ -47,4 +46,4 @@ class Segments:
         offsets = torch.cat([sizes.new_zeros(1), sizes.cumsum(0)])
         same_pairs = (sizes * (sizes - 1)).sum() // 2
         diff_pairs = samples * (samples - 1) // 2 - same_pairs
-        return Segments(order, offsets, segment, sizes, same_pairs, diff_pairs)
+        return Segments(order, offsets, segment, same_pairs, diff_pairs)

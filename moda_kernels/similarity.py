@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from moda_kernels import closed_form
-from moda_kernels.backends import select
+from moda_kernels.means import summing_backend
 from moda_kernels.pooling import pool
 from moda_kernels.validation import check_batch, check_label_range, check_num_classes
 
@@ -59,7 +59,7 @@ class ClassSimilarity:
             )
         pooled = pool(layers, backend=self.backend)
         index = labels.long()
-        sums = select("class_sums", "auto", pooled).class_sums(pooled, index, self.num_classes)
+        sums = summing_backend(self.backend, pooled, labels).class_sums(pooled, index, self.num_classes)
         squares = [self._per_class(closed_form.normalized_rows(rows).square().sum(1), index) for rows in pooled]
         sizes = self._per_class(torch.ones_like(index), index)
         if self._sizes is not None:

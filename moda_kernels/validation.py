@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.masked import is_masked_tensor
 
+from moda_kernels import plain
+
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _LABEL_DTYPES = (torch.int64, torch.int32)
 
 
@@ -53,13 +59,35 @@ def _problem(activation: Any, allow_empty: bool) -> TypeError | ValueError | Non
     """What is wrong with an activation. Cheap while nothing is: it is on the path of every step."""
     if not isinstance(activation, Tensor):
         return TypeError(f"expected a tensor, got {type(activation).__name__}")
-    if not activation.dtype.is_floating_point:
-        return TypeError(f"expected a floating-point dtype, got {activation.dtype}")
+    if activation.dtype not in _FLOATS:
+        expected = "a dtype of 16, 32 or 64 bits" if activation.dtype.is_floating_point else "a floating-point dtype"
+        return TypeError(f"expected {expected}, got {activation.dtype}")
+    if unfit := _unfit(activation):
+        return TypeError(f"expected a strided tensor, got {unfit}")
     shape = activation.shape
     if len(shape) < 2:
         return ValueError(f"expected shape (N, C) or (N, C, *spatial), got {tuple(shape)}")
     if 0 in (shape[1:] if allow_empty else shape):
         return ValueError(f"expected at least one sample, neuron and position, got shape {tuple(shape)}")
+    return None
+
+
+def check_strided(tensor: Tensor, name: str) -> None:
+    """A tensor whose elements lie in memory at strides, or one that stands for such a tensor."""
+    if unfit := _unfit(tensor):
+        raise TypeError(f"{name}: expected a strided tensor, got {unfit}")
+
+
+def _unfit(tensor: Tensor) -> str | None:
+    """What a tensor is whose elements do not lie at strides: sparse, nested, masked, opaque, freed. None for others."""
+    if tensor.is_nested:
+        return "a nested one"
+    if tensor.layout is not torch.strided:
+        return f"layout {tensor.layout}"
+    if type(tensor) is not Tensor and is_masked_tensor(tensor):
+        return "a masked one"
+    if plain.is_freed(tensor):
+        return "one whose storage was freed"
     return None
 
 
@@ -69,10 +97,21 @@ def check_labels(labels: Any, *, allow_empty: bool = False) -> None:
         raise TypeError(f"labels: expected a tensor, got {type(labels).__name__}")
     if labels.dtype not in _LABEL_DTYPES:
         raise TypeError(f"labels: expected dtype torch.int64 or torch.int32, got {labels.dtype}")
+    check_strided(labels, "labels")
     if labels.dim() != 1:
         raise ValueError(f"labels: expected shape (N,), got {tuple(labels.shape)}")
     if labels.shape[0] == 0 and not allow_empty:
         raise ValueError("labels: expected at least one sample, got none")
+
+
+def check_magnitude(number: Any, name: str, noun: str = "number") -> float:
+    """The number as a float, if it is finite and at least 0; `noun` is what an error calls it."""
+    if not isinstance(number, Real) or isinstance(number, bool):
+        raise TypeError(f"{name}: expected a number, got {type(number).__name__}")
+    value = float(number)
+    if not (math.isfinite(value) and value >= 0):
+        raise ValueError(f"{name}: expected a finite {noun} of at least 0, got {number}")
+    return value
 
 
 def check_num_classes(num_classes: Any) -> None:

@@ -22,6 +22,7 @@ _OLDEST = (8, 0)  # bfloat16 arithmetic; older GPUs are not compiled for in our 
 
 OPS = frozenset({"grouped_losses", "pool", "relu_pool", "class_sums"})
 DTYPES: Mapping[str, frozenset[torch.dtype]] = dict.fromkeys(OPS, _FLOATS)
+READS_MEMORY = True
 DEVICES: Mapping[str, frozenset[str]] | None = dict.fromkeys(OPS, frozenset({"cuda"}))
 
 

@@ -11,7 +11,7 @@ the first backward launch. Everything here works on plain tensors; autograd is i
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,19 +29,14 @@ from moda_kernels.triton_kernels.segment_sums import launch_class_sums
 from moda_kernels.triton_kernels.tables import on_device_of
 
 
-@dataclass(frozen=True)
-class Saved:
-    """What backward needs of a forward pass besides the activations and the segments."""
+class Saved(NamedTuple):
+    """What the backward pass needs of a forward pass besides the activations and the segments."""
 
     pooled: Tensor  # pooled rows of all pooled layers, one after the other
     inverse: Tensor  # (L, N) inverse norms
     total: Tensor  # (width,) float64
     crossing: Tensor  # (blocks, width) float64: class sums of segments that cross a block boundary
     terms: Tensor  # (2, tiles, N)
-
-    def tensors(self) -> tuple[Tensor, ...]:
-        """The fields in order."""
-        return self.pooled, self.inverse, self.total, self.crossing, self.terms
 
 
 def needs_pooling(activation: Tensor) -> bool:

@@ -4,18 +4,21 @@ Under `torch.compile` and `torch.export` the ops of the namespace `moda_kernels`
 goes straight to an `autograd.Function` that runs the same code, past the dispatcher's Python layers (their cost:
 docs/kernels.md).
 
-Every operation is differentiable once. A second derivative is an error that names backend="torch".
+Every operation is differentiable once. A second derivative is an error that says what to use (`moda_kernels.once`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from itertools import islice
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from moda_kernels.once import once_only, refuse_second_backward
+from moda_kernels.plain import is_traced, resolved
 from moda_kernels.segments import Segments
 from moda_kernels.triton_kernels import grouped
 from moda_kernels.triton_kernels.grouped import Saved
@@ -23,14 +26,11 @@ from moda_kernels.triton_kernels.layouts import arrange, gradient_like
 from moda_kernels.triton_kernels.relu_pool_backward import launch_relu_pool_backward
 from moda_kernels.triton_kernels.relu_pool_forward import launch_relu_pool
 
-# What the kernels read of the segments, in the order in which an op takes them.
-_SEGMENT_FIELDS = ("order", "offsets", "segment", "same_pairs", "diff_pairs")
-
 
 def grouped_losses(activations: Sequence[Tensor], segments: Segments) -> tuple[Tensor, Tensor, Tensor]:
     """(affinity, dispersion, compactness) over all layers, 0-d float32."""
-    if torch.compiler.is_compiling():
-        outputs = torch.ops.moda_kernels.modular_losses(list(activations), _segment_tensors(segments))
+    if is_traced():
+        outputs = torch.ops.moda_kernels.modular_losses(list(activations), list(segments))
         return outputs[0], outputs[1], outputs[2]
     losses: tuple[Tensor, Tensor, Tensor] = _GroupedLosses.apply(segments, *activations)  # type: ignore[no-untyped-call]
     return losses
@@ -41,72 +41,57 @@ def pool(activations: Sequence[Tensor]) -> list[Tensor]:
     layers = [activation for activation in activations if grouped.needs_pooling(activation)]
     if not layers:
         return list(activations)
-    compiling = torch.compiler.is_compiling()
+    compiling = is_traced()
     pooled = iter(torch.ops.moda_kernels.pool(layers) if compiling else _Pool.apply(*layers))  # type: ignore[no-untyped-call]
     return [next(pooled) if grouped.needs_pooling(activation) else activation for activation in activations]
 
 
 def relu_pool(x: Tensor, inplace: bool) -> tuple[Tensor, Tensor]:
     """relu(x) and its pooled activation (N, C) float32."""
-    if torch.compiler.is_compiling():
+    if is_traced():
         y, pooled = torch.ops.moda_kernels.relu_pool(x)
         return (x.copy_(y) if inplace else y), pooled
     result: tuple[Tensor, Tensor] = _ReluPool.apply(x, inplace)  # type: ignore[no-untyped-call]
     return result
 
 
-def _segment_tensors(segments: Segments) -> list[Tensor]:
-    return [getattr(segments, field) for field in _SEGMENT_FIELDS]
+class _SavedLosses(NamedTuple):
+    """What the backward pass of the losses reads."""
 
+    saved: Saved
+    segments: Segments
+    activations: tuple[Tensor, ...]
 
-def _segments(tensors: Sequence[Tensor]) -> Segments:
-    named = dict(zip(_SEGMENT_FIELDS, tensors, strict=True))
-    return Segments(sizes=named["segment"], **named)  # the kernels read sizes off the offsets
+    @staticmethod
+    def of(saved_tensors: Sequence[Tensor]) -> _SavedLosses:
+        """From a context's tensors, which are these fields one after the other."""
+        tensors = iter(saved_tensors)
+        saved = Saved(*islice(tensors, len(Saved._fields)))
+        return _SavedLosses(saved, Segments(*islice(tensors, len(Segments._fields))), tuple(tensors))
 
 
 # --- eager: autograd.Function around the launches ---------------------------------------------------------------------
-
-
-class _NoSecondDerivative(Function):
-    """Identity on the first `count` tensors; differentiating through it is the error."""
-
-    @staticmethod
-    def forward(ctx: Any, count: int, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-        return tuple(None if tensor is None else tensor.view_as(tensor) for tensor in tensors[:count])
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Any:
-        raise RuntimeError('the Triton kernels are differentiable once; use backend="torch" for second derivatives')
-
-
-def _once(gradients: Sequence[Tensor | None], *depends_on: Tensor | None) -> tuple[Tensor | None, ...]:
-    """The gradients; if a graph of them is being made (create_graph=True), one that ends in the error above."""
-    if not torch.is_grad_enabled():
-        return tuple(gradients)
-    marked: tuple[Tensor | None, ...] = _NoSecondDerivative.apply(len(gradients), *gradients, *depends_on)  # type: ignore[no-untyped-call]
-    return marked
 
 
 class _GroupedLosses(Function):
     @staticmethod
     def forward(ctx: Any, segments: Segments, *activations: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         losses, saved = grouped.losses_forward(activations, segments)
-        ctx.save_for_backward(*saved.tensors(), *_segment_tensors(segments), *activations)
+        ctx.save_for_backward(*saved, *segments, *activations)
         return losses
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        tensors = ctx.saved_tensors
-        activations = tensors[10:]
+        saved, segments, activations = _SavedLosses.of(ctx.saved_tensors)
         with torch.no_grad():
             gradients = grouped.losses_backward(
-                activations, _segments(tensors[5:10]), Saved(*tensors[:5]), _scalars(upstream), ctx.needs_input_grad[1:]
+                activations, segments, saved, _scalars(upstream), ctx.needs_input_grad[1:]
             )
-        return None, *_once(gradients, *activations, *upstream)
+        return None, *once_only(gradients, [*activations, *upstream])
 
 
 def _scalars(upstream: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    affinity, dispersion, compactness = (gradient.float() for gradient in upstream)
+    affinity, dispersion, compactness = (resolved(gradient).float() for gradient in upstream)
     return affinity, dispersion, compactness
 
 
@@ -123,10 +108,10 @@ class _Pool(Function):
         wanted = [i for i, gradient in enumerate(dpooled) if gradient is not None and ctx.needs_input_grad[i]]
         gradients: list[Tensor | None] = [None] * len(activations)
         with torch.no_grad():
-            rows = [gradient for i in wanted if (gradient := dpooled[i]) is not None]
+            rows = [resolved(gradient) for i in wanted if (gradient := dpooled[i]) is not None]
             for i, gradient in zip(wanted, grouped.pool_backward([activations[i] for i in wanted], rows), strict=True):
                 gradients[i] = gradient
-        return _once(gradients, *activations, *dpooled)
+        return once_only(gradients, [*activations, *dpooled])
 
 
 class _ReluPool(Function):
@@ -150,14 +135,17 @@ class _ReluPool(Function):
             return None, None
         with torch.no_grad():
             dx = _relu_pool_backward(y, dy, dpooled)
-        return _once([dx], y, dy, dpooled)[0], None
+        return once_only([dx], [y, dy, dpooled])[0], None
 
 
 def _relu_pool_backward(y: Tensor, dy: Tensor | None, dpooled: Tensor | None) -> Tensor:
     y, layout = arrange(y)
-    if dy is not None and (dy.stride() != y.stride() or dy.dtype != y.dtype):
-        dy = torch.empty_like(y).copy_(dy)
-    return launch_relu_pool_backward(y, dy, None if dpooled is None else dpooled.contiguous(), layout)
+    if dy is not None:
+        dy = resolved(dy)
+        if dy.stride() != y.stride() or dy.dtype != y.dtype:
+            dy = torch.empty_like(y).copy_(dy)
+    rows = None if dpooled is None else resolved(dpooled).contiguous()
+    return launch_relu_pool_backward(y, dy, rows, layout)
 
 
 # --- torch.library: the same launches behind schemas ------------------------------------------------------------------
@@ -172,8 +160,8 @@ def _relu_pool_backward(y: Tensor, dy: Tensor | None, dpooled: Tensor | None) ->
 )
 def modular_losses_op(activations: Sequence[Tensor], segments: Sequence[Tensor]) -> list[Tensor]:
     """[affinity, dispersion, compactness, *Saved]; segments are (order, offsets, segment, same_pairs, diff_pairs)."""
-    losses, saved = grouped.losses_forward(activations, _segments(segments))
-    return [*losses, *saved.tensors()]
+    losses, saved = grouped.losses_forward(activations, Segments(*segments))
+    return [*losses, *saved]
 
 
 @modular_losses_op.register_fake
@@ -199,7 +187,7 @@ def modular_losses_backward_op(
     wanted: Sequence[bool],
 ) -> list[Tensor]:
     """Gradients of the wanted layers, in order."""
-    gradients = grouped.losses_backward(activations, _segments(segments), Saved(*saved), _scalars(upstream), wanted)
+    gradients = grouped.losses_backward(activations, Segments(*segments), Saved(*saved), _scalars(upstream), wanted)
     return [gradient for gradient in gradients if gradient is not None]
 
 
@@ -222,17 +210,18 @@ def _losses_setup(ctx: Any, inputs: tuple[Any, ...], output: Sequence[Tensor]) -
 
 
 def _losses_autograd(ctx: Any, gradients: Sequence[Tensor | None]) -> tuple[list[Tensor | None], list[None]]:
-    tensors = ctx.saved_tensors
-    upstream = [tensors[0].new_zeros(()) if gradient is None else gradient for gradient in gradients[:3]]
+    saved, segments, activations = _SavedLosses.of(ctx.saved_tensors)
+    upstream = [saved.pooled.new_zeros(()) if gradient is None else gradient for gradient in gradients[:3]]
     results = iter(
         torch.ops.moda_kernels.modular_losses_backward(
-            list(tensors[10:]), list(tensors[5:10]), list(tensors[:5]), upstream, ctx.wanted
+            list(activations), list(segments), list(saved), upstream, ctx.wanted
         )
     )
-    return [next(results) if want else None for want in ctx.wanted], [None] * len(_SEGMENT_FIELDS)
+    return [next(results) if want else None for want in ctx.wanted], [None] * len(segments)
 
 
 modular_losses_op.register_autograd(_losses_autograd, setup_context=_losses_setup)
+modular_losses_backward_op.register_autograd(refuse_second_backward)
 
 
 @torch.library.custom_op("moda_kernels::pool", mutates_args=(), schema="(Tensor[] activations) -> Tensor[]")
@@ -277,6 +266,7 @@ def _pool_autograd(ctx: Any, dpooled: Sequence[Tensor | None]) -> list[Tensor | 
 
 
 pool_op.register_autograd(_pool_autograd, setup_context=_pool_setup)
+pool_backward_op.register_autograd(refuse_second_backward)
 
 
 @torch.library.custom_op("moda_kernels::relu_pool", mutates_args=(), schema="(Tensor x) -> (Tensor, Tensor)")
@@ -318,3 +308,4 @@ def _relu_pool_autograd(ctx: Any, dy: Tensor | None, dpooled: Tensor | None) -> 
 
 
 relu_pool_op.register_autograd(_relu_pool_autograd, setup_context=_relu_pool_setup)
+relu_pool_backward_op.register_autograd(refuse_second_backward)

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 import moda_kernels
-from moda_kernels import FiringCounter, _native_calls, closed_form, modular_losses, native
+from moda_kernels import FiringCounter, _native_calls, closed_form, modular_losses, native, precision
 from moda_kernels.segments import Segments
+from moda_kernels.tally import Tally
 from tests.moda_kernels._helpers.firing_batches import assert_sums, batch_of_layers, summed
 from tests.moda_kernels._helpers.native_needed import needs_native
 
@@ -72,7 +73,7 @@ def both_ways(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def accumulation(dtype: torch.dtype) -> torch.dtype:
-    return closed_form.accumulation_dtype(dtype)
+    return precision.accumulation(dtype)
 
 
 def test_the_extension_is_there():
@@ -254,7 +255,7 @@ def counted(backend: object, layers: list[Tensor], labels: Tensor, classes: int,
     """Counts on top of numbers that are no zeros, so that an overwrite shows."""
     counts = [torch.full((classes, x.shape[1]), 7) for x in layers]
     sizes, invalid = torch.full((classes,), 3), torch.tensor(11)
-    backend.count_firings(layers, labels, threshold, counts, sizes, invalid)
+    backend.count_firings(layers, labels, threshold, Tally(counts, sizes, invalid))
     return [*counts, sizes, invalid]
 
 

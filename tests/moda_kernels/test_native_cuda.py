@@ -15,6 +15,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from moda_kernels import _native_calls, closed_form, native
+from moda_kernels.tally import Tally
 from tests.moda_kernels._helpers.firing_batches import (
     DTYPES,
     assert_sums,
@@ -244,8 +245,8 @@ def test_cuda_tensors_go_to_the_cuda_kernel(monkeypatch: pytest.MonkeyPatch):
         )
         counts = [torch.zeros(2, width, dtype=torch.int64, **on) for width in (3, 6)]
         sizes, invalid = torch.zeros(2, dtype=torch.int64, **on), torch.zeros((), dtype=torch.int64, **on)
-        _native_calls.count_firings(layers, labels, 0.0, counts, sizes, invalid)
-        _native_calls.class_statistics(layers, labels, 0.0, counts, sizes, invalid, [x.float() for x in counts])
+        for sums in ([], [x.float() for x in counts]):
+            _native_calls.count_firings(layers, labels, 0.0, Tally(counts, sizes, invalid, sums))
     assert recorded.calls == [("count_firings_cuda", 2 * 7, 6, 1, 77), ("class_statistics_cuda", 2 * 10, 7, 1, 77)]
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from moda_kernels import FiringCounter, closed_form, native
+from moda_kernels.tally import Tally
 from tests.moda_kernels._helpers.firing_batches import (
     DTYPES,
     assert_sums,
@@ -148,7 +149,7 @@ def test_captured_in_a_graph():
     sizes, invalid = torch.zeros(4, dtype=torch.int64, device="cuda"), torch.zeros((), dtype=torch.int64, device="cuda")
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        native.count_firings(layers, labels, 0.0, counts, sizes, invalid)
+        native.count_firings(layers, labels, 0.0, Tally(counts, sizes, invalid))
     assert sizes.sum() == 0  # captured, not run
     for _ in range(3):
         graph.replay()
@@ -171,7 +172,7 @@ def test_sums_captured_in_a_graph():
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        native.count_firings(layers, labels, 0.0, counts, sizes, invalid, sums)
+        native.count_firings(layers, labels, 0.0, Tally(counts, sizes, invalid, sums))
     assert sizes.sum() == 0  # captured, not run
     expected = [torch.zeros_like(total, dtype=torch.float64) for total in sums]
     for _ in range(3):

@@ -12,6 +12,7 @@ from torch.library import opcheck
 from moda_kernels import _native_ops as ops
 from moda_kernels import closed_form, native
 from moda_kernels.segments import Segments
+from moda_kernels.tally import Tally
 from tests.moda_kernels._helpers.native_needed import needs_native
 
 pytestmark = needs_native
@@ -28,8 +29,7 @@ def layers() -> list[Tensor]:
 
 
 def segment_tensors() -> list[Tensor]:
-    s = Segments.from_labels(LABELS)
-    return [s.order, s.offsets, s.segment, s.same_pairs, s.diff_pairs]
+    return list(Segments.from_labels(LABELS))
 
 
 def zero_counts(widths: list[int]) -> tuple[list[Tensor], Tensor, Tensor]:
@@ -45,8 +45,8 @@ def test_opcheck():
     opcheck(ops.grouped_losses, ([x, last, flat], segment_tensors()))
     opcheck(ops.class_sums, ([flat.detach()], LABELS, 3))
     counting = ([x.detach(), flat.detach()], LABELS, 0.0, *zero_counts([3, 6]))
-    opcheck(ops.count_firings, counting)
-    opcheck(ops.class_statistics, (*counting, [torch.zeros(3, 3), torch.zeros(3, 6)]))
+    opcheck(ops.count_firings, (*counting, []))
+    opcheck(ops.count_firings, (*counting, [torch.zeros(3, 3), torch.zeros(3, 6)]))
 
 
 def losses(x: list[Tensor]) -> Tensor:
@@ -75,10 +75,10 @@ def test_counts_are_added_to_in_place_when_compiled():
     x = [layer.detach() for layer in layers()]
     counts, sizes, invalid = zero_counts([3, 8, 6])
     count = torch.compile(native.count_firings, fullgraph=True, backend="aot_eager")
-    count(x, LABELS, 0.5, counts, sizes, invalid)
-    count(x, LABELS, 0.5, counts, sizes, invalid)
+    count(x, LABELS, 0.5, Tally(counts, sizes, invalid))
+    count(x, LABELS, 0.5, Tally(counts, sizes, invalid))
     expected, expected_sizes, _ = zero_counts([3, 8, 6])
-    closed_form.count_firings(x, LABELS, 0.5, expected, expected_sizes, torch.zeros((), dtype=torch.int64))
+    closed_form.count_firings(x, LABELS, 0.5, Tally(expected, expected_sizes, torch.zeros((), dtype=torch.int64)))
     assert torch.equal(sizes, 2 * expected_sizes)
     for count, once in zip(counts, expected, strict=True):
         assert torch.equal(count, 2 * once)
@@ -89,11 +89,11 @@ def test_sums_are_added_to_in_place_when_compiled():
     counts, sizes, invalid = zero_counts([3, 8, 6])
     sums = [torch.zeros(3, layer.shape[1]) for layer in x]
     count = torch.compile(native.count_firings, fullgraph=True, backend="aot_eager")
-    count(x, LABELS, 0.5, counts, sizes, invalid, sums)
-    count(x, LABELS, 0.5, counts, sizes, invalid, sums)
+    count(x, LABELS, 0.5, Tally(counts, sizes, invalid, sums))
+    count(x, LABELS, 0.5, Tally(counts, sizes, invalid, sums))
     expected, expected_sizes, _ = zero_counts([3, 8, 6])
     once = [torch.zeros_like(total) for total in sums]
-    closed_form.count_firings(x, LABELS, 0.5, expected, expected_sizes, invalid, once)
+    closed_form.count_firings(x, LABELS, 0.5, Tally(expected, expected_sizes, invalid, once))
     assert torch.equal(sizes, 2 * expected_sizes)
     assert all(torch.equal(count, 2 * of_one) for count, of_one in zip(counts, expected, strict=True))
     for total, of_one in zip(sums, once, strict=True):
@@ -119,6 +119,6 @@ def test_more_than_2_to_the_31_elements():
     x = torch.zeros(1, 3, (1 << 31) // 3 + 5, dtype=torch.float16)
     x[0, 2, -1] = 1
     counts, sizes, invalid = zero_counts([3])
-    native.count_firings([x], LABELS[:1], 0.0, counts, sizes, invalid)
+    native.count_firings([x], LABELS[:1], 0.0, Tally(counts, sizes, invalid))
     assert counts[0][0].tolist() == [0, 0, 1]
     assert native.pool([x])[0].tolist() == [[0, 0, pytest.approx(1 / x.shape[2])]]

@@ -18,7 +18,6 @@ def test_segments_of_any_labels(values):
     offsets = segments.offsets.tolist()
     assert [segments.order[a:b].tolist() for a, b in pairwise(offsets)] == members + [[]] * (len(values) - len(classes))
     assert segments.segment.tolist() == [classes.index(value) for value in values]
-    assert segments.sizes.tolist() == [len(m) for m in members] + [0] * (len(values) - len(classes))
     same = sum(a == b for i, a in enumerate(values) for b in values[:i])
     assert segments.same_pairs.item() == same
     assert segments.diff_pairs.item() == len(values) * (len(values) - 1) // 2 - same

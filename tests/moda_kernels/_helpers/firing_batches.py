@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 
 import torch
 from torch import Tensor
 
-from moda_kernels import _native_calls, closed_form
+from moda_kernels import _native_calls
+from moda_kernels.precision import accumulation
+from moda_kernels.tally import Tally
 
-Count = Callable[..., None]  # the contract of closed_form.count_firings
+Count = Callable[[Sequence[Tensor], Tensor, float, Tally], None]  # Backend.count_firings
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # (C, *spatial): fewer neurons than a vector, rows of fewer than 16 bytes, of a warp's first step, of several steps and a rest;
@@ -44,22 +45,30 @@ def batch_of_layers(samples: int, dtype: torch.dtype, generator: torch.Generator
 
 def counted(count: Count, layers: Sequence[Tensor], labels: Tensor, classes: int, threshold: float) -> list[Tensor]:
     """Counts, class sizes and invalid labels, added to numbers that are not zero so that an overwrite shows."""
+    tally = started_tally(layers, labels, classes)
+    count(layers, labels, threshold, tally)
+    return counts_of(tally)
+
+
+def started_tally(layers: Sequence[Tensor], labels: Tensor, classes: int, sums: Sequence[Tensor] = ()) -> Tally:
     device = labels.device
     counts = [torch.full((classes, x.shape[1]), 7, device=device) for x in layers]
-    sizes, invalid = torch.full((classes,), 3, device=device), torch.tensor(11, device=device)
-    count(layers, labels, threshold, counts, sizes, invalid)
-    return [*(x - 7 for x in counts), sizes - 3, invalid - 11]
+    return Tally(counts, torch.full((classes,), 3, device=device), torch.tensor(11, device=device), sums)
+
+
+def counts_of(tally: Tally) -> list[Tensor]:
+    """What was added to a started tally."""
+    return [*(x - 7 for x in tally.counts), tally.class_sizes - 3, tally.invalid - 11]
 
 
 def summed(
     count: Count, layers: Sequence[Tensor], labels: Tensor, classes: int, threshold: float
 ) -> tuple[list[Tensor], list[Tensor]]:
     """What `counted` gives, from the kernels that also sum; and the sums, added to ones so that an overwrite shows."""
-    sums = [
-        torch.ones(classes, x.shape[1], dtype=closed_form.accumulation_dtype(x.dtype), device=x.device) for x in layers
-    ]
-    counts = counted(partial(count, sums=sums), layers, labels, classes, threshold)
-    return counts, [x - 1 for x in sums]
+    sums = [torch.ones(classes, x.shape[1], dtype=accumulation(x.dtype), device=x.device) for x in layers]
+    tally = started_tally(layers, labels, classes, sums)
+    count(layers, labels, threshold, tally)
+    return counts_of(tally), [x - 1 for x in sums]
 
 
 def exact_sums(layers: Sequence[Tensor], labels: Tensor, classes: int) -> list[Tensor]:
@@ -78,27 +87,19 @@ def assert_sums(mine: Sequence[Tensor], layers: Sequence[Tensor], labels: Tensor
         torch.testing.assert_close(total.double(), expected, **tolerance, equal_nan=True)
 
 
-def count_emulated(
-    activations: Sequence[Tensor],
-    labels: Tensor,
-    threshold: float,
-    counts: Sequence[Tensor],
-    class_sizes: Tensor,
-    invalid: Tensor,
-    sums: Sequence[Tensor] = (),
-) -> None:
+def count_emulated(activations: Sequence[Tensor], labels: Tensor, threshold: float, tally: Tally) -> None:
     """What the CUDA kernels do, on the host."""
     calls = _native_calls
     layers = [calls.dense(x) for x in activations]
-    if not sums:
-        fields = [calls._firing_fields(x, threshold, count) for x, count in zip(layers, counts, strict=True)]
-        calls.extension().count_firings_emulated(calls._flat(fields), calls._firing_batch(labels, class_sizes, invalid))
+    if not tally.sums:
+        fields = [calls._firing_fields(x, threshold, count) for x, count in zip(layers, tally.counts, strict=True)]
+        calls.extension().count_firings_emulated(calls._flat(fields), calls._firing_batch(labels, tally))
         return
     rows = [calls._statistics_rows(x) for x in layers]
     ordered, order = labels.sort(stable=True)
     fields = [
         calls._statistics_fields(x, row, threshold, count, total)
-        for x, row, count, total in zip(layers, rows, counts, sums, strict=True)
+        for x, row, count, total in zip(layers, rows, tally.counts, tally.sums, strict=True)
     ]
-    batch = (*calls._firing_batch(ordered, class_sizes, invalid), order.data_ptr())
+    batch = (*calls._firing_batch(ordered, tally), order.data_ptr())
     calls.extension().class_statistics_emulated(calls._flat(fields), batch)

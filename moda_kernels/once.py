@@ -1,0 +1,49 @@
+"""Gradients that compiled kernels computed: differentiating them again is an error that says what to do.
+
+Autograd would take such a gradient for a constant and hand out a wrong second derivative without a word.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+MESSAGE = (
+    "the compiled kernels are differentiable once, and their gradient was differentiated again; use "
+    'backend="torch", which is differentiable twice, or route="grouped" where moda observes the model'
+)
+
+
+def refuse_second_backward(ctx: Any, *gradients: Any) -> Any:
+    """The autograd formula of an operator that is a gradient itself."""
+    raise RuntimeError(MESSAGE)
+
+
+def once_only(gradients: Sequence[Tensor | None], depends_on: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+    """The gradients; if a graph of them is being made (create_graph=True), it ends in the error above.
+
+    Args:
+        gradients: what a backward pass computed; None where nothing is needed.
+        depends_on: what it was computed from.
+    """
+    if not torch.is_grad_enabled():
+        return tuple(gradients)
+    present = [gradient for gradient in gradients if gradient is not None]
+    sources = [tensor for tensor in depends_on if tensor is not None]
+    guarded = iter(_OnceOnly.apply(len(present), *present, *sources))  # type: ignore[no-untyped-call]
+    return tuple(None if gradient is None else next(guarded) for gradient in gradients)
+
+
+class _OnceOnly(torch.autograd.Function):
+    """Passes the first `count` tensors on; stands in the graph as a function of all of them."""
+
+    @staticmethod
+    def forward(ctx: Any, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(tensor.view_as(tensor) for tensor in tensors[:count])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        raise RuntimeError(MESSAGE)
