@@ -2,6 +2,7 @@
 
 Functions and classes:
 
+    observe         taps on a model whose own code goes on to run
     instrument      a model whose activations can be observed (TracingError where it cannot be traced)
     count_firings   firing rates per class and neuron
     decompose       firing rates -> Decomposition: one module per class
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
     from moda.decomposition.counting import count_firings
     from moda.decomposition.rates import FiringRates
     from moda.decomposition.rule import decompose
-    from moda.observation.taps import InstrumentedModel, TracingError, instrument
+    from moda.observation.taps import InstrumentedModel, Taps, TracingError, instrument, observe
     from moda.runs.config import TrainingConfig
     from moda.training.callback import ModularCallback
     from moda_kernels import __version__
@@ -49,6 +50,7 @@ __all__ = [
     "FiringRates",
     "InstrumentedModel",
     "ModularCallback",
+    "Taps",
     "TracingError",
     "TrainingConfig",
     "__version__",
@@ -64,6 +66,7 @@ __all__ = [
     "mask",
     "measure",
     "models",
+    "observe",
     "replace",
     "report",
     "runs",
@@ -89,6 +92,7 @@ _HOME = {
     "FiringRates": "moda.decomposition.rates",
     "InstrumentedModel": "moda.observation.taps",
     "ModularCallback": "moda.training.callback",
+    "Taps": "moda.observation.taps",
     "TracingError": "moda.observation.taps",
     "TrainingConfig": "moda.runs.config",
     "__version__": "moda_kernels",
@@ -98,6 +102,7 @@ _HOME = {
     "instrument": "moda.observation.taps",
     "load_composed": "moda.composition.files",
     "mask": "moda.composition.compose",
+    "observe": "moda.observation.taps",
     "replace": "moda.composition.replace",
     "save_composed": "moda.composition.files",
 }

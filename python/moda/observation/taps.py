@@ -1,186 +1,146 @@
-"""Observe the activations of a model: a tap behind every call of an activation function.
+"""Observe the activations of a model while its own code runs: `observe(model)` and the handle that it gives.
 
-`instrument(model)` traces the model with `torch.fx`: modules of `torch.nn` stay whole, modules of the user's
-are traced through. The result has the same parameters, buffers, submodules and state_dict keys (the very same
-objects, not copies) and computes the same outputs; its taps live under `_taps.<i>` and own no state.
+*What is tapped.* Every call of a hidden activation (see activations.py), as a module, also one called twice, as a
+function of `torch` or `torch.nn.functional`, or as a tensor method, in place or not.
 
-*What is tapped.* Every call of a hidden activation of the rectifier family: ReLU, ReLU6, LeakyReLU, PReLU,
-RReLU, ELU, SELU, CELU, GELU, SiLU, Mish, Hardswish, Softplus, as a module (also one module called twice), a
-function of `torch` or `torch.nn.functional`, or a tensor method, in place or not. Gates and squashing functions
-(Sigmoid, Hardsigmoid, Tanh, Softmax) are no taps: what they put out are weights, not neurons that fire. Nor is
-arithmetic that happens to rectify (`x.clamp(min=0)`, `x * torch.sigmoid(x)`).
+*Names.* The path of the activation module (`layer1.0.relu`), or for a function the path of the module that calls it and
+the function's name (`layer1.0.relu`); `_1`, `_2`, ... is appended where a name is taken, in execution order. Characters
+other than letters, digits, `_`, `-` and `.` become `_`, so a name serves as a file name.
 
-*Names.* The path of the activation module (`layer1.0.relu`), or for a function the path of the module that calls
-it and the function's name (`layer1.0.relu`); `_1`, `_2`, ... is appended where a name is taken, in execution
-order. Characters other than letters, digits, `_`, `-` and `.` become `_`, so a name serves as a file name.
+*How.* Activation modules become a subclass of their own class: the same objects, with the same state and hooks. Calls
+of functions are seen by a `TorchFunctionMode`, entered by the modules that make such calls. The first forward pass in
+each mode (train and eval) is a probe: see probe.py. Nothing is recorded while the model is exported, traced, run on
+tensors without memory or inside a functional transform; the model is then the plain one.
 
-*Which axis holds the neurons.* Walking up from the activation through element-wise operations, pooling and
-dropout to the nearest operation that owns neurons: see neuron_axis.py. Activations are recorded with the neurons
-at dim 1: `(N, C)` or `(N, C, *positions)`.
-
-*In place.* A tap's output is what the activation call gave. Where the model overwrites it later, it overwrites a
-clone: see overwrites.py. In-place ReLUs stay in place; others become it inside `model.overwriting()`.
-
-*When.* A forward pass is recorded where gradients are enabled, or inside `model.recording()`; each one replaces the
-record of the one before. The recomputation of gradient checkpointing is not recorded. Checkpoint the whole
-instrumented model with `use_reentrant=False`: the reentrant kind runs the forward without gradients.
+*When.* A forward pass is recorded where gradients are enabled, or inside `recording()`. The recomputation of gradient
+checkpointing is not recorded.
 """
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterator
+import copy
+import random
+import weakref
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Literal, cast, overload
+from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
+from torch._C import _functorch
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._pytree import tree_map
 
-from moda.observation.calls import (
-    activation_name,
-    called,
-    calling_module,
-    is_inplace,
-    is_plain_relu,
-    module_of,
-    source_of,
-    subject,
-)
-from moda.observation.hooks import HookedModel, hooked
-from moda.observation.names import NO_ACTIVATION, unique_name
-from moda.observation.neuron_axis import neuron_dim
-from moda.observation.overwrites import is_spare, protect, users_after
-from moda.observation.recorder import Receiver, Recorder, neurons_second
-from moda.observation.tracing import TracingError, refusal, trace
-from moda_kernels import relu_pool
+from moda.observation.activations import Known
+from moda.observation.attached import Caller, Part, Root, Site, Whole, attach, detach, part_of
+from moda.observation.names import NO_ACTIVATION
+from moda.observation.plan import Plan
+from moda.observation.probe import Probe, tensors_of
+from moda.observation.record import Record
+from moda.observation.recorder import inside_backward
+from moda.observation.run import FUSED_FROM_BYTES, Function, FunctionMode, Receiver, Run
+
+from moda.observation.instrumented import HookedModel, InstrumentedModel, Tap, TracingError, instrument  # isort: skip
 
 Route = Literal["grouped", "fused", "auto"]
-# Activations of at least this many bytes are pooled by their tap under route="auto", by type of device. On the CPU all:
-# fused was the cheaper and the leaner route for every model measured (docs/benchmarks.md). Elsewhere a guess, to be
-# measured: from here on a pass over memory should cost more than a launch.
-FUSED_FROM_BYTES = {"cpu": 0, "cuda": 16 << 20}
 
-__all__ = ["HookedModel", "InstrumentedModel", "Recorder", "Tap", "TracingError", "instrument"]
+__all__ = [
+    "HookedModel",
+    "InstrumentedModel",
+    "Route",
+    "Tap",
+    "Taps",
+    "TracingError",
+    "instrument",
+    "observe",
+    "taps_of",
+]
 
 
-class Tap(nn.Module):
-    """Where one activation call is observed: passes its value through, and notes it in the recorder.
+class Taps:
+    """The taps of an observed model; made by `observe`. Also a context manager, which removes them at its end.
 
-    A tap with `relu=True` stands in the place of a ReLU call and applies it; any other activation stays in the
-    graph and its tap follows it. `neuron_dim` is 1, or -1 where neurons are the last dim (`(N, T, C)`).
-    `route` is explained at `instrument`.
+    Attributes:
+        model: the observed model.
+        example: up to two samples of the probe's input, `(args, kwargs)`; None before it.
     """
-
-    _is_impure = True  # fx: a tap whose output nobody uses is no dead code
 
     def __init__(
         self,
-        name: str,
-        index: int,
-        recorder: Recorder,
+        model: nn.Module,
         *,
-        neuron_dim: int = 1,
-        relu: bool = False,
-        inplace: bool = False,
-        route: Route = "grouped",
+        route: Route = "auto",
+        activations: tuple[Any, ...] = (),
+        neuron_dim: int | Mapping[str, int] | None = None,
     ) -> None:
-        super().__init__()
-        self.name = name
-        self.index = index
-        self.recorder = recorder
+        self.model = model
+        self.route: Route = route
+        self.known = Known(activations)
         self.neuron_dim = neuron_dim
-        self.relu = relu
-        self.inplace = inplace
-        self.route = route
-        self.overwrites = False  # also its input, where gradients are disabled: see InstrumentedModel.overwriting
+        self.example: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+        self._own = tuple(activations)
+        self._plans: list[Plan | None] = [None, None]  # of eval and of train mode
+        self._run: Run | None = None
+        self._record = Record()
+        self._mode = FunctionMode(self)
+        self._forced = 0
+        self._receiver: Receiver | None = None
+        self._function: Function | None = None
+        self._marking = False
+        self._overwriting = False
+        self._attached: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
-    def forward(self, x: Tensor) -> Tensor:
-        """`x` or relu(`x`), unchanged in shape."""
-        y, seen = self.observe(x)
-        self.recorder.note(self.index, seen)
-        return y
-
-    def observe(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The tap's output, and what is recorded of it: the activation, or its pooled rows `(N, C)`."""
-        if self._fuses(x):
-            return relu_pool(x, inplace=self.inplace)
-        inplace = self.inplace or (self.overwrites and not torch.is_grad_enabled())
-        y = F.relu(x, inplace=inplace) if self.relu else x
-        return y, neurons_second(y, self.neuron_dim)
-
-    def _fuses(self, x: Tensor) -> bool:
-        """Whether ReLU and pooling are one pass here; the same for a forward and for its recomputation."""
-        if self.route == "grouped" or not self.relu or self.neuron_dim != 1 or x.dim() <= 2:
-            return False
-        if self.recorder.forced or not torch.is_grad_enabled():
-            return False
-        return self.route == "fused" or self._is_large(x)
-
-    @staticmethod
-    def _is_large(x: Tensor) -> bool:
-        # A compiler fuses the pass over memory by itself.
-        least = FUSED_FROM_BYTES.get(x.device.type, FUSED_FROM_BYTES["cuda"])
-        return not torch.compiler.is_compiling() and x.numel() * x.element_size() >= least
+    # ---- what is known ---
 
     @property
-    def may_return_input(self) -> bool:
-        """Whether the output shares memory with the input."""
-        return not self.relu or self.inplace
-
-    def extra_repr(self) -> str:
-        """Name and settings."""
-        settings = f"neuron_dim={self.neuron_dim}, relu={self.relu}, inplace={self.inplace}, route={self.route!r}"
-        return f"{self.name!r}, {settings}"
-
-
-class InstrumentedModel(fx.GraphModule):
-    """A traced model with taps; made by `instrument`.
-
-    Submodules, parameters and buffers are those of the model it was made from, under the same names; training one
-    trains the other. Methods and plain attributes of the model's own class are not carried over.
-    """
-
-    def __init__(self, root: nn.Module, graph: fx.Graph, class_name: str = "InstrumentedModel") -> None:
-        super().__init__(root, graph, class_name)
-        # GraphModule keeps what the graph uses, in the order of use, in bare containers. Take the model's own
-        # containers instead: all of them, in their order, so that keys, their order and train() stay as they were.
-        made = {name: buffer for name, buffer in self._buffers.items() if name not in root._buffers}
-        self._modules = dict(root._modules)
-        self._parameters = dict(root._parameters)
-        self._buffers = {**root._buffers, **made}
-        self._non_persistent_buffers_set = root._non_persistent_buffers_set | made.keys()
-
-    def _deepcopy_init(self) -> Callable[..., None]:
-        return InstrumentedModel.__init__
-
-    def _tap_modules(self) -> list[Tap]:
-        return [
-            tap
-            for node in self.graph.nodes
-            if node.op == "call_module" and isinstance(tap := self.get_submodule(node.target), Tap)
-        ]
+    def _plan(self) -> Plan:
+        plan = self._plans[self.model.training] or self._plans[not self.model.training]
+        if plan is None:
+            raise RuntimeError(
+                "taps: known only after the first forward pass of the observed model; run it once, or pass example= to "
+                "moda.observe"
+            )
+        return plan
 
     @property
-    def taps(self) -> list[str]:
-        """Names of the taps in execution order."""
-        return [tap.name for tap in self._tap_modules()]
+    def names(self) -> tuple[str, ...]:
+        """Names of the taps in execution order, in the mode (train or eval) that the model is in."""
+        return tuple(tap.name for tap in self._plan.taps)
 
     @property
-    def _recorder(self) -> Recorder:
-        return cast(Tap, cast(nn.ModuleList, self._modules["_taps"])[0]).recorder
+    def widths(self) -> tuple[int, ...]:
+        """Neurons of each tap."""
+        return tuple(tap.width for tap in self._plan.taps)
+
+    @property
+    def skipped(self) -> dict[str, str]:
+        """Why calls of activations are not tapped, by the names that they would have."""
+        return dict(self._plan.skipped)
+
+    # ---- what is recorded ---
 
     def activations(self) -> list[Tensor]:
-        """Activations of the last forward pass, one per tap in execution order; hands them over and forgets them.
+        """What was recorded since the last call of this method, one tensor per tap in execution order; forgets it.
 
         Each is `(N, C)` or `(N, C, *positions)`, or pooled rows `(N, C)` where a tap fuses, attached to the autograd
-        graph. Recorded with gradients enabled, or inside `recording()`; RuntimeError when there are none.
+        graph.
+
+        Raises:
+            RuntimeError: nothing is recorded; or two forward passes are, outside `adding()`; or an activation was
+                overwritten, or computed in a reentrant checkpoint.
         """
-        return self._recorder.take()
+        plan = self._plan
+        if not plan.taps:
+            raise RuntimeError(NO_ACTIVATION)
+        return self._record.take(tuple(tap.name for tap in plan.taps))
+
+    def clear(self) -> None:
+        """Forget what is recorded."""
+        self._record.clear()
 
     @contextmanager
     def recording(self, receiver: Receiver | None = None) -> Iterator[None]:
-        """Record inside this block also under `torch.no_grad()`.
+        """Record inside this block also under `torch.no_grad()`; never pooled rows.
 
         Args:
             receiver: called with every activation while the model runs, `receiver(index, activation)`, index in
@@ -189,172 +149,404 @@ class InstrumentedModel(fx.GraphModule):
         Raises:
             TypeError: `receiver` cannot be called.
         """
-        with self._recorder.forcing(receiver):
+        if receiver is not None and not callable(receiver):
+            raise TypeError(f"receiver: expected a function of (index, activation), got {type(receiver).__name__}")
+        outer, self._receiver = self._receiver, receiver
+        self._forced += 1
+        try:
             yield
+        finally:
+            self._forced -= 1
+            self._receiver = outer
+
+    @contextmanager
+    def replacing(self, function: Function) -> Iterator[None]:
+        """Put `function(index, activation)` in each activation's place in the model; nothing is fused.
+
+        Activations have their neurons at dim 1, `(N, C)` or `(N, C, *positions)`; what takes their place has the same
+        shape.
+
+        Raises:
+            TypeError: `function` cannot be called.
+            ValueError: in a forward pass: another shape, or other activation calls than in the first one.
+        """
+        if not callable(function):
+            raise TypeError(f"function: expected a function of (index, activation), got {type(function).__name__}")
+        outer, self._function = self._function, function
+        try:
+            yield
+        finally:
+            self._function = outer
+
+    @contextmanager
+    def marking(self) -> Iterator[None]:
+        """Let activations pass the operator `moda::tap`, so that an exported graph shows them; nothing is recorded."""
+        outer, self._marking = self._marking, True
+        try:
+            yield
+        finally:
+            self._marking = outer
 
     @contextmanager
     def overwriting(self) -> Iterator[None]:
         """Inside this block, without gradients, a ReLU overwrites its input where nobody else sees it.
 
-        That is one that a convolution, linear layer, batch normalisation or addition made for this ReLU alone, and no
-        hook looks at. A forward pass then writes less memory, which makes it faster; outputs and activations stay the
-        same.
+        That is one that a convolution, linear layer, batch normalisation or addition made for this ReLU alone, in a
+        model without hooks. A forward pass then writes less memory, which makes it faster; outputs and activations stay
+        the same.
         """
-        spare = [
-            tap
-            for node in self.graph.nodes
-            if isinstance(tap := module_of(node, self), Tap) and tap.relu and is_spare(node.args[0], node, self)
-        ]
-        for tap in spare:
-            tap.overwrites = True
+        outer, self._overwriting = self._overwriting, not _hooked(self.model)
         try:
             yield
         finally:
-            for tap in spare:
-                tap.overwrites = False
+            self._overwriting = outer
+
+    @contextmanager
+    def adding(self) -> Iterator[None]:
+        """Inside this block, samples of further forward passes are appended to those recorded before."""
+        outer, self._record.adding = self._record.adding, True
+        try:
+            yield
+        finally:
+            self._record.adding = outer
+
+    # ---- the end ---
+
+    def remove(self) -> None:
+        """Make the model again exactly what it was; a second call does nothing."""
+        for module in list(self._attached):
+            part = part_of(module)
+            if part is not None and part.taps is self:
+                detach(module)
+        self._attached = weakref.WeakSet()
+        self._record.clear()
+
+    def __enter__(self) -> Taps:
+        return self
+
+    def __exit__(self, *_exception: Any) -> None:
+        self.remove()
+
+    def __repr__(self) -> str:
+        known = self._plans[self.model.training] or self._plans[not self.model.training]
+        count = "not probed yet" if known is None else f"{len(known.taps)} taps"
+        return f"Taps({type(self.model).__name__}, {count}, route={self.route!r})"
+
+    # ---- forward passes ---
+
+    def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Run | None:
+        """What a forward pass that begins is for; None where taps have nothing to do."""
+        if self._run is not None:  # the model calls itself
+            return None
+        compiling = torch.compiler.is_compiling()
+        if not self._marking and (torch.compiler.is_exporting() or (not compiling and _apart(args, kwargs))):
+            return None
+        training = self.model.training
+        plan = self._plans[training]
+        backward = not compiling and inside_backward()
+        gradients = torch.is_grad_enabled()
+        changes = self._function is not None or self._marking
+        recorded = (gradients or self._forced > 0) and not backward and not self._marking
+        if plan is None or plan.provisional:
+            run = None if backward else self._probe(plan, training, args, kwargs, recorded)
+            if run is not None or plan is None:
+                return run
+        if not (recorded or changes or backward or (self._overwriting and not gradients)):
+            return None
+        pooled = gradients and not (self._forced or changes)
+        record = self._record if recorded and self._receiver is None else None
+        if backward:
+            record = Record()  # the recomputation of a checkpoint does what was done, for nobody
+        run = Run(
+            plan,
+            training,
+            _count(args, kwargs) if plan.folded else 0,
+            record=record,
+            receiver=self._receiver if recorded else None,
+            function=self._function,
+            marking=self._marking,
+            fuse_from=self._fuse_from(args, kwargs, compiling) if pooled else _NEVER,
+            overwriting=self._overwriting and not gradients and not changes,
+        )
+        for site in plan.repeated:
+            site.hits = 0
+        if record is not None:
+            record.begin()
+        self._run = run
+        return run
+
+    def _fuse_from(self, args: tuple[Any, ...], kwargs: dict[str, Any], compiling: bool) -> float:
+        """From how many bytes of an activation on ReLU and pooling are one pass."""
+        if self.route == "grouped" or (not compiling and torch._C._len_torch_dispatch_stack() > 0):
+            return _NEVER
+        if self.route == "fused":
+            return 0
+        if compiling:  # a compiler fuses the pass over memory by itself
+            return _NEVER
+        device = next((leaf.device.type for leaf in (*args, *kwargs.values()) if isinstance(leaf, Tensor)), "cpu")
+        return FUSED_FROM_BYTES.get(device, FUSED_FROM_BYTES["cuda"])
+
+    def _probe(
+        self, plan: Plan | None, training: bool, args: tuple[Any, ...], kwargs: dict[str, Any], recorded: bool
+    ) -> Run | None:
+        """The probe that this forward pass is; None if it would tell nothing more than `plan`."""
+        if torch.compiler.is_compiling():
+            return None
+        inputs = tensors_of(args, kwargs)
+        samples = _samples(inputs)
+        if plan is not None and samples < 2:
+            return None
+        if self._marking:
+            raise RuntimeError("taps: run the observed model once before it is exported, or pass example=")
+        run = Probe(
+            self,
+            training,
+            samples,
+            inputs,
+            record=self._record if recorded and self._receiver is None else None,
+            receiver=self._receiver if recorded else None,
+            function=self._function,
+        )
+        if run.record is not None:
+            run.record.begin()
+        if self.example is None and samples > 0:
+            self.example = _first_samples(args, kwargs, samples)
+        self._run = run
+        return run
+
+    def _learn(self, training: bool, plan: Plan) -> None:
+        self._plans[training] = plan
+
+    def _attach(self, module: nn.Module, part: Part) -> None:
+        attach(module, part)
+        self._attached.add(module)
+
+    # ---- copies ---
+
+    def _copied(self, model: nn.Module, memo: dict[int, Any]) -> None:
+        """A deep copy of the model was made: it gets taps of its own."""
+        made = Taps(model, route=self.route, activations=self._own, neuron_dim=self.neuron_dim)
+        memo[id(self)] = made
+        made.example = self.example
+        sites: dict[int, Site] = {}
+        for module, twin in zip(self.model.modules(), model.modules(), strict=True):
+            part = part_of(module)
+            if part is not None and part.taps is self:
+                _attach_copy(made, twin, part, sites)
+        for training, plan in enumerate(self._plans):
+            if plan is not None:
+                repeated = tuple(sites[id(site)] for site in plan.repeated if id(site) in sites)
+                made._plans[training] = Plan(plan.taps, plan.skipped, repeated, plan.samples, plan.folded)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Taps:
+        copied = copy.deepcopy(self.model, memo)
+        made = taps_of(copied)
+        if made is None:  # removed already
+            made = Taps(copied, route=self.route, activations=self._own, neuron_dim=self.neuron_dim)
+        return made
+
+    def __reduce__(self) -> Any:
+        return _observe_again, (self.model, self.route, self._own, self.neuron_dim)
 
 
-@overload
-def instrument(model: nn.Module, *, method: Literal["fx"] = "fx", route: Route = "grouped") -> InstrumentedModel: ...
-@overload
-def instrument(model: nn.Module, *, method: Literal["hooks"], route: Literal["grouped"] = "grouped") -> HookedModel: ...
-def instrument(
-    model: nn.Module, *, method: Literal["fx", "hooks"] = "fx", route: Route = "grouped"
-) -> InstrumentedModel | HookedModel:
-    """`model` with a tap behind every activation call; parameters, buffers and state_dict keys are shared with it.
+_NEVER = float("inf")
 
-    `method="fx"` traces the model into an `InstrumentedModel`. ReLU calls are replaced by their tap, other
-    activation calls are followed by theirs. A value that the model overwrites in place after a tap has seen it
-    is cloned before, so that the record stays what the activation was. Flags that follow `self.training`
-    (`F.dropout(x, training=self.training)`) stay live under train() and eval().
 
-    Forward hooks of modules that stay whole keep firing (a ReLU with hooks is kept and followed by its tap).
+def _observe_again(model: nn.Module, route: Route, activations: tuple[Any, ...], neuron_dim: Any) -> Taps:
+    return observe(model, route=route, activations=activations, neuron_dim=neuron_dim)
 
-    `method="hooks"` gives a `HookedModel`, for models that cannot be traced: it sees activation *modules* only,
-    and `mask` and `compose` do not accept it.
 
-    `route` says what the taps of spatial ReLUs record for the loss; the loss is the same.
-    `"grouped"`: the activation; the loss pools all of them together. `"fused"`: its pooled rows `(N, C)`, taken by
-    `moda_kernels.relu_pool` while the ReLU has the values at hand, so that the loss makes no pass over memory of
-    its own. `"auto"`: fused from `FUSED_FROM_BYTES` bytes of activation on, tap by tap and call by call. Other
-    taps, and all inside `recording()`, record the activation whatever the route: pooled rows cannot tell which
-    neurons passed a threshold.
+def _attach_copy(taps: Taps, module: nn.Module, part: Part | None, sites: dict[int, Site]) -> None:
+    """Give the copy of a module the part of the original."""
+    if isinstance(part, Root):
+        _attach_copy(taps, module, part.inner, sites)
+        taps._attach(module, Root(taps))
+    elif isinstance(part, Site):
+        taps._attach(module, _site_copy(taps, part, sites))
+    elif isinstance(part, Caller):
+        caller = Caller(taps)
+        caller.functions = {name: _site_copy(taps, site, sites) for name, site in part.functions.items()}
+        taps._attach(module, caller)
+    elif isinstance(part, Whole):
+        taps._attach(module, Whole(taps))
+
+
+def _site_copy(taps: Taps, site: Site, sites: dict[int, Site]) -> Site:
+    made = sites[id(site)] = Site(taps, opaque=site.opaque)
+    made.planned = list(site.planned)
+    return made
+
+
+# ---- inputs ---
+
+
+def _samples(inputs: list[Tensor]) -> int:
+    return next((value.shape[0] for value in inputs if value.dim() > 0), 1)
+
+
+def _count(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    return _samples(tensors_of(args, kwargs))
+
+
+def _first_samples(
+    args: tuple[Any, ...], kwargs: dict[str, Any], samples: int
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def first(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        part = value[:2] if value.dim() > 0 and value.shape[0] == samples else value
+        return part.detach().clone()
+
+    first_args, first_kwargs = tree_map(first, (args, kwargs))
+    return first_args, first_kwargs
+
+
+def _apart(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether the model is traced, transformed, or run on tensors without memory: no pass to be recorded."""
+    if torch._C._is_tracing() or _functorch.peek_interpreter_stack() is not None:
+        return True
+    if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None:
+        return True
+    if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None:
+        return True
+    return any(isinstance(value, FakeTensor | torch.fx.Proxy) for value in (*args, *kwargs.values()))
+
+
+def _hooked(model: nn.Module) -> bool:
+    """Whether a hook could look at an input before it is overwritten."""
+    registered = torch.nn.modules.module
+    if registered._global_forward_hooks or registered._global_forward_pre_hooks:
+        return True
+    return any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+# ---- observe ---
+
+
+def observe(
+    model: nn.Module,
+    *,
+    route: Route = "auto",
+    activations: tuple[Any, ...] = (),
+    neuron_dim: int | Mapping[str, int] | None = None,
+    example: Any = None,
+) -> Taps:
+    """Attach taps to a model: the very object given, whose own code goes on to run.
+
+    An observed model gives what the plain one gives, bit for bit: outputs, buffers, gradients and random state. Saved
+    with `torch.save` it is the plain model; a deep copy has taps of its own. Observe first, then wrap
+    (`torch.compile`, DistributedDataParallel).
+
+    Args:
+        model: any module.
+        route: what taps of spatial ReLUs record for the loss; the loss is the same. "grouped": the activation; the loss
+            pools all of them together. "fused": its pooled rows `(N, C)`, taken by `moda_kernels.relu_pool` while the
+            ReLU has the values at hand, so that the loss makes no pass over memory of its own. "auto": fused from
+            `FUSED_FROM_BYTES` bytes of activation on. Other taps, and all inside `recording()`, record the activation:
+            pooled rows cannot tell which neurons passed a threshold.
+        activations: classes of modules and functions of your own that are activations too.
+        neuron_dim: the axis of neurons, where the probe cannot find it; or axes by names of taps.
+        example: an input to probe with at once: a tensor, a tuple of positional arguments or a dict of keyword
+            arguments. Buffers and random state are put back. Without it, the first forward pass is the probe.
 
     Raises:
-        TypeError: `model` is no `nn.Module`, or a wrapper (DataParallel, DistributedDataParallel, torch.compile):
-            instrument the model inside, then wrap.
-        ValueError: `model` is instrumented already, or calls no activation function; `route` is unknown, or not
-            `"grouped"` with hooks, which replace no ReLU.
-        TracingError: the model cannot be traced faithfully: control flow that depends on data, different
-            behaviour in train and eval mode, random tensors, gradient checkpointing or hooks inside the model, an
-            in-place change of an activation that other parts of the model see.
+        TypeError: `model` is no module, or a wrapper (DataParallel, DistributedDataParallel, torch.compile).
+        ValueError: `model` is observed already; an argument is not as above; or the example shows no activation.
     """
     _check_model(model)
-    _check_choices(method, route)
-    if method == "hooks":
-        return hooked(model)
-    graph, constants = trace(model)
-    root = _shell(model, constants)
-    taps = nn.ModuleList()
-    root.add_module("_taps", taps)
-    _insert_taps(graph, root, taps)
-    for tap in taps:
-        cast(Tap, tap).route = route
-    if not len(taps):
-        raise ValueError(NO_ACTIVATION)
-    protect(graph, root, lambda node: isinstance(module_of(node, root), Tap))
-    _warn_of_whole_modules(graph, root)
-    return InstrumentedModel(root, graph)
+    if route not in ("grouped", "fused", "auto"):
+        raise ValueError(f"route: expected 'grouped', 'fused' or 'auto', got {route!r}")
+    _check_neuron_dim(neuron_dim)
+    taps = Taps(model, route=route, activations=tuple(activations), neuron_dim=neuron_dim)
+    taps._attach(model, Root(taps))
+    if example is not None:
+        try:
+            _run_example(taps, example)
+        except BaseException:
+            taps.remove()
+            raise
+    return taps
+
+
+def taps_of(model: nn.Module) -> Taps | None:
+    """The handle of an observed model; None for a plain one."""
+    part = part_of(model)
+    return part.taps if isinstance(part, Root) else None
 
 
 def _check_model(model: nn.Module) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-    if isinstance(model, InstrumentedModel | HookedModel):
-        raise ValueError("model: is instrumented already; use it as it is, or instrument the plain model")
     if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel) or hasattr(model, "_orig_mod"):
         raise TypeError(
-            f"model: is wrapped in {type(model).__name__}; instrument the model inside it, then wrap the result"
+            f"model: is wrapped in {type(model).__name__}; observe the model inside it (before it is wrapped)"
         )
-
-
-def _check_choices(method: str, route: str) -> None:
-    if method not in ("fx", "hooks"):
-        raise ValueError(f"method: expected 'fx' or 'hooks', got {method!r}")
-    if route not in ("grouped", "fused", "auto"):
-        raise ValueError(f"route: expected 'grouped', 'fused' or 'auto', got {route!r}")
-    if method == "hooks" and route != "grouped":
-        raise ValueError(f"route: expected 'grouped' with method='hooks' (hooks replace no ReLU), got {route!r}")
-
-
-def _warn_of_whole_modules(graph: fx.Graph, modules: nn.Module) -> None:
-    """Say which modules of torch.nn hide activation calls inside."""
-    for node in graph.nodes:
-        name = type(module_of(node, modules)).__name__
-        if name.startswith("Transformer"):
-            warnings.warn(f"activations inside torch.nn.{name} {called(node)!r} are not tapped", stacklevel=3)
-
-
-def _shell(model: nn.Module, constants: dict[str, Tensor]) -> nn.Module:
-    """A bare module with the content of `model` under the same names, to which taps can be added."""
-    shell = nn.Module()
-    shell.__dict__.update({name: value for name, value in model.__dict__.items() if name not in shell.__dict__})
-    shell.training = model.training
-    shell._modules = dict(model._modules)
-    shell._parameters = dict(model._parameters)
-    shell._buffers = dict(model._buffers)
-    shell._non_persistent_buffers_set = set(model._non_persistent_buffers_set)
-    for name, value in constants.items():
-        shell.register_buffer(name, value, persistent=False)
-    return shell
-
-
-def _insert_taps(graph: fx.Graph, modules: nn.Module, taps: nn.ModuleList) -> None:
-    recorder, names = Recorder(), set[str]()
-    for node in list(graph.nodes):
-        function = activation_name(node, modules)
-        if function is None:
-            continue
-        path = called(node) if not function else ".".join(filter(None, (calling_module(node), function)))
-        value = _activated(node)
-        taps.append(
-            Tap(
-                unique_name(path, names),
-                len(taps),
-                recorder,
-                neuron_dim=_first_or_last(neuron_dim(value, modules), node),
-                relu=is_plain_relu(node, modules),
-                inplace=is_inplace(node, modules),
-            )
+    if taps_of(model) is not None:
+        raise ValueError(
+            "model: is observed already; use the handle that moda.observe gave "
+            "(moda.observation.taps.taps_of(model) returns it), or remove() it first"
         )
-        _place(node, value, taps)
+    observed = next((path for path, module in model.named_modules() if part_of(module) is not None), None)
+    if observed is not None:
+        raise ValueError(f"model: its module {observed!r} is observed already; remove() those taps first")
 
 
-def _activated(call: fx.Node) -> fx.Node:
-    value = subject(call)
-    if value is None:
-        raise refusal("an activation function is called on something that is no tensor of the graph", source_of(call))
-    return value
+def _check_neuron_dim(neuron_dim: Any) -> None:
+    values = list(neuron_dim.values()) if isinstance(neuron_dim, Mapping) else [neuron_dim]
+    if neuron_dim is not None and not all(isinstance(value, int) and not isinstance(value, bool) for value in values):
+        raise TypeError(f"neuron_dim: expected an axis, or axes by names of taps, got {neuron_dim!r}")
 
 
-def _first_or_last(dim: int, call: fx.Node) -> int:
-    if dim not in (1, -1):
-        raise refusal(f"its neurons are at dim {dim}; only dim 1 and the last one are known", source_of(call))
-    return dim
-
-
-def _place(call: fx.Node, value: fx.Node, taps: nn.ModuleList) -> None:
-    """Let the newest tap take the place of a ReLU call, or follow another activation call."""
-    tap = cast(Tap, taps[-1])
-    graph = call.graph
-    with graph.inserting_after(call):
-        node = graph.call_module(f"_taps.{tap.index}", (value if tap.relu else call,))
-    node.meta = dict(call.meta)
-    call.replace_all_uses_with(node, delete_user_cb=lambda user: user is not node)
-    if tap.inplace:  # whoever uses the overwritten value later sees the activation
-        for user in users_after(value, node):
-            user.replace_input_with(value, node)
-    if tap.relu:
-        graph.erase_node(call)
+def _run_example(taps: Taps, example: Any) -> None:
+    """Probe with an example, in the model's mode and then in the other one; leave no trace."""
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = {}
+    if isinstance(example, Mapping):
+        kwargs = dict(example)
     else:
-        tap.inplace = False
+        args = tuple(example) if isinstance(example, tuple | list) else (example,)
+    if not tensors_of(args, kwargs):
+        raise TypeError(
+            "example: expected a tensor, a tuple of positional arguments or a dict of keyword arguments, got "
+            f"{type(example).__name__}"
+        )
+    model = taps.model
+    modes = {module: module.training for module in model.modules()}
+    with _undone(model), torch.no_grad():
+        model(*args, **kwargs)
+    if not taps._plan.taps:
+        raise ValueError(NO_ACTIVATION + "".join(f"; {name}: {why}" for name, why in taps.skipped.items()))
+    try:
+        with _undone(model), torch.no_grad():
+            model.train(not model.training)
+            model(*args, **kwargs)
+    except Exception:  # that mode's first forward pass will probe it
+        taps._run = None
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+@contextmanager
+def _undone(model: nn.Module) -> Iterator[None]:
+    """Afterwards buffers, attributes of modules and random numbers are what they were."""
+    before = {module: (dict(module.__dict__), dict(module._buffers)) for module in model.modules()}
+    values = {id(buffer): (buffer, buffer.detach().clone()) for buffer in model.buffers()}
+    state = random.getstate()
+    devices = {tensor.device for tensor in (*model.parameters(), *model.buffers()) if tensor.device.type == "cuda"}
+    try:
+        with torch.random.fork_rng(devices=[device.index or 0 for device in devices]):
+            yield
+    finally:
+        random.setstate(state)
+        parts = {module: part_of(module) for module in before}
+        for module, (attributes, buffers) in before.items():
+            module.__dict__.clear()
+            module.__dict__.update(attributes)
+            module._buffers.clear()
+            module._buffers.update(buffers)
+            if parts[module] is not None:
+                module.__dict__["_moda_part"] = parts[module]
+        with torch.no_grad():
+            for buffer, value in values.values():
+                buffer.copy_(value)

@@ -1,0 +1,64 @@
+"""What a probe found out: the taps of a model in one mode (train or eval), and where they are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from moda.observation.layout import Layout
+
+if TYPE_CHECKING:
+    from moda.observation.attached import Site
+
+
+@dataclass(frozen=True)
+class Tap:
+    """One activation call of a forward pass.
+
+    Attributes:
+        name: unique among the taps of the model.
+        index: place in execution order.
+        width: how many neurons.
+        layout: where samples and neurons are.
+        relu: whether it is a plain ReLU, which something else may compute.
+        overwritten: whether the model overwrites the activation later.
+        spare: whether nobody but this call reads its input.
+    """
+
+    name: str
+    index: int
+    width: int
+    layout: Layout
+    relu: bool = False
+    overwritten: bool = False
+    spare: bool = False
+
+    @property
+    def fusible(self) -> bool:
+        """Whether ReLU and pooling may be one pass here."""
+        return self.relu and self.layout.plain and self.layout.dims > 2
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The taps of one mode.
+
+    Attributes:
+        taps: in execution order.
+        skipped: why calls of activations are not tapped, by the names they would have.
+        repeated: sites that are called more than once.
+        samples: how many samples the probe had.
+        folded: whether a tap has to know how many samples there are.
+    """
+
+    taps: tuple[Tap, ...]
+    skipped: Mapping[str, str]
+    repeated: tuple[Site, ...]
+    samples: int
+    folded: bool = field(default=False)
+
+    @property
+    def provisional(self) -> bool:
+        """Whether fewer than two samples left open how rows belong to samples."""
+        return self.samples < 2

@@ -1,0 +1,378 @@
+"""The first forward pass: which calls are activations, where their neurons are, and what happens to them later.
+
+The model's own code runs, and gives what it would give; every call of a torch function is followed.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from moda.observation.activations import FUNCTIONS, FUSED_ROADS, ActivationFunction, plain_class
+from moda.observation.attached import Caller, Part, Root, Site, Whole, part_of
+from moda.observation.labels import Node, Ref, fold_of, map_refs
+from moda.observation.layout import Layout
+from moda.observation.names import unique_name
+from moda.observation.plan import Plan, Tap
+from moda.observation.run import Call, Run
+
+if TYPE_CHECKING:
+    from moda.observation.taps import Taps
+
+_INDEX_ELEMENTS = 1 << 20  # tensors of integers up to this size are kept, for operations that index with them
+# Producers of new memory: what only a ReLU reads of them, it may overwrite.
+_MAKERS = frozenset((
+    "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "linear", "batch_norm",
+    "add", "__add__", "__radd__",
+))  # fmt: skip
+_METADATA = frozenset((
+    "size", "dim", "ndimension", "stride", "numel", "nelement", "is_contiguous", "is_floating_point", "__len__",
+    "get_device", "element_size", "storage_offset", "is_complex", "type",
+))  # fmt: skip
+
+
+@dataclass
+class _Found:
+    """An activation call as far as it is known."""
+
+    name: str
+    layout: Layout
+    width: int
+    index: int
+    relu: bool
+    overwritten: bool = False
+    spare: bool = False
+
+    def tap(self) -> Tap:
+        return Tap(self.name, self.index, self.width, self.layout, self.relu, self.overwritten, self.spare)
+
+
+class Probe(Run):
+    """A forward pass that is followed."""
+
+    def __init__(self, taps: Taps, training: bool, samples: int, inputs: list[Tensor], **purpose: Any) -> None:
+        super().__init__(None, training, samples, **purpose)
+        self.taps = taps
+        self.watching = True
+        self.paths = _paths(taps.model)
+        self.found: list[_Found] = []
+        self.skipped: dict[str, str] = {}
+        self._names: set[str] = set()
+        self._calls: dict[Site, list[_Found | None]] = {}
+        self._stack: list[nn.Module] = [taps.model]
+        self._nodes = WeakTensorKeyDictionary()
+        self._memory: dict[int, tuple[StorageWeakRef, list[_Found]]] = {}
+        self._spares: dict[int, tuple[StorageWeakRef, _Found]] = {}
+        self._idle = False
+        for value in inputs:
+            self._nodes[value] = Node.of_input(tuple(value.shape), samples)
+
+    # ---- running ---
+
+    def conduct(self, forward: Callable[[], Any]) -> Any:
+        """Run the forward pass; gives its output."""
+        with ExitStack() as stack:
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+            for handle in (
+                register_module_forward_pre_hook(self._enter),
+                register_module_forward_hook(self._leave, always_call=True),
+            ):
+                stack.callback(handle.remove)
+            self._attach_modules()
+            stack.enter_context(_ProbeMode(self))
+            return forward()
+
+    def _attach_modules(self) -> None:
+        known = self.taps.known
+        for module in self.paths:
+            if _own_part(module) is not None:
+                continue
+            if known.is_module(module):
+                self.taps._attach(module, Site(self.taps, opaque=not _of_torch(module)))
+            elif isinstance(module, FUSED_ROADS):
+                self.taps._attach(module, Whole(self.taps))
+
+    def _enter(self, module: nn.Module, _args: Any) -> None:
+        if module in self.paths:
+            self._stack.append(module)
+
+    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        if module in self._stack[1:]:
+            while self._stack.pop() is not module:
+                pass
+        self._adopt(type(module).__name__, args, {}, output)
+
+    def whole(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """A module that is left whole has run: a layer with neurons, to the rest of the model."""
+        self._adopt("multi_head_attention_forward", args, kwargs, output)
+        if isinstance(module, nn.TransformerEncoderLayer):
+            name = unique_name(f"{self.paths.get(module, '')}.activation".lstrip("."), self._names)
+            self.skipped[name] = (
+                f"it is inside torch.nn.{plain_class(type(module)).__name__}, whose fused forward pass calls no "
+                "activation function"
+            )
+
+    # ---- calls of activations ---
+
+    def call_module(self, site: Site, module: nn.Module, call: Call, args: tuple[Any, ...], kwargs: Any) -> Any:
+        """An activation module is called."""
+        relu = plain_class(type(module)) is nn.ReLU
+        inplace = bool(getattr(module, "inplace", False))
+        return self._activation(site, self.paths.get(module, ""), call, args, kwargs, relu, inplace)
+
+    def call_function(
+        self, function: Call, known: ActivationFunction, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """A function of torch is called that is an activation."""
+        module = self._stack[-1]
+        path = ".".join(filter(None, (self.paths[module], known.name)))
+        caller = _own_part(module)
+        if not isinstance(caller, Caller):
+            caller = Caller(self.taps)
+            self.taps._attach(module, caller)
+        site = caller.functions.setdefault(known.name, Site(self.taps))
+        inplace = known.overwrites(args, kwargs)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            return self.follow(function, args, kwargs)
+
+        return self._activation(site, path, call, args, kwargs, known.name == "relu", inplace)
+
+    def _activation(
+        self, site: Site, path: str, call: Call, args: tuple[Any, ...], kwargs: Any, relu: bool, inplace: bool
+    ) -> Any:
+        copied = self.changes and inplace and bool(args)
+        given = (args[0].clone(), *args[1:]) if copied else args
+        if copied and args[0] in self._nodes:
+            self._nodes[given[0]] = self._nodes[args[0]]
+        inside, self.inside = self.inside, True
+        try:
+            value = call(*given, **kwargs)
+        finally:
+            self.inside = inside
+        found = self._found(unique_name(path, self._names), value, relu)
+        self._calls.setdefault(site, []).append(found)
+        if found is not None:
+            if relu and not inplace and args and isinstance(args[0], Tensor):
+                self._note_spare(args[0], found)
+            value = self._delivered(found, value)
+        if copied:
+            with self._resting():
+                args[0].copy_(value)
+            self._nodes[args[0]] = self._nodes.get(value)
+            return args[0]
+        return value
+
+    def _delivered(self, found: _Found, value: Tensor) -> Tensor:
+        node = self._nodes.get(value)
+        found.overwritten = True  # for all that is known, from here on
+        with self._resting():
+            delivered = self.deliver(found.tap(), value)
+        found.overwritten = False
+        if delivered is not value and node is not None:
+            self._nodes[delivered] = node
+        key, reference = _memory(delivered)
+        known = self._memory.get(key)
+        if known is None or known[0].expired():
+            known = self._memory[key] = (reference, [])
+        known[1].append(found)
+        return delivered
+
+    @contextmanager
+    def _resting(self) -> Iterator[None]:
+        before, self._idle = self._idle, True
+        try:
+            yield
+        finally:
+            self._idle = before
+
+    def _found(self, name: str, value: Any, relu: bool) -> _Found | None:
+        layout = self._layout(name, value)
+        if isinstance(layout, str):
+            self.skipped[name] = layout
+            return None
+        found = _Found(name, layout, value.shape[layout.neurons], len(self.found), relu)
+        self.found.append(found)
+        return found
+
+    def _layout(self, name: str, value: Any) -> Layout | str:
+        """Where samples and neurons are, or why that is not known."""
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            return "what it gives is no tensor of real numbers"
+        dims = value.dim()
+        if dims < 2:
+            return f"what it gives has {dims} axes; samples and neurons take two"
+        node = self._nodes.get(value)
+        label = None if node is None else node.label("samples")
+        rows = fold_of(label, self.samples)
+        if self.samples == 0 and value.shape[0] == 0:
+            axis, folded, outermost = 0, False, True
+        elif label is None or rows is None:
+            return "its rows are not known to belong to the samples of the input (it may be made of parameters alone)"
+        else:
+            axis, (folded, outermost) = label.axis, rows
+        neurons = self._neurons(name, node, dims, axis)
+        if neurons is None:
+            return f"which of its axes holds neurons is not known; pass neuron_dim={{{name!r}: axis}}"
+        if neurons == axis:
+            return "its samples and its neurons are along the same axis"
+        return Layout(dims, axis, neurons, folded, outermost)
+
+    def _neurons(self, name: str, node: Node | None, dims: int, samples: int) -> int | None:
+        told = self.taps.neuron_dim
+        if isinstance(told, Mapping) and name in told:
+            return int(told[name]) % dims
+        label = None if node is None else node.label("neurons")
+        if label is not None and label.axis != samples:
+            return label.axis
+        if dims == 2:
+            return 1 - samples
+        return int(told) % dims if isinstance(told, int) else None
+
+    # ---- what is overwritten, and what may be ---
+
+    def _note_spare(self, x: Tensor, found: _Found) -> None:
+        node = self._nodes.get(x)
+        if node is None or node.name not in _MAKERS or x._base is not None or isinstance(x, nn.Parameter):
+            return
+        key, reference = _memory(x)
+        if x.untyped_storage().nbytes() == x.numel() * x.element_size():
+            self._spares[key] = (reference, found)
+
+    def _note_uses(self, tensors: list[Tensor]) -> None:
+        for tensor in tensors:
+            key, _ = _memory(tensor)
+            self._spares.pop(key, None)
+
+    def _note_overwritten(self, tensor: Tensor) -> None:
+        known = self._memory.get(_memory(tensor)[0])
+        if known is not None and not known[0].expired():
+            for found in known[1]:
+                found.overwritten = True
+
+    # ---- following ---
+
+    def follow(self, function: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call a function of torch, and note what it gives."""
+        name = _name(function)
+        tensors = list(_tensors(args)) + (list(_tensors(tuple(kwargs.values()))) if kwargs else [])
+        before = [(tensor, tensor._version) for tensor in tensors if not tensor.is_inference()]
+        output = function(*args, **kwargs)
+        if self._spares and not (name in _METADATA or (name in _PROPERTIES and not isinstance(output, Tensor))):
+            self._note_uses(tensors)
+        for tensor, version in before:
+            if tensor._version != version:
+                self._note_overwritten(tensor)
+        if isinstance(output, Tensor):
+            self._nodes[output] = Node(function, name, self._refs(args), self._refs(kwargs), tuple(output.shape))
+        elif isinstance(output, tuple | list) and not isinstance(output, torch.Size):
+            refs, named = self._refs(args), self._refs(kwargs)
+            for index, item in enumerate(output):
+                if isinstance(item, Tensor):
+                    self._nodes[item] = Node(function, name, refs, named, tuple(item.shape), index)
+        return output
+
+    def _refs(self, value: Any) -> Any:
+        return map_refs(value, self._ref, Tensor)
+
+    def _ref(self, tensor: Tensor) -> Ref:
+        indexing = not tensor.is_floating_point() and tensor.numel() <= _INDEX_ELEMENTS
+        return Ref(self._nodes.get(tensor), tuple(tensor.shape), tensor.detach() if indexing else None)
+
+    def _adopt(self, name: str, args: Any, kwargs: Any, output: Any) -> None:
+        """Take results that came about unseen for those of an operation."""
+        for index, item in enumerate(output if isinstance(output, tuple | list) else (output,)):
+            if isinstance(item, Tensor) and item not in self._nodes:
+                node = Node(_unseen, name, self._refs(tuple(args)), self._refs(kwargs), tuple(item.shape), index)
+                self._nodes[item] = node
+
+    # ---- the end ---
+
+    def finish(self, output: Any) -> None:
+        """Make the plan of what was found."""
+        for reference, found in self._spares.values():
+            found.spare = reference.expired()
+        taps = tuple(found.tap() for found in self.found)
+        for site, calls in self._calls.items():
+            site.planned[self.training] = tuple(None if call is None else taps[call.index] for call in calls)
+        repeated = tuple(site for site, calls in self._calls.items() if len(calls) > 1)
+        folded = any(tap.layout.folded for tap in taps)
+        self.taps._learn(self.training, Plan(taps, dict(self.skipped), repeated, self.samples, folded))
+
+
+class _ProbeMode(TorchFunctionMode):
+    def __init__(self, probe: Probe) -> None:
+        self.probe = weakref.proxy(probe)
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        probe = self.probe
+        kwargs = kwargs or {}
+        if probe._idle:
+            return func(*args, **kwargs)
+        known = FUNCTIONS.get(func)
+        if known is not None and not probe.inside:
+            return probe.call_function(func, known, args, kwargs)
+        return probe.follow(func, args, kwargs)
+
+
+_PROPERTIES = frozenset((
+    "shape", "device", "dtype", "requires_grad", "ndim", "layout", "is_cuda", "grad_fn", "is_leaf", "_version",
+    "is_sparse", "is_quantized", "is_meta", "names", "output_nr", "_base", "itemsize", "nbytes", "is_cpu", "is_mps",
+    "is_nested", "is_mkldnn", "name", "_backward_hooks", "retains_grad",
+))  # fmt: skip
+
+
+def _unseen(*_args: Any, **_kwargs: Any) -> None:
+    """Stands for an operation that was not seen."""
+
+
+def _name(function: Any) -> str:
+    name: str = getattr(function, "__name__", "")
+    if name == "__get__":
+        return str(getattr(function.__self__, "__name__", ""))
+    return name if name.startswith("__") else name.rstrip("_").removeprefix("_") or name
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    for item in value:
+        if isinstance(item, Tensor):
+            yield item
+        elif isinstance(item, tuple | list):
+            yield from _tensors(item)
+
+
+def _memory(tensor: Tensor) -> tuple[int, StorageWeakRef]:
+    storage = tensor.untyped_storage()
+    return storage._cdata, StorageWeakRef(storage)
+
+
+def _paths(model: nn.Module) -> dict[nn.Module, str]:
+    return {module: path for path, module in model.named_modules()}
+
+
+def _own_part(module: nn.Module) -> Part | None:
+    part = part_of(module)
+    return part.inner if isinstance(part, Root) else part
+
+
+def _of_torch(module: nn.Module) -> bool:
+    return plain_class(type(module)).__module__.startswith("torch.")
+
+
+def tensors_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    """All tensors that a model is given."""
+    return [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+
+
+__all__ = ["Probe", "tensors_of"]

@@ -1,0 +1,288 @@
+"""One forward pass of an observed model: what its taps do with the activations that they see."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as nn_module
+from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import CheckpointFunction
+
+from moda.observation.activations import FUNCTIONS, ActivationFunction
+from moda.observation.attached import Caller, Site
+from moda.observation.plan import Plan, Tap
+from moda.observation.record import Record, version_of
+from moda_kernels import relu_pool
+
+if TYPE_CHECKING:
+    from moda.observation.taps import Taps
+
+Receiver: TypeAlias = "Callable[[int, Tensor], None]"  # of an activation's place in execution order, and the activation
+Function: TypeAlias = "Callable[[int, Tensor], Tensor]"  # what it gives takes the activation's place in the model
+Call: TypeAlias = "Callable[..., Any]"
+
+OTHER_CALLS = "model: expected the activation calls of the first forward pass in every one, got others"
+
+# Activations of at least this many bytes are pooled by their tap under route="auto", by type of device. On the CPU all:
+# fused was the cheaper and the leaner route for every model measured (docs/benchmarks.md). Elsewhere a guess, to be
+# measured: from here on a pass over memory should cost more than a launch.
+FUSED_FROM_BYTES = {"cpu": 0, "cuda": 16 << 20}
+
+
+class Run:
+    """A forward pass in which taps have something to do.
+
+    Args:
+        record: where activations are kept; None to keep none.
+        receiver: gets activations at once.
+        function: makes what takes an activation's place.
+        marking: whether values pass the marker operator.
+        fusing: whether ReLU and pooling may be one pass; None to go by size.
+        overwriting: whether ReLUs overwrite inputs that nobody else reads.
+        samples: how many there are.
+    """
+
+    def __init__(
+        self,
+        plan: Plan | None,
+        training: bool,
+        samples: int,
+        *,
+        record: Record | None = None,
+        receiver: Receiver | None = None,
+        function: Function | None = None,
+        marking: bool = False,
+        fuse_from: float = float("inf"),
+        overwriting: bool = False,
+    ) -> None:
+        self.plan = plan
+        self.training = training
+        self.samples = samples
+        self.record = record
+        self.receiver = receiver
+        self.function = function
+        self.marking = marking
+        self.fuse_from = fuse_from
+        self.overwriting = overwriting
+        self.changes = function is not None or marking
+        self.gradients = torch.is_grad_enabled()
+        self.plainly = not (self.changes or receiver is not None)
+        self.caller: Caller | None = None  # whose calls of functions are looked at
+        self.watching = False  # whether the function mode is entered
+        self.inside = False  # of an activation made of others
+        self.others = False  # whether there were calls that the probe did not see
+        self.count = 0
+
+    def conduct(self, forward: Callable[[], Any]) -> Any:
+        """Run the forward pass; gives its output."""
+        return forward()
+
+    # ---- calls ---
+
+    def call_module(self, site: Site, module: nn.Module, call: Call, args: tuple[Any, ...], kwargs: Any) -> Any:
+        """An activation module is called."""
+        tap = self.next(site)
+        if tap is not None and self._may_compute(tap, args, kwargs) and not _has_hooks(module):
+            if self._fuses(tap, args[0]):
+                return self._fused(tap, args[0], bool(module.inplace))
+            if self.overwriting and tap.spare:
+                return self.deliver(tap, torch.relu_(args[0]))
+        caller, inside = self.caller, self.inside
+        self.caller, self.inside = None, site.opaque
+        try:
+            if tap is None:
+                return call(*args, **kwargs)
+            return self.call(tap, call, args, kwargs, bool(getattr(module, "inplace", False)))
+        finally:
+            self.caller, self.inside = caller, inside
+
+    def call_function(
+        self, function: Call, known: ActivationFunction, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """An activation function is called by the module that is `self.caller`."""
+        caller = self.caller
+        site = None if caller is None else caller.functions.get(known.name)
+        tap = None if site is None else self.next(site)
+        if tap is None:
+            self.others = self.others or site is None
+            return function(*args, **kwargs)
+        inplace = known.overwrites(args, kwargs)
+        if self._may_compute(tap, args, kwargs):
+            if self._fuses(tap, args[0]):
+                return self._fused(tap, args[0], inplace)
+            if self.overwriting and tap.spare:
+                return self.deliver(tap, torch.relu_(args[0]))
+        return self.call(tap, function, args, kwargs, inplace)
+
+    def next(self, site: Site) -> Tap | None:
+        """The tap of this call of a site; None if it is skipped or was not seen by the probe."""
+        planned = site.planned[self.training]
+        if len(planned) == 1:
+            return planned[0]
+        hit = site.hits
+        site.hits = hit + 1
+        if hit < len(planned):
+            return planned[hit]
+        self.others = True
+        return None
+
+    def call(self, tap: Tap, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any], inplace: bool) -> Any:
+        """Call an activation and hand on what it gives."""
+        if not (self.changes and inplace and args):
+            return self.deliver(tap, call(*args, **kwargs))
+        # What takes the activation's place has to be seen by whoever looks at the overwritten input.
+        x, *rest = args
+        x.copy_(self.deliver(tap, call(x.clone(), *rest, **kwargs)))
+        return x
+
+    # ---- values ---
+
+    def deliver(self, tap: Tap, value: Tensor) -> Tensor:
+        """Do with an activation what this pass is for; gives what the model goes on with."""
+        if value.dim() != tap.layout.dims:
+            self.others = True
+            return value
+        if self.plainly:
+            if self.record is not None:
+                self._note(tap, value)
+            return value
+        self.count += 1
+        if self.function is not None:
+            value = self._replaced(self.function, tap, value)
+        if self.marking:
+            value = torch.ops.moda.tap(value, tap.index, tap.layout.neurons)
+        if self.receiver is not None:
+            self.receiver(tap.index, tap.layout.rows(value, self.samples))
+        elif self.record is not None:
+            self._note(tap, value)
+        return value
+
+    def _replaced(self, function: Function, tap: Tap, value: Tensor) -> Tensor:
+        rows = tap.layout.rows(value, self.samples)
+        replaced = function(tap.index, rows)
+        if replaced.shape != rows.shape:
+            raise ValueError(
+                f"function: expected a tensor of shape {tuple(rows.shape)} for activation {tap.name!r}, got "
+                f"{tuple(replaced.shape)}"
+            )
+        return tap.layout.back(replaced)
+
+    def _note(self, tap: Tap, value: Tensor) -> None:
+        record = self.record
+        assert record is not None
+        index = tap.index
+        if tap.overwritten:
+            value = value.clone()
+        if not tap.layout.plain:
+            value = tap.layout.rows(value, self.samples)
+        if index in record.values:
+            self.others = True
+        if not torch.compiler.is_compiling():
+            if not value.requires_grad:
+                value = self._without_gradient(tap, value)
+            record.versions[index] = version_of(value)
+        record.values[index] = value
+
+    def _without_gradient(self, tap: Tap, value: Tensor) -> Tensor:
+        if self.gradients and not torch.is_grad_enabled() and _inside_reentrant_checkpoint():
+            assert self.record is not None
+            self.record.problem = (
+                f"activation {tap.name!r} was computed inside torch.utils.checkpoint with use_reentrant=True, which "
+                "gives it no gradient; checkpoint with use_reentrant=False"
+            )
+        return value.clone() if value.is_inference() and not tap.overwritten else value  # tells no version
+
+    # ---- one pass instead of two ---
+
+    def _may_compute(self, tap: Tap, args: tuple[Any, ...], kwargs: Any) -> bool:
+        return tap.relu and len(args) > 0 and isinstance(args[0], Tensor)
+
+    def _fuses(self, tap: Tap, x: Tensor) -> bool:
+        if not tap.fusible or x.dim() != tap.layout.dims or x.numel() * x.element_size() < self.fuse_from:
+            return False
+        dense = x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last))
+        return dense and torch.is_grad_enabled() and type(x) is Tensor
+
+    def _fused(self, tap: Tap, x: Tensor, inplace: bool) -> Tensor:
+        record = self.record
+        assert record is not None
+        y, pooled = relu_pool(x, inplace=inplace)
+        pooled._moda_pooled = True  # type: ignore[attr-defined]
+        if tap.index in record.values:
+            self.others = True
+        record.values[tap.index] = pooled
+        if not torch.compiler.is_compiling():
+            record.versions[tap.index] = pooled._version
+        return y
+
+    # ---- the end ---
+
+    def whole(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """A module that is left whole has run."""
+
+    def finish(self, output: Any) -> None:
+        """The forward pass is over, and gave `output`.
+
+        Raises:
+            ValueError: taps were replaced or received, and calls were others than in the probe.
+        """
+        plan = self.plan
+        if plan is None:
+            return
+        if not self.plainly:
+            if self.others or self.count != len(plan.taps):
+                raise ValueError(OTHER_CALLS)
+            return
+        record = self.record
+        if record is not None and (self.others or len(record.values) != len(plan.taps)):
+            for site in plan.repeated:  # which of several calls was left out is not known
+                planned = site.planned[self.training]
+                if site.hits != len(planned):
+                    for tap in planned:
+                        if tap is not None:
+                            record.values.pop(tap.index, None)
+
+
+class FunctionMode(TorchFunctionMode):
+    """Sees the calls of activation functions."""
+
+    def __init__(self, taps: Taps) -> None:
+        self.taps = taps
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        known = FUNCTIONS.get(func)
+        if known is not None:
+            run = self.taps._run
+            if run is not None and run.caller is not None:
+                return run.call_function(func, known, args, kwargs or {})
+        return func(*args, **kwargs) if kwargs else func(*args)
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    """Whether hooks run when this module is called or differentiated, or something stands in its forward's place."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or nn_module._global_forward_hooks
+        or nn_module._global_forward_pre_hooks
+        or nn_module._global_backward_hooks
+        or nn_module._global_backward_pre_hooks
+        or "forward" in module.__dict__
+    )
+
+
+def _inside_reentrant_checkpoint() -> bool:
+
+    code = CheckpointFunction.forward.__code__
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is code:
+            return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False

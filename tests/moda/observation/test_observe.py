@@ -1,0 +1,118 @@
+"""An observed model is the plain model, and its taps see what its activation functions give."""
+
+from __future__ import annotations
+
+import copy
+import io
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import moda
+from moda.observation.taps import taps_of
+from tests.moda._helpers.tapping import Tokens, images, small_cnn, spied
+
+
+class Functions(nn.Module):
+    """A convolution, tokens, and the same function called twice by one module, once in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(3, 4, 3), nn.Linear(4, 8), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.a(x)).flatten(2).transpose(1, 2)
+        return self.c(F.gelu(self.b(x)).mean(1).relu_())
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {"modules": small_cnn, "functions": Functions, "tokens": Tokens}
+
+
+@pytest.mark.parametrize("route", ["grouped", "fused", "auto"])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", MODELS)
+def test_an_observed_model_is_the_plain_one(name: str, training: bool, route: str) -> None:
+    torch.manual_seed(0)
+    plain = MODELS[name]().train(training)
+    observed = copy.deepcopy(plain)
+    taps = moda.observe(observed, route=route)
+    for _ in range(3):
+        x = images()
+        results = []
+        for model in (plain, observed):
+            torch.manual_seed(7)
+            y = model(x)
+            y.square().sum().backward()
+            results.append((y, torch.get_rng_state(), [p.grad for p in model.parameters()], list(model.buffers())))
+        taps.activations()
+        (y, state, gradients, buffers), (other, other_state, other_gradients, other_buffers) = results
+        assert torch.equal(y, other)
+        assert torch.equal(state, other_state)
+        assert all(torch.equal(a, b) for a, b in zip(gradients, other_gradients, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(buffers, other_buffers, strict=True))
+
+
+def test_activations_are_what_the_functions_give() -> None:
+    model = Functions()
+    taps = moda.observe(model, route="grouped")
+    x = images()
+    expected = spied(copy.deepcopy(model), x)
+    for _ in range(2):
+        model(x)
+        seen = taps.activations()
+        assert taps.names == ("relu", "gelu", "relu_1")
+        assert taps.widths == (4, 8, 8)
+        assert [tuple(value.shape) for value in seen] == [(4, 4, 6, 6), (4, 8, 36), (4, 8)]
+        assert torch.equal(seen[0], expected[0])
+
+
+def test_replacing_puts_values_in_their_place() -> None:
+    model = Functions().eval()
+    taps = moda.observe(model)
+    x = images()
+    y = model(x)
+    taps.clear()
+    with taps.replacing(lambda _index, value: value * 1.0):
+        assert torch.equal(model(x), y)
+    with taps.replacing(lambda index, value: value * (index != 2)):
+        assert torch.equal(model(x), model.c.bias.expand(4, 2))
+    with pytest.raises(ValueError, match="function: expected a tensor of shape"), taps.replacing(lambda _i, v: v[:1]):
+        model(x)
+
+
+def test_saved_it_is_plain_and_a_copy_has_taps_of_its_own() -> None:
+    model = small_cnn().eval()
+    taps = moda.observe(model, example=images())
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=False)
+    assert [type(module) for module in loaded.modules()] == [type(module) for module in small_cnn().modules()]
+    clone = copy.deepcopy(model)
+    of_clone = taps_of(clone)
+    assert of_clone is not None
+    assert of_clone is not taps
+    x = images()
+    assert torch.equal(clone(x), model(x))
+    assert len(of_clone.activations()) == len(taps.activations()) == 3
+
+
+def test_removing_leaves_no_trace() -> None:
+    model = Tokens()
+    attributes = {module: (type(module), set(vars(module))) for module in model.modules()}
+    with moda.observe(model) as taps:
+        model(images())
+        assert len(taps.activations()) == 3
+    assert {module: (type(module), set(vars(module))) for module in model.modules()} == attributes
+
+
+def test_an_example_leaves_no_trace_but_the_plan() -> None:
+    model, x = small_cnn(), images(1)
+    state, random = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    taps = moda.observe(model, example=x)
+    assert torch.equal(torch.get_rng_state(), random)
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in state.items())
+    assert taps.names == ("2", "4", "8")
