@@ -78,7 +78,9 @@ def test_probabilities_are_the_published_ones(golden: Golden, name: str, classes
 @pytest.mark.parametrize("name", NAMES)
 def test_single_precision_is_as_close_as_the_published_one(golden: Golden, name: str):
     case = Case(golden, name, torch.float32)
-    np.testing.assert_allclose(case.splitter(case.images).detach(), case.arrays["p32"], rtol=0, atol=2e-6)
+    exact, published = case.arrays["p64"], case.arrays["p32"]
+    error = np.abs(case.splitter(case.images).detach().numpy() - exact).max()
+    assert error <= 2 * np.abs(published - exact).max() + 2e-6
 
 
 @pytest.mark.parametrize("factor", [1, 40])
