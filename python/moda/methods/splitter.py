@@ -114,6 +114,8 @@ class Splitter(nn.Module):
         ValueError: an argument is not as above.
     """
 
+    taps: Taps
+
     def __init__(
         self,
         taps: Taps,
@@ -166,12 +168,14 @@ class Splitter(nn.Module):
             if names[index] not in self.owners:
                 return activation
             kept = binarised(self.mask(names[index]))[classes].to(activation.dtype)
-            rows = activation.unflatten(0, (count, -1))
-            return (rows * kept.view(count, 1, -1, *[1] * (activation.dim() - 2))).flatten(0, 1)
+            rows: Tensor = activation.unflatten(0, (count, -1))
+            masked_rows: Tensor = rows * kept.view(count, 1, -1, *[1] * (activation.dim() - 2))
+            return masked_rows.flatten(0, 1)
 
         with self.taps.replacing(masked):
             logits: Tensor = self.taps.model(inputs.repeat(count, *[1] * (inputs.dim() - 1)))
-        return logits.unflatten(0, (count, -1))
+        of_classes: Tensor = logits.unflatten(0, (count, -1))
+        return of_classes
 
     def kept_share(self) -> Tensor:
         """Return the share of neurons that modules keep, over all classes and taps, shared masks counted at each tap.

@@ -51,7 +51,8 @@ def differences(kernels: Bools) -> npt.NDArray[np.float32]:
     either = sizes[:, None] + sizes[None, :] - shared
     jaccard = np.divide(shared, either, out=np.ones_like(shared), where=either > 0)
     table = (1 - jaccard).astype(np.float32)
-    return table.reshape(classes, individuals, classes, individuals).transpose(0, 2, 1, 3)
+    made: npt.NDArray[np.float32] = table.reshape(classes, individuals, classes, individuals).transpose(0, 2, 1, 3)
+    return made
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,7 +114,8 @@ class JointFitness:
     @property
     def ensemble(self) -> Integers:
         """The fittest candidate of each class, (N,), the first of equals."""
-        return self.fitness.argmax(1)
+        chosen: Integers = self.fitness.argmax(1)
+        return chosen
 
 
 def joint_fitness(
@@ -269,15 +271,28 @@ def _chosen(
 
 
 def _take(combinations: _Combinations, rows: Integers) -> _Combinations:
-    arrays = (combinations.members, combinations.best, combinations.right, combinations.apart)
-    figures = (combinations.score, combinations.accuracy)
-    return _Combinations(combinations.classes, *(array[rows] for array in (*arrays, *figures)))
+    return _Combinations(
+        classes=combinations.classes,
+        members=combinations.members[rows],
+        best=combinations.best[rows],
+        right=combinations.right[rows],
+        apart=combinations.apart[rows],
+        score=combinations.score[rows],
+        accuracy=combinations.accuracy[rows],
+    )
 
 
 def _bring_back(combinations: _Combinations, cut: _Combinations) -> _Combinations:
-    names = ("members", "best", "right", "apart", "score", "accuracy")
-    joined = (np.concatenate([getattr(combinations, name), getattr(cut, name)]) for name in names)
-    return _Combinations(combinations.classes, *joined, brought_back=True)
+    return _Combinations(
+        classes=combinations.classes,
+        members=np.concatenate([combinations.members, cut.members]),
+        best=np.concatenate([combinations.best, cut.best]),
+        right=np.concatenate([combinations.right, cut.right]),
+        apart=np.concatenate([combinations.apart, cut.apart]),
+        score=np.concatenate([combinations.score, cut.score]),
+        accuracy=np.concatenate([combinations.accuracy, cut.accuracy]),
+        brought_back=True,
+    )
 
 
 def _summary(last: _Combinations, survivors: Sequence[int], individuals: int) -> JointFitness:
