@@ -10,98 +10,122 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from rich.console import Console
 from rich.progress import track
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DistributedSampler
 
+from moda.data.unpacking import Inputs, Unpack, unpacked
 from moda.decomposition.rates import FiringRates
 from moda.inference import device_of, evaluating
+from moda.observation.names import NO_ACTIVATION
+from moda.observation.run import OTHER_CALLS
+from moda.observation.taps import Taps, observing
 from moda_kernels import FiringCounter
+from moda_kernels.distributed import gather_objects, resolve_group
 
 if TYPE_CHECKING:
-    from moda.observation.taps import HookedModel, InstrumentedModel
     from moda_kernels.distributed import Group
 
 GROUP_BYTES = 32 << 20
 """Of activations that are counted together on the CPU: fewer calls than layers, and little memory."""
-CHANGING = "model: expected the same activations in every forward pass, got others than in the first one"
 
-_Batch: TypeAlias = "tuple[Tensor, Tensor, int]"
+
+_Batch: TypeAlias = "tuple[Inputs, Tensor, int]"
 
 
 def count_firings(
-    model: InstrumentedModel | HookedModel,
+    model: nn.Module | Taps,
     loader: Iterable[Any],
     num_classes: int,
     *,
     threshold: float = 0.0,
+    unpack: Unpack | None = None,
     backend: str = "auto",
     group: Group | None = None,
     progress: bool = True,
 ) -> FiringRates:
-    """Firing rates of an instrumented model over the batches of a loader.
+    """Firing rates of a model over the batches of a loader.
 
     Runs in evaluation mode without gradients, on the device of the model; every submodule's train/eval mode is put
-    back afterwards. On the CPU every activation is counted while the model runs and then forgotten, which takes the
-    memory of a plain pass; ReLUs overwrite their input where nobody else sees it (`InstrumentedModel.overwriting`).
-    The samples that a `DistributedSampler` repeats to give every process the same number are run but not counted, so
-    that with `group` the rates are those of one process over the whole data set.
+    back afterwards, and a plain model is plain again. On the CPU every activation is counted while the model runs and
+    then forgotten, which takes the memory of a plain pass; ReLUs overwrite their input where nobody else
+    sees it (`Taps.overwriting`). The samples that a `DistributedSampler` repeats to give every process the same number
+    are run but not counted, so that with `group` the rates are those of one process over the whole data set.
 
     Args:
-        model: `moda.instrument(model)`.
-        loader: gives batches whose first two items are inputs and labels ((N,) int64 or int32).
+        model: any module, observed or not, or its taps.
+        loader: gives batches: (inputs, labels), where inputs may be several; or dicts with "labels". Labels are (N,)
+            int64 or int32.
         num_classes: K.
         threshold: magnitude that a position must exceed to fire; the published code uses 0.
+        unpack: gives the inputs (a tensor, a tuple or a dict) and the labels of a batch of another form.
         backend: see `moda_kernels.backends`.
         group: a process group, or "world" for the default one, whose ranks each bring a part of the data: every rank
             gets the rates of all of it. A rank may have no batch.
         progress: show a progress bar on standard error, if that is a terminal.
 
     Raises:
-        TypeError: `model` is not instrumented, or a batch is not a pair.
-        ValueError: the loader gives no batch, or labels are outside [0, num_classes).
+        TypeError: `model` is no module, or a batch has another form.
+        ValueError: the loader gives no batch, labels are outside [0, num_classes), or the model has no activations or
+            not the same ones in every forward pass.
     """
-    if not all(hasattr(type(model), name) for name in ("taps", "activations", "recording")):
-        raise TypeError(f"model: expected an instrumented model, moda.instrument(model), got {type(model).__name__}")
     counter = FiringCounter(num_classes, threshold=threshold, backend=backend)
-    count = _count_while_running if device_of(model).type == "cpu" else _count_when_run
-    with evaluating(model), torch.no_grad(), model.overwriting():
-        count(model, _batches(loader, progress), counter)
-    if group is not None:
-        counter.all_reduce(group)
-    if not counter.counts:
-        raise ValueError("loader: expected at least one batch, got none")
-    taps = tuple(model.taps)
+    with observing(model) as taps, evaluating(taps.model), torch.no_grad(), taps.overwriting():
+        count = _count_while_running if device_of(taps.model).type == "cpu" else _count_when_run
+        count(taps, _batches(loader, progress, unpack), counter)
+        if group is not None:
+            counter.all_reduce(group)
+        if not counter.counts:
+            raise ValueError("loader: expected at least one batch, got none")
+        names = _names_over(group, taps)
     return FiringRates(
-        taps=taps,
-        rates={tap: rate.cpu() for tap, rate in zip(taps, counter.rates, strict=True)},
-        counts={tap: count.cpu() for tap, count in zip(taps, counter.counts, strict=True)},
+        taps=names,
+        rates={tap: rate.cpu() for tap, rate in zip(names, counter.rates, strict=True)},
+        counts={tap: count.cpu() for tap, count in zip(names, counter.counts, strict=True)},
         class_sizes=counter.class_sizes.cpu(),
         threshold=counter.threshold,
     )
 
 
-def _count_when_run(model: InstrumentedModel | HookedModel, batches: Iterable[_Batch], counter: FiringCounter) -> None:
+def _names_over(group: Group | None, taps: Taps) -> tuple[str, ...]:
+    """Names of the taps; those of another rank, where this one had no batch to learn them from."""
+    if group is None:
+        return taps.names
+    known = taps.names if taps.probed else None
+    names = next(names for names in gather_objects(known, resolve_group(group)) if names is not None)
+    return tuple(names)
+
+
+def _count_when_run(taps: Taps, batches: Iterable[_Batch], counter: FiringCounter) -> None:
     """All layers of a batch together: one launch."""
-    device = device_of(model)
-    with model.recording():
-        for inputs, labels, own in batches:
-            model(inputs.to(device))
-            activations = model.activations()
-            if own:
-                counter.update([activation[:own] for activation in activations], labels[:own].to(device))
+    device = device_of(taps.model)
+    for inputs, labels, own in batches:
+        activations: list[Tensor] = []
+
+        def receive(_index: int, activation: Tensor, kept: list[Tensor] = activations) -> None:
+            kept.append(activation)
+
+        with taps.recording(receive):
+            inputs.to(device).into(taps.model)
+        _check_any(taps)
+        if own:
+            counter.update([activation[:own] for activation in activations], labels[:own].to(device))
 
 
-def _count_while_running(
-    model: InstrumentedModel | HookedModel, batches: Iterable[_Batch], counter: FiringCounter
-) -> None:
+def _count_while_running(taps: Taps, batches: Iterable[_Batch], counter: FiringCounter) -> None:
     """A few layers at a time, as soon as they are there: still in cache, and their memory free for layers to come."""
     groups = _LayerGroups(counter)
     for inputs, labels, own in batches:
         if own:
-            groups.count(model, inputs.cpu(), labels[:own].cpu())
+            groups.count(taps, inputs.to("cpu"), labels[:own].cpu())
         else:
-            model(inputs.cpu())
+            inputs.to("cpu").into(taps.model)
+        _check_any(taps)
     groups.add_to(counter)
+
+
+def _check_any(taps: Taps) -> None:
+    if not taps.names:
+        raise ValueError(NO_ACTIVATION + "".join(f"; {name}: {why}" for name, why in taps.skipped.items()))
 
 
 class _LayerGroups:
@@ -114,15 +138,15 @@ class _LayerGroups:
         self._done = 0  # groups of this forward pass
         self._pending: list[Tensor] = []
 
-    def count(self, model: InstrumentedModel | HookedModel, inputs: Tensor, labels: Tensor) -> None:
+    def count(self, taps: Taps, inputs: Inputs, labels: Tensor) -> None:
         """Run the model, and count its activations of the first len(labels) samples."""
         self._done = 0
-        with model.recording(partial(self._receive, labels)):
-            model(inputs)
+        with taps.recording(partial(self._receive, labels)):
+            inputs.into(taps.model)
         if self._pending and not self._cut:
             self._flush(labels)
         if self._pending or self._done != len(self._counters):
-            raise ValueError(CHANGING)
+            raise ValueError(OTHER_CALLS)
         self._cut = True
 
     def add_to(self, counter: FiringCounter) -> None:
@@ -145,21 +169,21 @@ class _LayerGroups:
     def _flush(self, labels: Tensor) -> None:
         if self._done == len(self._counters):
             if self._cut:
-                raise ValueError(CHANGING)
+                raise ValueError(OTHER_CALLS)
             self._counters.append(self._make())
         layers, self._pending = self._pending, []
         self._counters[self._done].update(layers, labels)
         self._done += 1
 
 
-def _batches(loader: Iterable[Any], progress: bool) -> Iterator[_Batch]:
+def _batches(loader: Iterable[Any], progress: bool, unpack: Unpack | None) -> Iterator[_Batch]:
     """Inputs, labels, and how many of the samples, the first ones, are to be counted."""
     console = Console(stderr=True)
     uncounted = _own_samples(loader)
     if progress and console.is_terminal:  # a log file wants no bar
         loader = track(loader, "Counting firings", console=console, transient=True)
     for batch in loader:
-        inputs, labels = _inputs_and_labels(batch)
+        inputs, labels = unpacked(batch, unpack)
         own = int(min(len(labels), uncounted))
         uncounted -= own
         yield inputs, labels, own
@@ -177,14 +201,3 @@ def _own_samples(loader: Iterable[Any]) -> float:
         return math.inf
     size = len(sampler.dataset)  # type: ignore[arg-type]
     return len(range(sampler.rank, size, sampler.num_replicas))
-
-
-def _inputs_and_labels(batch: Any) -> tuple[Tensor, Tensor]:
-    if not isinstance(batch, (tuple, list)):
-        raise TypeError(f"loader: expected batches of (inputs, labels), got {type(batch).__name__}")
-    if len(batch) < 2:
-        raise TypeError(f"loader: expected batches of (inputs, labels), got {type(batch).__name__} of {len(batch)}")
-    for name, value in zip(("inputs", "labels"), batch, strict=False):
-        if not isinstance(value, Tensor):
-            raise TypeError(f"loader: expected tensors in each batch, got {name} of type {type(value).__name__}")
-    return batch[0], batch[1]

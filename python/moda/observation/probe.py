@@ -75,6 +75,7 @@ class Probe(Run):
         self._memory: dict[int, tuple[StorageWeakRef, list[_Found]]] = {}
         self._spares: dict[int, tuple[StorageWeakRef, _Found]] = {}
         self._idle = False
+        self._blind = torch.is_inference_mode_enabled()  # such tensors do not tell when they are overwritten
         for value in inputs:
             self._nodes[value] = Node.of_input(tuple(value.shape), samples)
 
@@ -301,6 +302,8 @@ class Probe(Run):
 
     def finish(self, output: Any) -> None:
         """Make the plan of what was found."""
+        for found in self.found if self._blind else ():
+            found.overwritten = True
         for reference, found in self._spares.values():
             found.spare = reference.expired()
         taps = tuple(found.tap() for found in self.found)

@@ -156,7 +156,8 @@ class Run:
         if self.marking:
             value = torch.ops.moda.tap(value, tap.index, tap.layout.neurons)
         if self.receiver is not None:
-            self.receiver(tap.index, tap.layout.rows(value, self.samples))
+            kept = value.clone() if tap.overwritten else value  # it may be looked at later
+            self.receiver(tap.index, tap.layout.rows(kept, self.samples))
         elif self.record is not None:
             self._note(tap, value)
         return value

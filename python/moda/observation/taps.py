@@ -53,6 +53,7 @@ __all__ = [
     "TracingError",
     "instrument",
     "observe",
+    "observing",
     "taps_of",
 ]
 
@@ -101,6 +102,11 @@ class Taps:
                 "moda.observe"
             )
         return plan
+
+    @property
+    def probed(self) -> bool:
+        """Whether a forward pass has shown which taps there are."""
+        return any(plan is not None for plan in self._plans)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -472,6 +478,49 @@ def taps_of(model: nn.Module) -> Taps | None:
     """The handle of an observed model; None for a plain one."""
     part = part_of(model)
     return part.taps if isinstance(part, Root) else None
+
+
+class _OfInstrumented:
+    """The taps of an instrumented model, as far as counting needs them."""
+
+    def __init__(self, model: InstrumentedModel | HookedModel) -> None:
+        self.model = model
+        self.recording = model.recording
+        self.overwriting = model.overwriting
+        self.skipped: dict[str, str] = {}
+        self.probed = True
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self.model.taps)
+
+
+@contextmanager
+def observing(model: nn.Module | Taps) -> Iterator[Taps]:
+    """The taps of a model inside this block; a model that was not observed before is not afterwards.
+
+    A wrapper of DistributedDataParallel or torch.compile is looked into.
+
+    Raises:
+        TypeError: `model` is neither a module nor the taps of one.
+    """
+    if isinstance(model, Taps):
+        yield model
+        return
+    if isinstance(model, InstrumentedModel | HookedModel):
+        yield _OfInstrumented(model)  # type: ignore[misc]
+        return
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    inner: Any = model
+    while isinstance(inner, nn.parallel.DistributedDataParallel | nn.DataParallel) or hasattr(inner, "_orig_mod"):
+        inner = inner._orig_mod if hasattr(inner, "_orig_mod") else inner.module
+    taps = taps_of(inner)
+    if taps is not None:
+        yield taps
+        return
+    with observe(inner, route="grouped") as taps:
+        yield taps
 
 
 def _check_model(model: nn.Module) -> None:

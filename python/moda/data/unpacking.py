@@ -1,0 +1,93 @@
+"""What a model is given, and the labels, out of a batch of whatever form."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+Unpack: TypeAlias = "Callable[[Any], tuple[Any, Tensor]]"
+"""Gives a batch's inputs (a tensor, a tuple of positional arguments or a dict of keyword arguments) and its labels."""
+
+_LABELS = ("labels", "label")
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a model is called with."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    @classmethod
+    def of(cls, given: Any) -> Inputs:
+        """One tensor, a tuple or list of positional arguments, or a dict of keyword arguments."""
+        if isinstance(given, Mapping):
+            return cls((), dict(given))
+        return cls(tuple(given) if isinstance(given, tuple | list) else (given,), {})
+
+    def to(self, device: torch.device | str) -> Inputs:
+        """The same on a device."""
+
+        def moved(value: Any) -> Any:
+            return value.to(device) if isinstance(value, Tensor) else value
+
+        args, kwargs = tree_map(moved, (self.args, self.kwargs))
+        return Inputs(args, kwargs)
+
+    def into(self, model: nn.Module) -> Any:
+        """Call the model."""
+        return model(*self.args, **self.kwargs)
+
+
+def unpacked(batch: Any, unpack: Unpack | None = None) -> tuple[Inputs, Tensor]:
+    """A batch's inputs and labels.
+
+    Without `unpack`, a batch is (inputs, labels), where inputs may be several tensors in a tuple, list or dict;
+    (input, input, ..., labels); or a dict that has its labels under "labels", the rest being keyword arguments.
+
+    Raises:
+        TypeError: the batch is of another form, or `unpack` gives no pair.
+    """
+    if unpack is not None:
+        pair = unpack(batch)
+        if not isinstance(pair, tuple | list) or len(pair) != 2 or not isinstance(pair[1], Tensor):
+            raise TypeError(f"unpack: expected a function that gives (inputs, labels), got {type(pair).__name__} of it")
+        return Inputs.of(pair[0]), pair[1]
+    if isinstance(batch, Mapping):
+        return _of_mapping(batch)
+    if not isinstance(batch, tuple | list):
+        raise _other_form(f"{type(batch).__name__}")
+    if len(batch) < 2:
+        raise _other_form(f"{type(batch).__name__} of {len(batch)}")
+    several = len(batch) > 2 and not _are_labels(batch[1]) and _are_labels(batch[-1])
+    inputs, labels = (list(batch[:-1]), batch[-1]) if several else batch[:2]
+    if not isinstance(labels, Tensor):
+        raise _other_form(f"labels of type {type(labels).__name__}")
+    if not isinstance(inputs, Tensor | Mapping | tuple | list):
+        raise _other_form(f"inputs of type {type(inputs).__name__}")
+    return Inputs.of(inputs), labels
+
+
+def _other_form(what: str) -> TypeError:
+    return TypeError(
+        f"loader: expected batches of (inputs, labels), got {what}; dicts with 'labels' will do too, and unpack= takes "
+        "others apart"
+    )
+
+
+def _of_mapping(batch: Mapping[str, Any]) -> tuple[Inputs, Tensor]:
+    key = next((key for key in _LABELS if key in batch), None)
+    if key is None:
+        raise _other_form(f"a dict of {sorted(map(str, batch))}")
+    if not isinstance(batch[key], Tensor):
+        raise _other_form(f"labels of type {type(batch[key]).__name__}")
+    return Inputs((), {name: value for name, value in batch.items() if name != key}), batch[key]
+
+
+def _are_labels(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dim() == 1 and value.dtype in (torch.int64, torch.int32)
