@@ -54,7 +54,7 @@ class Case:
 
 def cases() -> list[Case]:
     """Every kernel, every dtype, every compile-time variant that the launches use."""
-    return [*_pooling_cases(), *_loss_cases(), *_relu_pool_cases()]
+    return [*_pooling_cases(), *_loss_cases(), *_relu_pool_cases(), *_attribution_cases()]
 
 
 def _signature(kernel: Any, pointers: dict[str, str], constants: dict[str, Any]) -> dict[str, str]:
@@ -152,6 +152,32 @@ def _relu_pool_cases() -> Iterator[Case]:
     )  # fmt: skip
 
 
+def _attribution_cases() -> Iterator[Case]:
+    from moda_kernels.triton_kernels import attribution, layouts
+    from moda_kernels.triton_kernels.relu_pool_forward import PARTS_BLOCK
+
+    columns = {"SPAN": layouts.SPAN, "POSITIONS": layouts.COLUMN_POSITIONS, "NEURONS": layouts.COLUMN_NEURONS}
+    shapes: dict[str, tuple[Any, dict[str, Any]]] = {
+        "flat": (attribution.attribution_flat_kernel, {"TILE": layouts.TILE}),
+        "columns": (attribution.attribution_columns_kernel, columns),
+    }
+    for width in layouts.ROW_WIDTHS:
+        shapes[f"rows{width}"] = (attribution.attribution_rows_kernel, {"ROWS": layouts.TILE // width, "WIDTH": width})
+    for dtype, element in DTYPES.items():
+        for shape, (kernel, tile) in shapes.items():
+            for vec in (128 // element.primitive_bitwidth, 1):
+                wide = vec > 1 and (vec == 4 or shape != "rows4")  # as for relu_pool
+                name = f"attribution/{dtype}/{shape}/{'wide' if vec > 1 else 'narrow'}"
+                pointers = {"x": f"*{dtype}", "g": f"*{dtype}"}
+                pointers |= {key: "*fp32" for key in ("out", "parts") if key in {p.name for p in kernel.params}}
+                constants = tile | {"VEC": min(vec, tile.get("WIDTH", vec))}
+                yield _case(name, kernel, pointers, constants, wide_loads=wide, wide_stores=wide and shape == "flat")
+    yield _case(
+        "add_attribution_parts_kernel", attribution.add_attribution_parts_kernel, {"parts": "*fp32", "out": "*fp32"},
+        {"BLOCK": PARTS_BLOCK}, wide_loads=False, wide_stores=False,
+    )  # fmt: skip
+
+
 def _relu_pool(name: str, kernel: Any, dtype: str, constants: dict[str, Any], wide: bool) -> Case:
     names = {parameter.name for parameter in kernel.params}
     pointers = {key: dtype for key in ("x", "y", "dy", "dx") if key in names}
@@ -224,8 +250,9 @@ def jobs(complete: bool) -> list[tuple[str, int]]:
     names = [case.name for case in cases()]
     if complete:
         return [(name, target) for name in names for target in TARGETS]
-    # relu_pool's cases come in fours (two alignments, forward and backward): one of each four, another one each time.
-    pooling = [name for name in names if name.startswith("relu_pool")]
+    # relu_pool's cases come in fours (two alignments, forward and backward), those of attributions in twos: one of each
+    # four, another one each time.
+    pooling = [name for name in names if name.startswith(("relu_pool", "attribution"))]
     chosen = [name for index, name in enumerate(pooling) if index % 4 == index // 4 % 4]
     chosen += [name for name in names if name not in pooling]
     return [(name, TARGETS[index % len(TARGETS)]) for index, name in enumerate(chosen)]

@@ -17,6 +17,7 @@ namespace py = pybind11;
 
 namespace {
 
+using moda::AttributionLayer;
 using moda::CpuKernels;
 using moda::Dtype;
 using moda::FiringBatch;
@@ -32,6 +33,7 @@ using Integers = std::vector<std::int64_t>;
 constexpr std::size_t kLayerFields = 8;
 constexpr std::size_t kFiringLayerFields = 7;
 constexpr std::size_t kStatisticsLayerFields = kLayerFields + 2;
+constexpr std::size_t kAttributionLayerFields = kLayerFields + 1;
 constexpr std::size_t kFiringBatchFields = 6;
 
 const char* chosen_isa = nullptr;
@@ -97,6 +99,17 @@ std::vector<StatisticsLayer> statistics_layers_of(const Integers& fields) {
   for (auto f = fields.begin(); f != fields.end(); f += kStatisticsLayerFields) {
     const auto rest = f + kLayerFields;
     layers.push_back({layer_of(f), static_cast<std::uint64_t>(rest[0]), address<std::int64_t>(rest[1])});
+  }
+  return layers;
+}
+
+// Fields: those of a Layer, gradient.
+std::vector<AttributionLayer> attribution_layers_of(const Integers& fields) {
+  check_fields(fields, kAttributionLayerFields);
+  std::vector<AttributionLayer> layers;
+  layers.reserve(fields.size() / kAttributionLayerFields);
+  for (auto f = fields.begin(); f != fields.end(); f += kAttributionLayerFields) {
+    layers.push_back({layer_of(f), address<const void>(f[kLayerFields])});
   }
   return layers;
 }
@@ -200,6 +213,13 @@ void class_statistics(const Integers& fields, const Integers& batch_fields, int 
   kernels->class_statistics(layers.data(), static_cast<std::int64_t>(layers.size()), batch, threads);
 }
 
+void class_attributions(const Integers& fields, const Integers& batch_fields, int threads) {
+  const auto layers = attribution_layers_of(fields);
+  const StatisticsBatch batch = statistics_batch_of(batch_fields);
+  py::gil_scoped_release release;
+  kernels->class_attributions(layers.data(), static_cast<std::int64_t>(layers.size()), batch, threads);
+}
+
 #if MODA_CUDA
 void check_cuda(const moda::CudaError& error) {
   if (error.name != nullptr) throw std::runtime_error(std::string(error.name) + ": " + error.meaning);
@@ -247,6 +267,7 @@ PYBIND11_MODULE(_native, module) {
   module.def("class_sums", class_sums);
   module.def("count_firings", count_firings);
   module.def("class_statistics", class_statistics);
+  module.def("class_attributions", class_attributions);
 #if MODA_CUDA
   module.def("count_firings_cuda", count_firings_cuda);
   module.def("class_statistics_cuda", class_statistics_cuda);

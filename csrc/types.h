@@ -84,7 +84,13 @@ struct StatisticsLayer {
   int64_t* counts;     // (K, C)
 };
 
-// The batch that class statistics are taken over. Its labels are sorted.
+// One layer of attributions.
+struct AttributionLayer {
+  Layer layer;           // rows: (N, C) to work in; out: (K, C) sums, typed as rows
+  const void* gradient;  // of the target with respect to the activation; like data
+};
+
+// The batch that class statistics and attributions are taken over. Its labels are sorted.
 struct StatisticsBatch {
   FiringBatch sorted;
   const int64_t* order;  // (N,) the sample of each sorted label; equal labels in the order of the batch

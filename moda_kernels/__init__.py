@@ -2,6 +2,7 @@
 
 from moda_kernels import closed_form, distributed, native, reference
 from moda_kernels._version import __version__
+from moda_kernels.attribution import AttributionSums
 from moda_kernels.backends import BackendUnavailableError, Status, backends
 from moda_kernels.firing import FiringCounter
 from moda_kernels.losses import ModularLoss, ModularLosses, modular_losses
@@ -11,6 +12,7 @@ from moda_kernels.pooling import pool, relu_pool
 from moda_kernels.similarity import ClassSimilarity, class_similarity
 
 __all__ = [
+    "AttributionSums",
     "BackendUnavailableError",
     "ClassSimilarity",
     "FiringCounter",

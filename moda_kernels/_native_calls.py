@@ -329,3 +329,22 @@ def _class_statistics(layers: Sequence[Tensor], labels: Tensor, threshold: float
     ]
     batch = (*_firing_batch(ordered, tally), order.data_ptr())
     _run_count("class_statistics", _flat(fields), batch, labels.device)
+
+
+def _attribution_fields(x: Tensor, gradient: Tensor, rows: Tensor, total: Tensor) -> tuple[int, ...]:
+    """An `AttributionLayer` of csrc/types.h."""
+    return *_fields(x, rows.data_ptr(), total.data_ptr()), gradient.data_ptr()
+
+
+def add_attributions(activations: Sequence[Tensor], gradients: Sequence[Tensor], labels: Tensor, tally: Tally) -> None:
+    """Add the batch to the tally, in place; activations and gradients of any layout."""
+    layers = [dense(x) for x in activations]
+    like = [_like_layout(gradient, x) for gradient, x in zip(gradients, layers, strict=True)]
+    rows = [x.new_empty(x.shape[:2], dtype=accumulation(x.dtype)) for x in layers]
+    ordered, order = labels.sort(stable=True)
+    fields = [
+        _attribution_fields(x, gradient, row, total)
+        for x, gradient, row, total in zip(layers, like, rows, tally.sums, strict=True)
+    ]
+    batch = (*_firing_batch(ordered, tally), order.data_ptr())
+    _run_count("class_attributions", _flat(fields), batch, labels.device)

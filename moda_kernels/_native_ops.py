@@ -168,7 +168,7 @@ grouped_losses.register_autograd(_differentiate_losses, setup_context=_save_loss
 grouped_losses_backward.register_autograd(refuse_second_backward)
 
 
-# Class sums and firing counts.
+# Class sums, firing counts, attributions.
 
 
 @torch.library.custom_op("moda_kernels::native_class_sums", mutates_args=())
@@ -199,5 +199,23 @@ def count_firings(
 
 
 @count_firings.register_fake
+def _(*_: Any) -> None:
+    """The operator only adds to its arguments."""
+
+
+@torch.library.custom_op("moda_kernels::native_add_attributions", mutates_args=("class_sizes", "invalid", "sums"))
+def add_attributions(
+    activations: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    labels: Tensor,
+    class_sizes: Tensor,
+    invalid: Tensor,
+    sums: Sequence[Tensor],
+) -> None:
+    """Add the batch to the tensors of a tally, in place."""
+    calls.add_attributions(activations, gradients, labels, Tally((), class_sizes, invalid, sums))
+
+
+@add_attributions.register_fake
 def _(*_: Any) -> None:
     """The operator only adds to its arguments."""

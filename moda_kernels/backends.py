@@ -76,6 +76,15 @@ class Backend(Protocol):
         Samples whose label is outside of [0, K) are counted in `tally.invalid` alone.
         """
 
+    def add_attributions(
+        self, activations: Sequence[Tensor], gradients: Sequence[Tensor], labels: Tensor, tally: Tally
+    ) -> None:
+        """Add the batch to the sums, sizes and invalid labels of a tally without counts, in place.
+
+        What is added to a class's sums is, for each of its samples, |sum over positions of activation x gradient|.
+        Gradients are like the activations, in any layout.
+        """
+
 
 # Each module has the operations that its OPS lists; a test compares their signatures with the protocol's.
 _MODULES: dict[str, Backend] = {

@@ -31,7 +31,9 @@ from moda_kernels.tally import Tally
 
 _FLOATS = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 
-OPS = frozenset({"grouped_losses", "pool", "relu_pool", "norm_relu_pool", "class_sums", "count_firings"})
+OPS = frozenset(
+    {"grouped_losses", "pool", "relu_pool", "norm_relu_pool", "class_sums", "count_firings", "add_attributions"}
+)
 DTYPES: Mapping[str, frozenset[torch.dtype]] = dict.fromkeys(OPS, _FLOATS)
 READS_MEMORY = False
 DEVICES: Mapping[str, frozenset[str]] | None = None  # any
@@ -147,4 +149,24 @@ def count_firings(activations: Sequence[Tensor], labels: Tensor, threshold: floa
         for total, batch in zip(tally.sums, class_sums(pooled, index, num_classes, normalize=False), strict=True):
             total += batch
     tally.class_sizes.index_add_(0, index, weight)
+    tally.invalid.add_((~valid).sum())
+
+
+def attributions(activation: Tensor, gradient: Tensor) -> Tensor:
+    """(N, C): |sum over positions of activation x gradient|, in the accumulation dtype."""
+    dtype = accumulation(activation.dtype)
+    product = activation.to(dtype) * gradient.to(dtype)
+    return (product if product.dim() == 2 else product.flatten(2).sum(2)).abs()
+
+
+@torch.no_grad()
+def add_attributions(activations: Sequence[Tensor], gradients: Sequence[Tensor], labels: Tensor, tally: Tally) -> None:
+    """Contract of `backends.Backend.add_attributions`."""
+    num_classes = tally.class_sizes.shape[0]
+    valid = (labels >= 0) & (labels < num_classes)
+    index = torch.where(valid, labels, 0).long()
+    for activation, gradient, total in zip(activations, gradients, tally.sums, strict=True):
+        rows = torch.where(valid[:, None], attributions(activation, gradient), 0)
+        total += class_sums([rows], index, num_classes, normalize=False)[0]
+    tally.class_sizes.index_add_(0, index, valid.long())
     tally.invalid.add_((~valid).sum())

@@ -29,7 +29,7 @@ from moda_kernels.precision import accumulation
 from moda_kernels.segments import Segments
 from moda_kernels.tally import Tally
 
-OPS = frozenset({"grouped_losses", "pool", "relu_pool", "class_sums", "count_firings"})
+OPS = frozenset({"grouped_losses", "pool", "relu_pool", "class_sums", "count_firings", "add_attributions"})
 DTYPES: Mapping[str, frozenset[torch.dtype]] = {
     **dict.fromkeys(OPS, frozenset(calls.DTYPE_CODES)),
     "class_sums": frozenset({torch.float32, torch.float64}),
@@ -126,6 +126,19 @@ def count_firings(activations: Sequence[Tensor], labels: Tensor, threshold: floa
         ops.count_firings(layers, labels, threshold, counts, tally.class_sizes, tally.invalid, sums)
     else:
         calls.count_firings(activations, labels, threshold, tally)
+
+
+def add_attributions(activations: Sequence[Tensor], gradients: Sequence[Tensor], labels: Tensor, tally: Tally) -> None:
+    """Contract of `backends.Backend.add_attributions`.
+
+    An activation and its gradient are read once. A class's samples are added in the order of the batch, in the
+    accumulation dtype, and then to the running sum: bitwise equal from run to run and for any number of threads.
+    """
+    if is_traced():
+        layers, of_layers = ([x.detach() for x in given] for given in (activations, gradients))
+        ops.add_attributions(layers, of_layers, labels, tally.class_sizes, tally.invalid, list(tally.sums))
+    else:
+        calls.add_attributions(activations, gradients, labels, tally)
 
 
 class _Pool(torch.autograd.Function):

@@ -18,7 +18,7 @@ from moda_kernels import closed_form
 from moda_kernels.segments import Segments
 from moda_kernels.tally import Tally
 
-OPS = frozenset({"grouped_losses", "pool", "relu_pool", "count_firings"})
+OPS = frozenset({"grouped_losses", "pool", "relu_pool", "count_firings", "add_attributions"})
 DTYPES: Mapping[str, frozenset[torch.dtype]] = {op: closed_form.DTYPES[op] for op in OPS}
 READS_MEMORY = False
 DEVICES: Mapping[str, frozenset[str]] | None = None  # any
@@ -77,6 +77,19 @@ def count_firings(activations: Sequence[Tensor], labels: Tensor, threshold: floa
     for rows, total in zip(pool(activations) if tally.sums else (), tally.sums, strict=True):
         for k in range(num_classes):
             total[k] += rows[labels == k].sum(0)
+    for k in range(num_classes):
+        tally.class_sizes[k] += (labels == k).sum()
+    tally.invalid.add_(((labels < 0) | (labels >= num_classes)).sum())
+
+
+@torch.no_grad()
+def add_attributions(activations: Sequence[Tensor], gradients: Sequence[Tensor], labels: Tensor, tally: Tally) -> None:
+    """A loop over classes, a boolean selection each."""
+    num_classes = tally.class_sizes.shape[0]
+    for activation, gradient, total in zip(activations, gradients, tally.sums, strict=True):
+        for k in range(num_classes):
+            of_class = labels == k
+            total[k] += closed_form.attributions(activation[of_class], gradient[of_class]).sum(0)
     for k in range(num_classes):
         tally.class_sizes[k] += (labels == k).sum()
     tally.invalid.add_(((labels < 0) | (labels >= num_classes)).sum())

@@ -1,4 +1,4 @@
-"""What firing counts are added to."""
+"""What firing counts and attributions are added to."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ class Tally:
     """Tensors that a backend adds a batch's counts to, in place; all on one device.
 
     Attributes:
-        counts: (K, C) int64 of each layer: samples of the class for which the neuron fired.
+        counts: (K, C) int64 of each layer: samples of the class for which the neuron fired. Empty for attributions.
         class_sizes: (K,) int64: samples of each class.
         invalid: () int64: samples whose label is outside of [0, K); they are counted nowhere else.
-        sums: (K, C) of each layer, in the accumulation dtype: pooled activations added over the class's samples. Empty
-            where nobody asks for sums.
+        sums: (K, C) of each layer, in the accumulation dtype: pooled activations, or attributions, added over the
+            class's samples. Empty where nobody asks for sums.
     """
 
     counts: Sequence[Tensor]

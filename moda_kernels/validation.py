@@ -49,6 +49,29 @@ def check_layers(activations: Sequence[Tensor], *, allow_empty: bool = False) ->
     return layers
 
 
+def check_gradients(gradients: Sequence[Tensor], layers: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The gradients as a tuple, if there is one for each layer that is like it."""
+    if isinstance(gradients, Tensor) or not isinstance(gradients, Sequence):
+        raise TypeError(f"gradients: expected a sequence of tensors, one per layer, got {type(gradients).__name__}")
+    if len(gradients) != len(layers):
+        raise ValueError(f"gradients: expected {len(layers)}, one per layer, got {len(gradients)}")
+    for index, (gradient, layer) in enumerate(zip(gradients, layers, strict=True)):
+        check_strided_like(gradient, layer, f"gradients[{index}]")
+    return tuple(gradients)
+
+
+def check_strided_like(tensor: Any, activation: Tensor, name: str) -> None:
+    """A strided tensor of the shape, dtype and device of an activation."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+    check_strided(tensor, name)
+    for what in ("shape", "dtype", "device"):
+        expected, found = getattr(activation, what), getattr(tensor, what)
+        if found != expected:
+            expected, found = (tuple(x) if what == "shape" else x for x in (expected, found))
+            raise ValueError(f"{name}: expected {what} {expected} of the activation, got {found}")
+
+
 def check_activation(activation: Any, name: str, *, allow_empty: bool = False) -> None:
     """A floating-point (N, C) or (N, C, *spatial) tensor without an empty axis, but for N if `allow_empty`."""
     if problem := _problem(activation, allow_empty):

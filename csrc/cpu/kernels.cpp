@@ -1,5 +1,6 @@
 // Compiled once for each instruction set, with MODA_ISA as its name.
 #include "cpu/kernels.h"
+#include "cpu/attribution.h"
 #include "cpu/firing.h"
 #include "cpu/losses.h"
 #include "cpu/pool.h"
@@ -11,7 +12,7 @@ namespace MODA_ISA {
 
 extern const CpuKernels kKernels;
 const CpuKernels kKernels{pool_forward,    pool_backward, relu_pool_forward, relu_pool_backward, losses_forward,
-                          losses_backward, class_sums,    count_firings,     class_statistics};
+                          losses_backward, class_sums,    count_firings,     class_statistics,   class_attributions};
 
 }  // namespace MODA_ISA
 }  // namespace moda

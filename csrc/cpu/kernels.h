@@ -16,6 +16,7 @@ struct CpuKernels {
   void (*class_sums)(const Layer* layers, int64_t count, const int64_t* labels, int64_t classes, int threads);
   void (*count_firings)(const FiringLayer* layers, int64_t count, const FiringBatch& batch, int threads);
   void (*class_statistics)(const StatisticsLayer* layers, int64_t count, const StatisticsBatch& batch, int threads);
+  void (*class_attributions)(const AttributionLayer* layers, int64_t count, const StatisticsBatch& batch, int threads);
 };
 
 // "portable", "avx2" or "avx512": the widest that this processor runs.

@@ -52,17 +52,23 @@ MODA_INLINE AccOf<T> sum_absolute(const T* x, int64_t count) {
   return sum_absolute(x, count, [](Vector<AccOf<T>>) {}, [](AccOf<T>) {});
 }
 
-// Column sums of f(x) over positions, for up to kColumns neurons: `add(p, sums)` adds position p to `sums`.
+// Sums over positions, for up to kColumns neurons: `add(p, sums)` adds position p to `sums`.
 template <class Acc, class Add>
-MODA_INLINE void sum_columns(int64_t positions, int64_t columns, Acc* means, Add add) {
+MODA_INLINE void add_columns(int64_t positions, int64_t columns, Acc* totals, Add add) {
   Acc sums[kColumns];
-  for (int64_t c = 0; c < columns; ++c) means[c] = 0;
+  for (int64_t c = 0; c < columns; ++c) totals[c] = 0;
   for (int64_t begin = 0; begin < positions; begin += kColumnBlock) {
     for (int64_t c = 0; c < columns; ++c) sums[c] = 0;
     const int64_t end = smaller(begin + kColumnBlock, positions);
     for (int64_t p = begin; p < end; ++p) add(p, sums);
-    for (int64_t c = 0; c < columns; ++c) means[c] += sums[c];
+    for (int64_t c = 0; c < columns; ++c) totals[c] += sums[c];
   }
+}
+
+// Means over positions; as `add_columns`.
+template <class Acc, class Add>
+MODA_INLINE void sum_columns(int64_t positions, int64_t columns, Acc* means, Add add) {
+  add_columns(positions, columns, means, add);
   for (int64_t c = 0; c < columns; ++c) means[c] /= Acc(positions);
 }
 

@@ -98,27 +98,36 @@ MODA_INLINE void add_marked(const Acc* row, Bits<Acc> threshold, Acc* sums, Bits
   }
 }
 
+// Calls body(class, its places among the sorted labels) for every class that the batch has samples of.
+template <class Body>
+MODA_INLINE void over_classes(const StatisticsBatch& batch, Body body) {
+  const int64_t N = batch.sorted.samples;
+  for (int64_t n = 0; n < N;) {
+    const int64_t label = label_of(batch.sorted, n), begin = n;
+    while (n < N && label_of(batch.sorted, n) == label) ++n;
+    if (is_class(batch.sorted, label)) body(label, Range{begin, n});
+  }
+}
+
 // Second step: some neurons of all samples, class after class. The batch's sum is taken first and then joins the running one,
 // which so meets one rounding a batch.
 template <class Acc, bool own_pool>
 MODA_INLINE void add_rows(const StatisticsLayer& of, const StatisticsBatch& batch, int64_t task) {
-  const int64_t N = batch.sorted.samples, C = of.layer.neurons;
-  const int64_t begin = task * kAddColumns, columns = smaller(kAddColumns, C - begin);
+  const int64_t C = of.layer.neurons, begin = task * kAddColumns;
+  const int64_t columns = smaller(kAddColumns, C - begin);
   const Acc* rows = static_cast<const Acc*>(of.layer.rows) + begin;
-  for (int64_t n = 0; n < N;) {
-    const int64_t label = label_of(batch.sorted, n);
+  over_classes(batch, [&](int64_t label, Range samples) {
     Acc sums[kAddColumns] = {};
     Bits<Acc> counts[kAddColumns] = {};
-    for (; n < N && label_of(batch.sorted, n) == label; ++n) {
+    for (int64_t n = samples.begin; n < samples.end; ++n) {
       add_marked<Acc, own_pool>(rows + batch.order[n] * C, static_cast<Bits<Acc>>(of.threshold), sums, counts, columns);
     }
-    if (!is_class(batch.sorted, label)) continue;
     const int64_t at = label * C + begin;
     for (int64_t c = 0; c < columns; ++c) {
       static_cast<Acc*>(of.layer.out)[at + c] += sums[c];
       of.counts[at + c] += counts[c];
     }
-  }
+  });
 }
 
 MODA_INLINE bool is_signed_pool(const Layer& layer) { return layer.layout == Layout::kNoPositions; }

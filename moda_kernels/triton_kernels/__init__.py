@@ -1,4 +1,4 @@
-"""Backend "triton": the modular losses, pooling, relu_pool and class sums as Triton kernels.
+"""Backend "triton": the modular losses, pooling, relu_pool, class sums and attributions as Triton kernels.
 
 One file per kernel; grouped.py strings the kernels of the losses together, ops.py shows them to PyTorch. Importing this
 module imports neither Triton nor a kernel: both come with the first call.
@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 
 from moda_kernels.segments import Segments
+from moda_kernels.tally import Tally
 
 _INSTALLED = find_spec("triton") is not None  # asked once: torch.compile cannot trace the question
 _FLOATS = frozenset({torch.float16, torch.bfloat16, torch.float32})
 _OLDEST = (8, 0)  # bfloat16 arithmetic; older GPUs are not compiled for in our tests
 
-OPS = frozenset({"grouped_losses", "pool", "relu_pool", "class_sums"})
+OPS = frozenset({"grouped_losses", "pool", "relu_pool", "class_sums", "add_attributions"})
 DTYPES: Mapping[str, frozenset[torch.dtype]] = dict.fromkeys(OPS, _FLOATS)
 READS_MEMORY = True
 DEVICES: Mapping[str, frozenset[str]] | None = dict.fromkeys(OPS, frozenset({"cuda"}))
@@ -73,3 +74,10 @@ def class_sums(pooled: Sequence[Tensor], labels: Tensor, num_classes: int, *, no
     from moda_kernels.triton_kernels import segment_sums as kernels
 
     return kernels.class_sums(pooled, labels, num_classes, normalize=normalize)
+
+
+def add_attributions(activations: Sequence[Tensor], gradients: Sequence[Tensor], labels: Tensor, tally: Tally) -> None:
+    """Contract of `moda_kernels.backends.Backend.add_attributions`, in float32."""
+    from moda_kernels.triton_kernels import attribution
+
+    attribution.add_attributions(activations, gradients, labels, tally)

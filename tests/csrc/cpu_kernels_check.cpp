@@ -236,6 +236,37 @@ void check_statistics(const CpuKernels* kernels, const Shape& s, Dtype dtype, co
   require(std::accumulate(sizes.begin(), sizes.end(), invalid) == N, "class sizes beside sums", s, dtype);
 }
 
+// The gradient is the activation back to front, so that products differ in sign. Labels from before 0 to beyond the classes.
+void check_attributions(const CpuKernels& kernels, const Shape& s, Dtype dtype, const Buffer& x, const std::vector<double>& plain) {
+  const int64_t N = s.samples, C = s.neurons, S = s.positions, acc = dtype == Dtype::kFloat64 ? 8 : 4;
+  Buffer gradient(N * C * S * width(dtype)), rows(N * C * acc), out(kClasses * C * acc);
+  std::memset(out.as(), 0, out.bytes);
+  const auto value_of = [&](int64_t n, int64_t c, int64_t p) { return plain[static_cast<size_t>((n * C + c) * S + p)]; };
+  std::vector<int64_t> sorted, order(static_cast<size_t>(N)), sizes(kClasses, 0);
+  std::iota(order.begin(), order.end(), 0);
+  for (int64_t n = 0; n < N; ++n) sorted.push_back(n * (kClasses + 2) / N - 1);
+  std::vector<double> expected(static_cast<size_t>(kClasses * C), 0.0);
+  for (int64_t n = 0; n < N; ++n) {
+    const int64_t label = sorted[static_cast<size_t>(n)];
+    for (int64_t c = 0; c < C; ++c) {
+      double sum = 0;
+      for (int64_t p = 0; p < S; ++p) {
+        const double of = value_of(n, C - 1 - c, S - 1 - p);
+        set(gradient.as(), dtype, index_in(s, n, c, p), of);
+        sum += value_of(n, c, p) * of;
+      }
+      if (label >= 0 && label < kClasses) expected[static_cast<size_t>(label * C + c)] += std::fabs(sum);
+    }
+  }
+  int64_t invalid = 0;
+  const AttributionLayer layer{{x.as(), dtype, s.layout, N, C, S, rows.as(), out.as()}, gradient.as()};
+  kernels.class_attributions(&layer, 1, {{sorted.data(), true, N, kClasses, sizes.data(), &invalid}, order.data()}, kThreads);
+  for (int64_t i = 0; i < kClasses * C; ++i) {
+    require(std::fabs(row_mean(out, dtype, i) - expected[static_cast<size_t>(i)]) < 1e-3, "class_attributions", s, dtype);
+  }
+  require(std::accumulate(sizes.begin(), sizes.end(), invalid) == N, "class sizes beside attributions", s, dtype);
+}
+
 void check(const CpuKernels* kernels, const Shape& s, Dtype dtype) {
   const std::vector<double> plain = values(s);
   Buffer x(s.samples * s.neurons * s.positions * width(dtype));
@@ -252,6 +283,7 @@ void check(const CpuKernels* kernels, const Shape& s, Dtype dtype) {
   check_statistics<int32_t>(kernels, s, dtype, x, plain);
   if (kernels == nullptr) return;  // the walk of the CUDA kernels: the firing counter alone
   check_losses(*kernels, s, dtype, x);
+  check_attributions(*kernels, s, dtype, x, plain);
   if (s.layout != Layout::kNoPositions) return check_pooling(*kernels, s, dtype, x, plain);
   if (width(dtype) >= 4) check_class_sums(*kernels, s, dtype, x);
 }

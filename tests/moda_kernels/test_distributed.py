@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from moda_kernels import FiringCounter, ModularLoss, backends, modular_losses, pool
+from moda_kernels import AttributionSums, FiringCounter, ModularLoss, backends, modular_losses, pool
 from moda_kernels import distributed as moda_distributed
 from tests.moda_kernels._helpers.rank_pool import RankPool
 
@@ -662,6 +662,46 @@ def test_counts_over_ranks(ranks, shares):
         assert all(map(torch.equal, counts, counter.counts))
         assert torch.equal(sizes, counter.class_sizes)
         assert all(map(torch.equal, rates, counter.rates))
+
+
+def rank_attributions(rank, share):
+    totals = AttributionSums(6)
+    for index, (acts, labels) in enumerate(firing_batches()):
+        if index in share:
+            totals.update(acts, [act.flip(0) for act in acts], labels)
+    totals.all_reduce("world")
+    return totals.sums, totals.class_sizes
+
+
+@pytest.mark.parametrize("shares", [[[0, 4], [1], [2], [3]], [[], [0, 1, 2, 3, 4], [], []]], ids=str)
+def test_attributions_over_ranks(ranks, shares):
+    totals = AttributionSums(6)
+    for acts, labels in firing_batches():
+        totals.update(acts, [act.flip(0) for act in acts], labels)
+    results = ranks(rank_attributions, by_rank=shares)
+    for sums, sizes in results:
+        assert all(map(torch.equal, sums, results[0][0]))  # bit by bit on every rank
+        assert torch.equal(sizes, totals.class_sizes)
+        for mine, total in zip(sums, totals.sums, strict=True):
+            assert mine.dtype == total.dtype
+            torch.testing.assert_close(mine, total)
+
+
+def rank_attribution_disagreement(rank):
+    totals = AttributionSums(4)
+    x = torch.ones(2, 3 + rank)
+    totals.update([x], [x], torch.tensor([0, 1]))
+    try:
+        totals.all_reduce("world")
+    except ValueError as error:
+        return str(error)
+    return "no error"
+
+
+def test_attributions_that_disagree(ranks):
+    for message in ranks(rank_attribution_disagreement):
+        assert message.startswith("group: expected the same classes and layers on every rank, got ")
+        assert "num_classes=4, neurons [4], sums ['float32'] on rank 1" in message
 
 
 def rank_counter_disagreement(rank, what):

@@ -46,7 +46,10 @@ def test_opcheck():
     opcheck(ops.class_sums, ([flat.detach()], LABELS, 3))
     counting = ([x.detach(), flat.detach()], LABELS, 0.0, *zero_counts([3, 6]))
     opcheck(ops.count_firings, (*counting, []))
-    opcheck(ops.count_firings, (*counting, [torch.zeros(3, 3), torch.zeros(3, 6)]))
+    sums = [torch.zeros(3, 3), torch.zeros(3, 6)]
+    opcheck(ops.count_firings, (*counting, sums))
+    gradients = [x.detach(), flat.detach() * 2]
+    opcheck(ops.add_attributions, (counting[0], gradients, LABELS, *zero_counts([])[1:], sums))
 
 
 def losses(x: list[Tensor]) -> Tensor:
