@@ -67,8 +67,9 @@ PLAIN = "_moda_plain"
 class Known:
     """Which modules are activations of one observed model, and which functions: the known ones and the user's own."""
 
-    def __init__(self, own: Iterable[Any] = ()) -> None:
+    def __init__(self, own: Iterable[Any] = (), sites: Iterable[str] = ()) -> None:
         own = tuple(own)
+        self.sites = frozenset(sites)
         self.classes = tuple(kind for kind in own if isinstance(kind, type))
         self.functions = tuple(kind for kind in own if not isinstance(kind, type))
         for kind in own:
@@ -77,12 +78,14 @@ class Known:
                     f"activations: expected classes of modules and functions written in Python, got {kind!r}"
                 )
 
-    def is_module(self, module: nn.Module) -> bool:
-        """Whether each call of this module is one activation.
+    def is_module(self, module: nn.Module, path: str) -> bool:
+        """Whether each call of this module, which lies at `path` in the model, is one activation.
 
-        A subclass that somebody else made of one of PyTorch's classes is not: it is looked into, for the functions that
-        it calls.
+        Where sites are named it is those alone. A subclass that somebody else made of one of PyTorch's classes is none:
+        it is looked into, for the functions that it calls.
         """
+        if self.sites:
+            return path in self.sites
         if isinstance(module, self.classes):
             return True
         plain = plain_class(type(module))

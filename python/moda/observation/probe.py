@@ -96,10 +96,10 @@ class Probe(Run):
 
     def _attach_modules(self) -> None:
         known = self.taps.known
-        for module in self.paths:
+        for module, path in self.paths.items():
             if _own_part(module) is not None:
                 continue
-            if known.is_module(module):
+            if known.is_module(module, path):
                 self.taps._attach(module, Site(self.taps, opaque=not _of_torch(module)))
             elif isinstance(module, FUSED_ROADS):
                 self.taps._attach(module, Whole(self.taps))
@@ -324,7 +324,7 @@ class _ProbeMode(TorchFunctionMode):
         if probe._idle:
             return func(*args, **kwargs)
         known = FUNCTIONS.get(func)
-        if known is not None and not probe.inside:
+        if known is not None and not probe.inside and not probe.taps.known.sites:
             return probe.call_function(func, known, args, kwargs)
         return probe.follow(func, args, kwargs)
 

@@ -21,7 +21,7 @@ from __future__ import annotations
 import copy
 import random
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -73,13 +73,15 @@ class Taps:
         route: Route = "auto",
         activations: tuple[Any, ...] = (),
         neuron_dim: int | Mapping[str, int] | None = None,
+        sites: tuple[str, ...] = (),
     ) -> None:
         self.model = model
         self.route: Route = route
-        self.known = Known(activations)
+        self.known = Known(activations, sites)
         self.neuron_dim = neuron_dim
         self.example: tuple[tuple[Any, ...], dict[str, Any]] | None = None
         self._own = tuple(activations)
+        self._sites = sites
         self._plans: list[Plan | None] = [None, None]  # of eval and of train mode
         self._run: Run | None = None
         self._record = Record()
@@ -331,7 +333,7 @@ class Taps:
 
     def _copied(self, model: nn.Module, memo: dict[int, Any]) -> None:
         """A deep copy of the model was made: it gets taps of its own."""
-        made = Taps(model, route=self.route, activations=self._own, neuron_dim=self.neuron_dim)
+        made = self._like(model)
         memo[id(self)] = made
         made.example = self.example
         sites: dict[int, Site] = {}
@@ -344,22 +346,27 @@ class Taps:
                 repeated = tuple(sites[id(site)] for site in plan.repeated if id(site) in sites)
                 made._plans[training] = Plan(plan.taps, plan.skipped, repeated, plan.samples, plan.folded)
 
+    def _like(self, model: nn.Module) -> Taps:
+        return Taps(model, route=self.route, activations=self._own, neuron_dim=self.neuron_dim, sites=self._sites)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Taps:
         copied = copy.deepcopy(self.model, memo)
         made = taps_of(copied)
         if made is None:  # removed already
-            made = Taps(copied, route=self.route, activations=self._own, neuron_dim=self.neuron_dim)
+            made = self._like(copied)
         return made
 
     def __reduce__(self) -> Any:
-        return _observe_again, (self.model, self.route, self._own, self.neuron_dim)
+        return _observe_again, (self.model, self.route, self._own, self.neuron_dim, self._sites)
 
 
 _NEVER = float("inf")
 
 
-def _observe_again(model: nn.Module, route: Route, activations: tuple[Any, ...], neuron_dim: Any) -> Taps:
-    return observe(model, route=route, activations=activations, neuron_dim=neuron_dim)
+def _observe_again(
+    model: nn.Module, route: Route, activations: tuple[Any, ...], neuron_dim: Any, sites: tuple[str, ...]
+) -> Taps:
+    return observe(model, route=route, activations=activations, neuron_dim=neuron_dim, sites=sites)
 
 
 def _attach_copy(taps: Taps, module: nn.Module, part: Part | None, sites: dict[int, Site]) -> None:
@@ -435,6 +442,7 @@ def observe(
     route: Route = "auto",
     activations: tuple[Any, ...] = (),
     neuron_dim: int | Mapping[str, int] | None = None,
+    sites: Sequence[str] = (),
     example: Any = None,
 ) -> Taps:
     """Attach taps to a model: the very object given, whose own code goes on to run.
@@ -452,6 +460,8 @@ def observe(
             pooled rows cannot tell which neurons passed a threshold.
         activations: classes of modules and functions of your own that are activations too.
         neuron_dim: the axis of neurons, where the probe cannot find it; or axes by names of taps.
+        sites: paths of modules whose outputs are tapped in place of activations, as methods act on them: convolutions,
+            linear layers, norms.
         example: an input to probe with at once: a tensor, a tuple of positional arguments or a dict of keyword
             arguments. Buffers and random state are put back. Without it, the first forward pass is the probe.
 
@@ -463,7 +473,8 @@ def observe(
     if route not in ("grouped", "fused", "auto"):
         raise ValueError(f"route: expected 'grouped', 'fused' or 'auto', got {route!r}")
     _check_neuron_dim(neuron_dim)
-    taps = Taps(model, route=route, activations=tuple(activations), neuron_dim=neuron_dim)
+    _check_sites(model, sites)
+    taps = Taps(model, route=route, activations=tuple(activations), neuron_dim=neuron_dim, sites=tuple(sites))
     taps._attach(model, Root(taps))
     if example is not None:
         try:
@@ -538,6 +549,15 @@ def _check_model(model: nn.Module) -> None:
     observed = next((path for path, module in model.named_modules() if part_of(module) is not None), None)
     if observed is not None:
         raise ValueError(f"model: its module {observed!r} is observed already; remove() those taps first")
+
+
+def _check_sites(model: nn.Module, sites: Sequence[str]) -> None:
+    if isinstance(sites, str):
+        raise TypeError(f"sites: expected a sequence of module paths, got the string {sites!r}")
+    known = {path for path, _ in model.named_modules() if path}
+    unknown = [site for site in sites if site not in known]
+    if unknown:
+        raise ValueError(f"sites: expected paths of modules of the model, got {unknown[0]!r}")
 
 
 def _check_neuron_dim(neuron_dim: Any) -> None:
