@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from moda.cli.arguments import ClassesOption, DecomposedRun, DeviceOption, parse_classes
 from moda.cli.commands import example, group
+from moda.cli.options import takes
 from moda.cli.printing import percent, say, show, table
 from moda.composition.compose import compose
 from moda.composition.export import export as write
 from moda.composition.export import provenance_of
+from moda.runs.config import TrainingConfig
 from moda.runs.finished import FinishedRun, decompose_run
 from moda.runs.published import agreement, described, import_run, load_published_masks
 from moda.study.reuse import TestSet
@@ -55,14 +58,11 @@ def export(
         "moda import model.pt runs/published --model vgg16 --data cifar10 --masks model.pt.mod_mask.thres0.9.pt",
     ),
 )
+@takes(TrainingConfig, "import", defaults=False)
 def import_published(
     weights: Annotated[Path, typer.Argument(help="A published model.pt.", show_default=False)],
     folder: Annotated[Path, typer.Argument(help="The run folder to make.", show_default=False)],
-    model: Annotated[str | None, typer.Option(help="Architecture.  \\[default: from the folder names]")] = None,
-    data: Annotated[str | None, typer.Option(help="Data set.  \\[default: from the folder names]")] = None,
-    data_root: Annotated[str | None, typer.Option(help="Folder that holds the data set.  \\[default: ./data]")] = None,
-    class_list: Annotated[str | None, typer.Option(help="File with the classes (imagefolder).")] = None,
-    width: Annotated[float, typer.Option(help="Multiplier of all hidden widths.")] = 1.0,
+    given: Mapping[str, Any],
     masks: Annotated[
         Path | None, typer.Option(help="A published mask file: decompose the model, and compare.", show_default=False)
     ] = None,
@@ -73,12 +73,10 @@ def import_published(
 ) -> None:
     """Make a run of a published checkpoint, so that every command works on it; compare its modules with ours.
 
-    The published files are pickles; they are read without running anything in them. Without --masks, go on with
-    moda decompose.
+    The published files are pickles; they are read without running anything in them. What the names of their folders do
+    not say of the training has to be given. Without --masks, go on with moda decompose.
     """
-    options = {} if class_list is None else {"class_list": class_list}
-    given = {"model": model, "data": data, "data_root": data_root, "width": width, "data_options": options}
-    config = described(weights, **{name: value for name, value in given.items() if value is not None})
+    config = described(weights, **given)
     run = import_run(weights, folder, config)
     say(f"{run.path}: {config.model} on {config.data}")
     if masks is None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -11,6 +12,7 @@ from torch import nn
 
 from moda.cli.arguments import OptionalClasses, RunArgument, parse_classes
 from moda.cli.commands import example, group
+from moda.cli.options import takes
 from moda.cli.printing import percent, say, show, table
 from moda.composition import measure
 from moda.composition.compose import compose as build
@@ -20,7 +22,7 @@ from moda.data.batches import BatchLoader, EpochOrder
 from moda.decomposition.container import Decomposition
 from moda.files import FormatError, format_errors
 from moda.observation.taps import InstrumentedModel, instrument
-from moda.runs.config import TrainingConfig
+from moda.runs.config import DecompositionSettings, TrainingConfig
 from moda.runs.finished import FinishedRun, decompose_run
 from moda.runs.folder import create_model, load_data
 
@@ -28,22 +30,19 @@ commands = group()
 
 
 @commands.command(epilog=example("moda decompose runs/digits", "moda decompose runs/digits --threshold 0.8"))
+@takes(DecompositionSettings, "decompose")
 def decompose(
     folder: RunArgument,
-    threshold: Annotated[float, typer.Option(help="Firing rate from which a neuron is kept.")] = 0.9,
-    min_fraction: Annotated[float, typer.Option(help="Least share of a layer's neurons that a class keeps.")] = 0.005,
-    backend: Annotated[str, typer.Option(help="Of the firing counts (see moda doctor).")] = "auto",
-    augmented: Annotated[
-        bool, typer.Option("--augmented", help="Count on augmented images, as the published code does.")
-    ] = False,
+    given: Mapping[str, Any],
 ) -> None:
     """Decompose a trained model into one module per class.
 
     Counts, on the training data, for which share of each class's samples every neuron fires, and writes the
     modules to the run's folder decomposition/.
     """
+    settings = DecompositionSettings(**given)
     finished = FinishedRun.open(folder)
-    decomposition = decompose_run(finished, threshold, min_fraction, backend=backend, augmented=augmented)
+    decomposition = decompose_run(finished, **settings.to_dict())
     run = finished.run
     _print_modules(finished.model, decomposition, finished.data)
     say(f"Modules: {run.decomposition}/")

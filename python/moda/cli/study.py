@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,10 +14,9 @@ from moda.cli.arguments import (
     DeviceOption,
     TasksOption,
     parse_integers,
-    parse_numbers,
-    parse_words,
 )
 from moda.cli.commands import example, group
+from moda.cli.options import takes
 from moda.cli.printing import percent, say, show, table
 from moda.runs.finished import FinishedRun
 from moda.study.analysis_files import analyze_run, write_analysis
@@ -24,7 +24,7 @@ from moda.study.digits import StudySettings, run_study
 from moda.study.reuse import ReuseResult, by_size, reuse_accuracy
 from moda.study.reuse_run import run_reuse
 from moda.study.subtasks import choose
-from moda.study.sweep import GRIDS, SweepPoint, sweep_threshold, sweep_weight
+from moda.study.sweep import GRIDS, SweepPoint, SweepSettings, sweep_threshold, sweep_weight
 
 commands = group()
 
@@ -147,12 +147,10 @@ def _print_layers(analysis: dict[str, Any]) -> None:
         "moda sweep runs/digits --affinity paper --dispersion paper --compactness 0,0.3,1",
     )
 )
+@takes(SweepSettings, "sweep")
 def sweep(
     folder: DecomposedRun,
-    threshold: Annotated[str | None, typer.Option(help="Thresholds, separated by commas, or `paper`.")] = None,
-    affinity: Annotated[str | None, typer.Option(help="Weights of the affinity term, or `paper`.")] = None,
-    dispersion: Annotated[str | None, typer.Option(help="Weights of the dispersion term, or `paper`.")] = None,
-    compactness: Annotated[str | None, typer.Option(help="Weights of the compactness term, or `paper`.")] = None,
+    given: Mapping[str, Any],
     tasks: TasksOption = "auto",
     per_size: Annotated[int, typer.Option(help=PER_SIZE, min=1)] = 20,
     device: DeviceOption = "auto",
@@ -162,17 +160,12 @@ def sweep(
     Without options: the paper's thresholds. A threshold costs no training and no counting: the run's firing rates are
     decomposed anew. A weight costs a training, kept in the run's folder sweeps/. After Ctrl-C the same command goes on.
     """
-    asked = {"threshold": threshold, "affinity": affinity, "dispersion": dispersion, "compactness": compactness}
-    if not any(asked.values()):
-        asked["threshold"] = "paper"
-    grids = {
-        name: GRIDS[name] if text == "paper" else parse_numbers(f"--{name}", text)
-        for name, text in asked.items()
-        if text
-    }
+    settings = SweepSettings(**(given or {"threshold": GRIDS["threshold"]}))
     finished = FinishedRun.open(folder, device)
     chosen = choose(finished.data.num_classes, tasks, per_size=per_size)
-    for name, values in grids.items():
+    for name, values in settings.to_dict().items():
+        if values is None:
+            continue
         if name == "threshold":
             points = sweep_threshold(finished, values, chosen)
         else:
@@ -190,22 +183,17 @@ def _print_sweep(name: str, points: list[SweepPoint]) -> None:
 
 
 @commands.command(epilog=example("moda study study", "moda study quick --models small_vgg --seeds 0 --per-size 20"))
+@takes(StudySettings, "study")
 def study(
     out: Annotated[Path, typer.Argument(help="Folder of the study.", show_default=False)],
-    models: Annotated[str, typer.Option(help="Architectures, separated by commas.")] = (
-        "small_vgg,lenet5,resnet18,mobilenet"
-    ),
-    seeds: Annotated[str, typer.Option(help="Separated by commas.")] = "0,1,2",
-    epochs: Annotated[int, typer.Option(help="Of each training.", min=1)] = 40,
-    batch_size: Annotated[int, typer.Option(help="Samples per step.", min=2)] = 64,
-    jobs: Annotated[int, typer.Option(help="Processes side by side, each with one thread.", min=1)] = 2,
-    per_size: Annotated[int | None, typer.Option("--per-size", help=PER_SIZE, min=1)] = None,
+    given: Mapping[str, Any],
+    jobs: Annotated[int, typer.Option(help="The processes side by side, each with one thread.", min=1)] = 2,
 ) -> None:
     """The whole study on handwritten digits: trainings, modules, reuse, sweeps, replacement.
 
     Without network or GPU. Every architecture at reduced width, standard and modular, with every seed. After Ctrl-C
     the same command goes on. Then: moda report.
     """
-    settings = StudySettings(parse_words(models), parse_integers("--seeds", seeds), epochs, batch_size, per_size)
+    settings = StudySettings(**given)
     run_study(out, settings, jobs=jobs)
     say(f"The study: {out / 'study.json'}")

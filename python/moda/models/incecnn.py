@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moda.models.options import add_convolution, check_count, check_share, check_width, convolution_of, scaled
+from moda.checks import check_count
+from moda.models.options import add_convolution, check_share, check_width, convolution_of, scaled
 
 _STEM = (64, 128, 256)
 _GROUPS = ((256, 256, 64), (512, 512, 64), (512, 512, 64))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from moda.models.options import check_count, check_width, scaled
+from moda.checks import check_count
+from moda.models.options import check_width, scaled
 
 
 class LeNet5(nn.Module):

@@ -6,8 +6,6 @@ import math
 
 from torch import Tensor, nn
 
-from moda.checks import check_count as check_count  # offered here to every model
-
 
 def check_width(width: float) -> float:
     """Return `width` if it is a positive number."""

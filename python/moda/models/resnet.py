@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from moda.models.options import check_count, check_width, init_convolutions, scaled
+from moda.checks import check_count
+from moda.models.options import check_width, init_convolutions, scaled
 
 
 class BasicBlock(nn.Module):

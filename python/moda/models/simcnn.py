@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moda.checks import check_count
 from moda.models.options import (
     add_convolution,
-    check_count,
     check_share,
     check_width,
     convolution_of,

@@ -7,7 +7,8 @@ from itertools import pairwise
 
 from torch import Tensor, nn
 
-from moda.models.options import check_count, check_width, init_convolutions, init_linears, scaled
+from moda.checks import check_count
+from moda.models.options import check_width, init_convolutions, init_linears, scaled
 
 POOL = -1
 """In a plan of convolution widths: 2x2 max-pooling."""

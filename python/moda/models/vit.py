@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moda.models.options import check_count, check_width, scaled
+from moda.checks import check_count
+from moda.models.options import check_width, scaled
 
 _EPSILON = 1e-12
 _LayerNorm: Callable[[int], nn.LayerNorm] = partial(nn.LayerNorm, eps=_EPSILON)

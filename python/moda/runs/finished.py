@@ -19,6 +19,7 @@ from moda.decomposition.rates import FiringRates
 from moda.decomposition.rule import decompose
 from moda.files import FormatError, sha256_of
 from moda.observation.taps import InstrumentedModel, instrument
+from moda.runs.config import DecompositionSettings
 from moda.runs.folder import RunFolder, load_data
 
 __all__ = ["FinishedRun", "checked_device", "decompose_run"]
@@ -115,8 +116,8 @@ class FinishedRun:
 
 def decompose_run(
     finished: FinishedRun,
-    threshold: float = 0.9,
-    min_fraction: float = 0.005,
+    threshold: float = DecompositionSettings.threshold,
+    min_fraction: float = DecompositionSettings.min_fraction,
     *,
     backend: str = "auto",
     augmented: bool = False,
@@ -128,7 +129,7 @@ def decompose_run(
         finished: the run.
         threshold: firing rate from which a neuron is kept.
         min_fraction: the least share of a layer's neurons that a class keeps.
-        backend: of the firing counts.
+        backend: the backend that counts firings.
         augmented: count on augmented images, as the published code does.
         progress: show a progress bar.
 

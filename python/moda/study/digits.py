@@ -20,9 +20,17 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from moda.checks import check_count, flag, integer, items, optional, record, relative_path, text
+from moda.checks import flag, integer, items, optional, record, relative_path, text
 from moda.files import Format
-from moda.runs.config import TrainingConfig
+from moda.runs.config import TERMS, TrainingConfig
+from moda.runs.finished import FinishedRun, decompose_run
+from moda.settings import Settings, setting
+from moda.study import sweep
+from moda.study.analysis_files import analyze_run, write_analysis
+from moda.study.replacement_study import ReplacementStudy, run_replacement_study
+from moda.study.reuse_run import run_reuse
+from moda.study.subtasks import choose
+from moda.study.trainings import trained
 
 __all__ = ["ARCHITECTURES", "Architecture", "StudySettings", "run_study"]
 
@@ -70,36 +78,24 @@ REPLACEMENT_STRONG = {"small_vgg": 1.0, "resnet18": 0.25}
 
 
 @dataclass(frozen=True)
-class StudySettings:
-    """What to do.
+class StudySettings(Settings, command="study"):
+    """What the study does."""
 
-    Attributes:
-        models: of `ARCHITECTURES`; sweeps are made of the first.
-        seeds: at least one.
-        epochs: of each training.
-        batch_size: samples per step: half the paper's, as the digits are few.
-        per_size: at most so many sub-tasks of each size; None: all.
-        replacement: whether to make the replacement study.
-        sweeps: whether to make the sweeps.
-    """
-
-    models: tuple[str, ...] = tuple(ARCHITECTURES)
-    seeds: tuple[int, ...] = (0, 1, 2)
-    epochs: int = 40
-    batch_size: int = 64
-    per_size: int | None = None
-    replacement: bool = True
-    sweeps: bool = True
-
-    def __post_init__(self) -> None:
-        """Every field is as the class's docstring says, or a ValueError or TypeError that names it."""
-        unknown = [name for name in self.models if name not in ARCHITECTURES]
-        if unknown or not self.models:
-            raise ValueError(f"models: expected some of {', '.join(ARCHITECTURES)}, got {unknown or 'none'}")
-        if not self.seeds:
-            raise ValueError("seeds: expected at least one, got none")
-        check_count("epochs", self.epochs)
-        check_count("batch_size", self.batch_size)
+    models: tuple[str, ...] = setting(
+        tuple(ARCHITECTURES),
+        help="The architectures, separated by commas; sweeps are made of the first.",
+        choices=tuple(ARCHITECTURES),
+    )
+    seeds: tuple[int, ...] = setting((0, 1, 2), help="The seeds, separated by commas.", at_least=0)
+    epochs: int = setting(40, help="The epochs of each training.", at_least=1)
+    batch_size: int = setting(64, help="The samples of a step: half the paper's, as the digits are few.", at_least=1)
+    per_size: int | None = setting(
+        None, help="At most this many sub-tasks of each size, drawn at random; all if not given.", at_least=1
+    )
+    replacement: bool = setting(
+        True, help="Whether to make the replacement study (the default).", option="--replacement/--no-replacement"
+    )
+    sweeps: bool = setting(True, help="Whether to make the sweeps (the default).", option="--sweeps/--no-sweeps")
 
     def config(self, model: str, seed: int, *, modular: bool) -> TrainingConfig:
         """Settings of one training."""
@@ -136,7 +132,7 @@ def run_study(out: Path, settings: StudySettings, *, jobs: int = 1) -> None:
         steps += [partial(_study_replacement, out, settings, model) for model in _strong_models(settings)]
     _run_all(steps, jobs)
     if settings.sweeps:  # they belong to a run of the first step
-        names = ("threshold", "affinity", "dispersion", "compactness")
+        names = ("threshold", *TERMS)
         _run_all([partial(_study_sweep, out, settings, name) for name in names], jobs)
     _describe(out, settings, finished=True)
 
@@ -167,12 +163,6 @@ def _modular_folder(out: Path, model: str, seed: int) -> Path:
 
 def _study_pair(out: Path, settings: StudySettings, model: str, seed: int) -> str:
     """One architecture and seed: both trainings, modules, analysis, all sub-tasks."""
-    from moda.runs.finished import decompose_run
-    from moda.study.analysis_files import analyze_run, write_analysis
-    from moda.study.replacement_study import trained
-    from moda.study.reuse_run import run_reuse
-    from moda.study.subtasks import choose
-
     folder = _modular_folder(out, model, seed)
     modular = trained(folder, settings.config(model, seed, modular=True), "cpu", progress=False)
     standard = trained(folder.with_name("standard"), settings.config(model, seed, modular=False), "cpu", progress=False)
@@ -190,16 +180,12 @@ def _study_pair(out: Path, settings: StudySettings, model: str, seed: int) -> st
 
 
 def _study_sweep(out: Path, settings: StudySettings, name: str) -> str:
-    from moda.runs.finished import FinishedRun
-    from moda.study.subtasks import choose
-    from moda.study.sweep import GRIDS, sweep_threshold, sweep_weight
-
     finished = FinishedRun.open(_modular_folder(out, settings.models[0], settings.seeds[0]), "cpu")
     tasks = choose(finished.data.num_classes, per_size=min(SWEEP_PER_SIZE, settings.per_size or SWEEP_PER_SIZE))
     if name == "threshold":
-        points = sweep_threshold(finished, GRIDS[name], tasks, progress=False)
+        points = sweep.sweep_threshold(finished, sweep.GRIDS[name], tasks, progress=False)
     else:
-        points = sweep_weight(finished, name, GRIDS[name], tasks, device="cpu", progress=False)
+        points = sweep.sweep_weight(finished, name, sweep.GRIDS[name], tasks, device="cpu", progress=False)
     return f"sweep of {name}: {len(points)} values"
 
 
@@ -213,8 +199,6 @@ def _study_replacement(out: Path, settings: StudySettings, strong_model: str) ->
     A tenth of the digits is some 80 images. Small batches and 20 passes give the weak trainings and the calibration
     about as many steps as an epoch's worth of published data would.
     """
-    from moda.study.replacement_study import ReplacementStudy, run_replacement_study, trained
-
     study = ReplacementStudy(
         data="digits",
         data_options={"image_size": 16},

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from moda.composition.replace import Calibration
-from moda.runs.config import RUNTIME_SETTINGS, TrainingConfig
+from moda.runs.config import DataOptions, DecompositionSettings, TrainingConfig
 from moda.runs.finished import FinishedRun, decompose_run
-from moda.runs.folder import RunFolder
+from moda.settings import Settings, setting
 from moda.study.replacement import (
     RESULTS,
     STRATEGIES,
@@ -20,65 +20,94 @@ from moda.study.replacement import (
     replace_class,
     write_replacements,
 )
+from moda.study.trainings import trained
 
-__all__ = ["ReplacementStudy", "run_replacement_study", "trained"]
+__all__ = ["ReplacementStudy", "run_replacement_study"]
+
+_DATA, _MODELS, _TRAINING, _REPLACEMENT = "Data", "Models", "Training", "Replacement"
 
 
 @dataclass(frozen=True)
-class ReplacementStudy:
-    """The replacement study of one pair of architectures. The defaults are the paper's, on CIFAR10.
+class ReplacementStudy(Settings, command="replace"):
+    """The replacement study of one pair of architectures. The defaults are the paper's, on CIFAR10."""
 
-    Attributes:
-        data: name of the data set; its first half of classes are the strong ones.
-        data_root: folder that holds it.
-        data_options: of the data set.
-        strong_model: architecture that gives the modules.
-        strong_width: its width multiplier.
-        weak_model: architecture that is given modules.
-        weak_width: its width multiplier.
-        mixed_classes: strong classes, each mixed into a weak model of its own; None: all of them.
-        strategies: of `moda.study.replacement.STRATEGIES`.
-        epochs: of each training.
-        under_epoch: epoch of the under-fitted weak model; None: not studied.
-        over_epoch: epoch of the over-fitted weak model; None: not studied. With neither the final weights are studied.
-        fraction: share of training samples that a weak model sees.
-        batch_size: of training and calibration.
-        seed: of everything.
-        threshold: firing rate from which the strong model's neurons are kept.
-        calibration_epochs: passes over the weak training samples that calibrate.
-        weak_modular: train the weak models with the modular terms, as the published code does.
-        device: "auto", "cpu" or "cuda".
-    """
-
-    data: str = "cifar10"
-    data_root: str | None = None
-    data_options: Mapping[str, Any] = field(default_factory=dict)
-    strong_model: str = "vgg16"
-    strong_width: float = 1.0
-    weak_model: str = "lenet5"
-    weak_width: float = 1.0
-    mixed_classes: tuple[int, ...] | None = None
-    strategies: tuple[str, ...] = STRATEGIES
-    epochs: int = 200
-    under_epoch: int | None = 10
-    over_epoch: int | None = 195
-    fraction: float = 0.1
-    batch_size: int = 128
-    seed: int = 42
-    threshold: float = 0.9
-    calibration_epochs: int = 5
-    weak_modular: bool = True
-    device: str = "auto"
+    data: str = setting("cifar10", help="The data set; the first half of its classes are the strong ones.", panel=_DATA)
+    data_root: str | None = setting(
+        None, help="The folder that holds the data set; ./data if it is not given.", panel=_DATA
+    )
+    data_options: Mapping[str, Any] = setting(
+        {}, help="Further options of the data set, see `moda.data.load`.", panel=_DATA, entries=DataOptions
+    )
+    strong_model: str = setting("vgg16", help="The architecture that gives the modules.", panel=_MODELS)
+    strong_width: float = setting(1.0, help="The multiplier of its hidden widths.", above=0, panel=_MODELS)
+    weak_model: str = setting("lenet5", help="The architecture that is given modules.", panel=_MODELS)
+    weak_width: float = setting(1.0, help="The multiplier of its hidden widths.", above=0, panel=_MODELS)
+    mixed_classes: tuple[int, ...] | None = setting(
+        None,
+        help="The indices of the strong classes to replace, each in a weak model of its own; all of them if not given.",
+        at_least=0,
+        panel=_REPLACEMENT,
+        option="--classes -c",
+    )
+    strategies: tuple[str, ...] = setting(
+        STRATEGIES,
+        help=f"How the module is joined to the weak model: {' or '.join(STRATEGIES)}, or both, separated by a comma.",
+        choices=STRATEGIES,
+        panel=_REPLACEMENT,
+        option="--strategy",
+    )
+    epochs: int = setting(200, help="The epochs of each training.", at_least=1, panel=_TRAINING)
+    under_epoch: int | None = setting(
+        10,
+        help="The epoch of the under-fitted weak model; with 0 none is studied.",
+        at_least=0,
+        panel=_REPLACEMENT,
+        option="--under",
+    )
+    over_epoch: int | None = setting(
+        195,
+        help="The epoch of the over-fitted weak model; with 0 none is studied, and with neither the final weights are.",
+        at_least=0,
+        panel=_REPLACEMENT,
+        option="--over",
+    )
+    fraction: float = setting(
+        0.1, help="The share of training samples that a weak model sees.", above=0, at_most=1, panel=_TRAINING
+    )
+    batch_size: int = setting(
+        128, help="The samples of a step of training and of calibration.", at_least=1, panel=_TRAINING
+    )
+    seed: int = setting(42, help="The seed of everything.", at_least=0, panel=_TRAINING)
+    threshold: float = setting(
+        DecompositionSettings.threshold,
+        help="The firing rate from which a neuron of the strong model is kept.",
+        at_least=0,
+        at_most=1,
+        panel=_REPLACEMENT,
+    )
+    calibration_epochs: int = setting(
+        5, help="The passes over the weak training samples that calibrate.", at_least=1, panel=_REPLACEMENT
+    )
+    weak_modular: bool = setting(
+        True,
+        help="Whether weak models are trained with the modular terms, as in the published code (the default).",
+        panel=_TRAINING,
+        option="--weak-modular/--weak-standard",
+    )
+    device: str = setting("auto", help="The device to compute on: auto, cpu, cuda, cuda:1, ...", panel=_TRAINING)
 
     def __post_init__(self) -> None:
-        """Every field is as the class's docstring says, or a ValueError that names it."""
-        object.__setattr__(self, "strategies", tuple(map(current_strategy, self.strategies)))
-        unknown = [name for name in self.strategies if name not in STRATEGIES]
-        if unknown or not self.strategies:
-            raise ValueError(f"strategies: expected some of {', '.join(STRATEGIES)}, got {unknown or 'none'}")
+        """Check every field, and that the studied epochs are trained.
+
+        Raises:
+            TypeError, ValueError: a field is not as above; the message names it.
+        """
+        if not isinstance(self.strategies, str):
+            object.__setattr__(self, "strategies", tuple(map(current_strategy, self.strategies)))
+        super().__post_init__()
         for name in ("under_epoch", "over_epoch"):
             epoch = getattr(self, name)
-            if epoch is not None and not 1 <= epoch <= self.epochs:
+            if epoch and epoch > self.epochs:
                 raise ValueError(f"{name}: expected an epoch in [1, {self.epochs}], got {epoch}")
 
     @property
@@ -149,30 +178,3 @@ def run_replacement_study(
                 results.append(result)
         write_replacements(folder / RESULTS, results)
     return results
-
-
-def trained(folder: Path, config: TrainingConfig, device: str = "auto", *, progress: bool = True) -> FinishedRun:
-    """The run in a folder, trained first if it is not, or from where it stopped.
-
-    Raises:
-        ValueError: the folder holds a run with other settings, or the settings do not go together.
-    """
-    started = (folder / "config.json").exists()
-    if not (started and RunFolder.open(folder).finished):
-        from moda.training.loop import train
-        from moda.training.progress import TrainingProgress
-
-        label = f"{folder.parent.name}/{folder.name}"
-        train(config, folder, resume=started, progress=TrainingProgress(label, shown=progress))
-    else:
-        _check_same(folder, RunFolder.open(folder).config, config)
-    return FinishedRun.open(folder, device)
-
-
-def _check_same(folder: Path, there: TrainingConfig, wanted: TrainingConfig) -> None:
-    for name, value in wanted.to_dict().items():
-        found = there.to_dict()[name]
-        if found != value and name not in RUNTIME_SETTINGS:
-            raise ValueError(
-                f"{folder}: holds a run with {name}={found!r}, this study needs {value!r}; use another folder"
-            )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -18,11 +17,12 @@ from moda.files import format_errors
 from moda.runs.config import TERMS
 from moda.runs.finished import FinishedRun, decompose_run
 from moda.runs.metrics import read_metrics
-from moda.study.replacement_study import trained
+from moda.settings import Settings, check_setting, setting
 from moda.study.results_file import ResultsFile, read_rows
 from moda.study.reuse import TestSet, evaluate_subtasks, reuse_accuracy
+from moda.study.trainings import trained
 
-__all__ = ["GRIDS", "SweepPoint", "read_sweep", "sweep_threshold", "sweep_weight"]
+__all__ = ["GRIDS", "SweepPoint", "SweepSettings", "read_sweep", "sweep_threshold", "sweep_weight"]
 
 KIND = "moda-sweep"
 GRIDS: dict[str, tuple[float, ...]] = {
@@ -32,6 +32,31 @@ GRIDS: dict[str, tuple[float, ...]] = {
     "compactness": (0.0, 0.1, 0.3, 0.5, 1.0, 2.0),
 }
 """The paper's grids."""
+
+
+def _weights(term: str) -> Any:
+    return setting(
+        None,
+        help=f"The weights of the {term} term, separated by commas, or `paper` for the paper's.",
+        at_least=0,
+        words={"paper": GRIDS[term]},
+    )
+
+
+@dataclass(frozen=True)
+class SweepSettings(Settings, command="sweep"):
+    """The values to sweep over; None where a parameter is not varied."""
+
+    threshold: tuple[float, ...] | None = setting(
+        None,
+        help="The thresholds, separated by commas, or `paper` for the paper's.",
+        at_least=0,
+        at_most=1,
+        words={"paper": GRIDS["threshold"]},
+    )
+    affinity: tuple[float, ...] | None = _weights("affinity")
+    dispersion: tuple[float, ...] | None = _weights("dispersion")
+    compactness: tuple[float, ...] | None = _weights("compactness")
 
 
 @dataclass(frozen=True)
@@ -84,9 +109,7 @@ def sweep_threshold(
     Raises:
         ValueError: a threshold is outside [0, 1], or the table is of other weights, rates or sub-tasks.
     """
-    for value in values:
-        if not 0 <= value <= 1:
-            raise ValueError(f"threshold: expected numbers in [0, 1], got {value}")
+    values = check_setting(SweepSettings, "threshold", values)
     rates = finished.rates()
     rule = FiringRule.of(finished.decomposition().settings)
     table = _open(finished, "threshold", tasks, {"min_fraction": rule.min_fraction})
@@ -124,9 +147,7 @@ def sweep_weight(
     """
     if weight not in TERMS:
         raise ValueError(f"weight: expected one of {', '.join(TERMS)}, got {weight!r}")
-    for value in values:
-        if not (math.isfinite(value) and value >= 0):
-            raise ValueError(f"{weight}: expected finite numbers of at least 0, got {value}")
+    values = check_setting(SweepSettings, weight, values)
     example = finished.decomposition()
     table = _open(finished, weight, tasks, asdict(FiringRule.of(example.settings)))
     test = TestSet.of(finished.data.test)
