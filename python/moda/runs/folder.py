@@ -20,12 +20,12 @@ from torch import Tensor, nn
 
 from moda import data as datasets
 from moda import models
-from moda.checks import json_value, mapping
+from moda.checks import json_value
 from moda.data import DataSplits
 from moda.files import Format, FormatError, format_errors, is_partial, read_tensors, write_tensors
 from moda.runs.config import TrainingConfig
 
-RUN = Format("moda-run", {"training": mapping(json_value)})
+RUN = Format("moda-run", {}, {"training": json_value})
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,9 @@ class RunFolder:
             raise FormatError(f"{folder}: no such folder")
         if not (folder / "config.json").exists():
             raise FormatError(f"{folder}: holds no run (it has no config.json); make one with: moda train {folder}")
-        settings = RUN.read(folder / "config.json")["training"]
+        settings = RUN.read(folder / "config.json").get("training")
+        if not isinstance(settings, dict):
+            raise FormatError(f'{folder / "config.json"}: expected an object "training", got {settings!r:.80}')
         with format_errors(folder / "config.json"):
             return cls(folder, TrainingConfig.from_dict(settings))
 
