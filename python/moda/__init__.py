@@ -33,8 +33,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from moda import bench, data, demo, models, report, runs, study, training
     from moda.composition import export, measure
-    from moda.composition.compose import compose, mask
+    from moda.composition.compose import compose
     from moda.composition.files import load_composed, save_composed
+    from moda.composition.masking import mask
     from moda.composition.replace import replace
     from moda.decomposition.container import Decomposition
     from moda.decomposition.counting import count_firings
@@ -101,7 +102,7 @@ _HOME = {
     "decompose": "moda.decomposition.rule",
     "instrument": "moda.observation.taps",
     "load_composed": "moda.composition.files",
-    "mask": "moda.composition.compose",
+    "mask": "moda.composition.masking",
     "observe": "moda.observation.taps",
     "replace": "moda.composition.replace",
     "save_composed": "moda.composition.files",

@@ -163,7 +163,7 @@ def attach(module: nn.Module, part: Part) -> None:
         kind = type(module)
         names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__, PLAIN: kind}
         module.__class__ = type(kind.__name__, (_Attached, kind), names)
-    if isinstance(part, Root):
+    if isinstance(part, Root) and present is not None:
         part.inner = present
     module.__dict__[PART] = part
 

@@ -80,6 +80,7 @@ class Taps:
         self.known = Known(activations, sites)
         self.neuron_dim = neuron_dim
         self.example: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+        self.lasting = True  # whether it is there until `remove`
         self._own = tuple(activations)
         self._sites = sites
         self._plans: list[Plan | None] = [None, None]  # of eval and of train mode
@@ -91,6 +92,7 @@ class Taps:
         self._function: Function | None = None
         self._marking = False
         self._overwriting = False
+        self._paused: list[tuple[nn.Module, Part]] = []
         self._attached: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
     # ---- what is known ---
@@ -114,6 +116,11 @@ class Taps:
     def names(self) -> tuple[str, ...]:
         """Names of the taps in execution order, in the mode (train or eval) that the model is in."""
         return tuple(tap.name for tap in self._plan.taps)
+
+    def name_of(self, index: int) -> str:
+        """The name of a tap, also while the forward pass that is the probe runs."""
+        run = self._run
+        return run.found[index].name if isinstance(run, Probe) else self.names[index]
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -229,6 +236,15 @@ class Taps:
         self._attached = weakref.WeakSet()
         self._record.clear()
 
+    def _pause(self) -> None:
+        """Detach from the model until `_resume`."""
+        self._paused = [(module, part) for module in self._attached if (part := part_of(module)) is not None]
+        self.remove()
+
+    def _resume(self) -> None:
+        for module, part in self._paused:
+            self._attach(module, part)
+
     def __enter__(self) -> Taps:
         return self
 
@@ -247,15 +263,18 @@ class Taps:
         if self._run is not None:  # the model calls itself
             return None
         compiling = torch.compiler.is_compiling()
-        if not self._marking and (torch.compiler.is_exporting() or (not compiling and _apart(args, kwargs))):
+        changes = self._function is not None or self._marking
+        apart = torch.compiler.is_exporting() or (not compiling and _apart(args, kwargs))
+        if apart and not changes:
             return None
         training = self.model.training
         plan = self._plans[training]
         backward = not compiling and inside_backward()
         gradients = torch.is_grad_enabled()
-        changes = self._function is not None or self._marking
-        recorded = (gradients or self._forced > 0) and not backward and not self._marking
-        if plan is None or plan.provisional:
+        recorded = (gradients or self._forced > 0) and not (backward or apart or self._marking)
+        if plan is None and apart:
+            raise RuntimeError("taps: run the observed model once before it is exported or traced, or pass example=")
+        if plan is None or (plan.provisional and not apart):
             run = None if backward else self._probe(plan, training, args, kwargs, recorded)
             if run is not None or plan is None:
                 return run
@@ -304,8 +323,6 @@ class Taps:
         samples = _samples(inputs)
         if plan is not None and samples < 2:
             return None
-        if self._marking:
-            raise RuntimeError("taps: run the observed model once before it is exported, or pass example=")
         run = Probe(
             self,
             training,
@@ -507,10 +524,11 @@ class _OfInstrumented:
 
 
 @contextmanager
-def observing(model: nn.Module | Taps) -> Iterator[Taps]:
+def observing(model: nn.Module | Taps, taps: Taps | None = None) -> Iterator[Taps]:
     """The taps of a model inside this block; a model that was not observed before is not afterwards.
 
-    A wrapper of DistributedDataParallel or torch.compile is looked into.
+    A wrapper of DistributedDataParallel or torch.compile is looked into. With `taps`, those that an earlier block made
+    are used again.
 
     Raises:
         TypeError: `model` is neither a module nor the taps of one.
@@ -526,12 +544,19 @@ def observing(model: nn.Module | Taps) -> Iterator[Taps]:
     inner: Any = model
     while isinstance(inner, nn.parallel.DistributedDataParallel | nn.DataParallel) or hasattr(inner, "_orig_mod"):
         inner = inner._orig_mod if hasattr(inner, "_orig_mod") else inner.module
-    taps = taps_of(inner)
-    if taps is not None:
-        yield taps
+    present = taps_of(inner)
+    if present is not None:
+        yield present
         return
-    with observe(inner, route="grouped") as taps:
+    if taps is None:
+        taps = observe(inner, route="grouped")
+        taps.lasting = False
+    else:
+        taps._resume()
+    try:
         yield taps
+    finally:
+        taps._pause()
 
 
 def _check_model(model: nn.Module) -> None:
