@@ -15,7 +15,6 @@ demo: $(VENV)/installed
 
 test: $(VENV)/installed-dev
 	$(MAKE) --no-print-directory lint
-	./tests/browser.sh
 	$(BIN)/python -m pytest -n 2
 
 # The same tests with another PyTorch: `make test-other-torch OTHER_TORCH="torch==2.11.0 torchvision==0.26.0"`. Downloads

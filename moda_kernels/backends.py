@@ -117,7 +117,7 @@ def backends() -> dict[str, Status]:
     """Every backend's name and whether it can run on this machine, with the reason when it cannot.
 
     Example:
-        >>> print(moda_kernels.backends()["torch"])
+        >>> print(backends()["torch"])
         available
     """
     reasons = {name: _MODULES[name].unavailable() for name in NAMES}

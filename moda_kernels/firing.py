@@ -44,11 +44,11 @@ class FiringCounter(ClassTotals):
         TypeError, ValueError: an argument is not as above.
 
     Example:
-        >>> counter = FiringCounter(num_classes=10)
-        >>> for x, y in loader:
-        ...     model(x)
-        ...     counter.update(model.activations(), y)
-        >>> counter.rates[0].shape     # (10, neurons of the first layer)
+        >>> counter = FiringCounter(num_classes=2)
+        >>> counter.update([torch.tensor([[1.0, 0.0], [2.0, 3.0]])], torch.tensor([0, 0]))
+        >>> counter.update([torch.tensor([[0.0, 4.0]])], torch.tensor([1]))
+        >>> counter.counts[0].tolist(), counter.rates[0].tolist()
+        ([[2, 1], [0, 1]], [[1.0, 0.5], [0.0, 1.0]])
     """
 
     _WORD = "counted"

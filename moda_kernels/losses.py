@@ -70,6 +70,12 @@ def modular_losses(
         TypeError, ValueError: an argument is not as above; the message names it, what was given and what is expected.
             With a group, also if its ranks disagree on layers or dtypes.
         BackendUnavailableError: the backend asked for cannot run.
+
+    Example:
+        >>> layer = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])  # two samples of class 4, one of class 9
+        >>> losses = modular_losses([layer], torch.tensor([4, 4, 9]))
+        >>> losses.affinity.item(), losses.dispersion.item(), losses.compactness.item()
+        (0.0, 0.0, 0.5)
     """
     if group is not None:
         return _global_losses(activations, labels, backend, group, num_classes)
@@ -112,7 +118,12 @@ class ModularLoss(nn.Module):
         TypeError, ValueError: a weight is no number, negative or not finite.
 
     Example:
-        >>> loss = F.cross_entropy(model(x), y) + modular_loss(model.activations(), y)
+        >>> modular_loss = ModularLoss(affinity=1.0, dispersion=1.0, compactness=0.5)
+        >>> layer = torch.tensor([[1.0, 0.0], [1.0, 0.0], [1.0, 0.0]])  # one neuron fires for all three samples
+        >>> modular_loss([layer], torch.tensor([4, 4, 9])).item()  # 0 + 1 + 0.5 * 0.5
+        1.25
+        >>> modular_loss.last.dispersion.item()
+        1.0
     """
 
     def __init__(

@@ -32,6 +32,10 @@ def class_means(
     Raises:
         TypeError, ValueError: an argument is not as above.
         BackendUnavailableError: the backend asked for cannot run.
+
+    Example:
+        >>> class_means([torch.tensor([[1.0, 0.0], [3.0, 0.5]])], torch.tensor([1, 1]), num_classes=2)[0].tolist()
+        [[0.0, 0.0], [2.0, 0.25]]
     """
     check_num_classes(num_classes)
     layers = check_batch(activations, labels)

@@ -29,6 +29,13 @@ class ClassSimilarity:
 
     Raises:
         TypeError, ValueError: `num_classes` is not as above.
+
+    Example:
+        >>> similarity = ClassSimilarity(num_classes=2)
+        >>> similarity.update([torch.tensor([[1.0, 0.0], [3.0, 0.0]])], torch.tensor([0, 0]))
+        >>> similarity.update([torch.tensor([[0.0, 2.0]])], torch.tensor([1]))
+        >>> similarity.result()[0].tolist()
+        [[1.0, 0.0], [0.0, 0.0]]
     """
 
     def __init__(self, num_classes: int, *, backend: str = "auto") -> None:
@@ -99,6 +106,11 @@ def class_similarity(
 
     Raises:
         TypeError, ValueError: an argument is not as above.
+
+    Example:
+        >>> layer = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 2.0]])
+        >>> class_similarity([layer], torch.tensor([0, 0, 1]), num_classes=2)[0].tolist()
+        [[0.0, 0.5], [0.5, 0.0]]
     """
     similarity = ClassSimilarity(num_classes, backend=backend)
     similarity.update(activations, labels)

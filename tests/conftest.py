@@ -59,7 +59,13 @@ def _restore_global_state() -> object:
     os.environ.update(environment)
 
 
+COMPILING = 7200  # seconds, ten times what the slowest takes on two busy cores
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "compiles" in item.keywords and item.get_closest_marker("timeout") is None:
+            item.add_marker(pytest.mark.timeout(COMPILING))
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs an NVIDIA GPU; `make gpu` runs it on a machine that has one")

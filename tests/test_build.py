@@ -15,6 +15,8 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.compiles
+
 ROOT = Path(__file__).resolve().parents[1]
 IN_THE_BUILD = ("setup.py", "CMakeLists.txt", "MANIFEST.in", "pyproject.toml", "README.md", "LICENSE")
 NOT_IN_THE_BUILD = shutil.ignore_patterns("*.so", "__pycache__", "*.egg-info")

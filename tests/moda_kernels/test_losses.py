@@ -239,6 +239,7 @@ def test_compiles_without_a_graph_break(backend):
     torch.testing.assert_close((got, *grads), expected, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.compiles
 def test_inductor_with_two_threads_on_the_cpu():
     """Its own `index_add` of computed rows adds once per thread, for layers this wide (see _segment_add.py)."""
     (act,), labels = make_batch([(1024, 2, 2)], samples=128, classes=10, dtype=torch.float32)

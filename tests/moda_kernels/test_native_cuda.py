@@ -28,7 +28,7 @@ from tests.moda_kernels._helpers.firing_batches import (
 )
 from tests.moda_kernels._helpers.native_needed import needs_native
 
-pytestmark = needs_native
+pytestmark = [needs_native, pytest.mark.compiles]
 
 ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc"

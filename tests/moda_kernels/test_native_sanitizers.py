@@ -13,7 +13,7 @@ import pytest
 from moda_kernels import native
 from tests.moda_kernels._helpers.native_needed import needs_native
 
-pytestmark = needs_native
+pytestmark = [needs_native, pytest.mark.compiles]
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = (

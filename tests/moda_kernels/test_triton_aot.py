@@ -13,6 +13,8 @@ import pytest
 
 pytest.importorskip("triton")
 
+pytestmark = pytest.mark.compiles
+
 ROOT = Path(__file__).parents[2]
 RECORDED = json.loads((ROOT / "benchmarks" / "results" / "aot.json").read_text())
 KERNELS = ROOT / "moda_kernels" / "triton_kernels"

@@ -101,7 +101,11 @@ def overlap_matrix(
 
 
 def mean_over_pairs(matrix: Tensor) -> float:
-    """Mean of a (K, K) matrix over the pairs of different classes: of the entries off the diagonal; 0 for one class."""
+    """Mean of a (K, K) matrix over the pairs of different classes: of the entries off the diagonal; 0 for one class.
+
+    >>> mean_over_pairs(torch.tensor([[1.0, 0.25], [0.75, 1.0]]))
+    0.5
+    """
     classes = len(matrix)
     return float((matrix.triu(1) + matrix.tril(-1).T).sum() / max(1, classes * (classes - 1)))
 
@@ -162,6 +166,10 @@ def flops(model: nn.Module, example_input: Tensor) -> int:
     Args:
         model: any module.
         example_input: one batch; the result is for all of its samples.
+
+    Example:
+        >>> flops(nn.Linear(10, 5), torch.zeros(1, 10))
+        100
     """
     counter = FlopCounterMode(display=False)
     with evaluating(model), torch.no_grad(), counter:
@@ -184,6 +192,13 @@ def accuracy(model: nn.Module, loader: Iterable[Any], classes: Sequence[int] | N
 
     Raises:
         ValueError: no class, one twice, or one that the model has no logit for; or no sample of the classes.
+
+    Example:
+        >>> logits, labels = torch.tensor([[2.0, 1.0, 3.0], [0.0, 1.0, 0.0]]), torch.tensor([0, 1])
+        >>> accuracy(nn.Identity(), [(logits, labels)])
+        0.5
+        >>> accuracy(nn.Identity(), [(logits, labels)], classes=[0, 1])  # the third logit does not compete
+        1.0
     """
     if classes is None:
         classes = getattr(model, "classes", None)

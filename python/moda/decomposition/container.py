@@ -113,6 +113,10 @@ def check_classes(classes: Iterable[int], num_classes: int) -> list[int]:
     Raises:
         TypeError: not a sequence of integers.
         ValueError: none, one twice, or one outside [0, num_classes).
+
+    Example:
+        >>> check_classes((2, 0), num_classes=3)
+        [2, 0]
     """
     if isinstance(classes, (int, str)):
         raise TypeError(f"classes: expected a sequence of class indices, got {classes!r}")

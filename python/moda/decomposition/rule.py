@@ -31,6 +31,11 @@ def masks_from_rates(rates: Tensor, threshold: float = 0.9, min_fraction: float 
 
     Raises:
         TypeError, ValueError: an argument is not as above.
+
+    Example:
+        >>> rates = torch.tensor([[0.95, 0.2, 1.0], [0.1, 0.3, 0.2]])  # the second class would keep nothing
+        >>> masks_from_rates(rates, threshold=0.9).int().tolist()
+        [[1, 0, 1], [0, 1, 1]]
     """
     FiringRule(threshold, min_fraction)  # which checks them
     _check_rates(rates)

@@ -66,6 +66,12 @@ def create(
     Raises:
         ValueError: the name is unknown or a number out of range.
         TypeError: an argument is of the wrong type.
+
+    Example:
+        >>> import torch
+        >>> model = create("small_vgg", num_classes=4, width=0.25)
+        >>> model(torch.zeros(2, 3, 8, 8)).shape
+        torch.Size([2, 4])
     """
     if name not in NAMES:
         raise ValueError(f"name: expected one of {', '.join(NAMES)}, got {name!r}")

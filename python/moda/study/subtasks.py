@@ -17,6 +17,10 @@ def subtasks(num_classes: int, seed: int = 42) -> list[tuple[int, ...]]:
 
     Raises:
         ValueError: fewer than two classes.
+
+    Example:
+        >>> subtasks(3)
+        [(0, 1), (0, 2), (1, 2), (0, 1, 2)]
     """
     if num_classes < 2:
         raise ValueError(f"num_classes: expected at least 2, got {num_classes}")

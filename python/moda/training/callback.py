@@ -39,7 +39,7 @@ class ModularCallback(lightning.Callback):
         TracingError: the network cannot be traced.
 
     Example:
-        >>> trainer = lightning.Trainer(callbacks=[moda.ModularCallback(attribute="net")])
+        >>> trainer = lightning.Trainer(callbacks=[ModularCallback(attribute="net")], logger=False)
     """
 
     def __init__(

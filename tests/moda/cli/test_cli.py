@@ -185,7 +185,7 @@ def test_resume_after_ctrl_c(moda: Moda, tmp_path: Path) -> None:
     metrics = tmp_path / "run" / "metrics.csv"
     wait_for(lambda: metrics.exists() and metrics.read_text().count("\n") >= 3, process)
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=600)
     assert process.returncode == 130
     assert err.splitlines()[-1].startswith("moda: interrupted after ")
     assert err.splitlines()[-1].endswith(f"go on with: moda train {tmp_path / 'run'} --resume")
@@ -206,7 +206,7 @@ def test_two_processes(moda: Moda, tmp_path: Path) -> None:
     shared = ["--epochs", "1", "--seed", "2", "--width", "0.25", "--accelerator", "cpu", "--log-every", "1"]
     done = subprocess.run(
         command("train", tmp_path / "two", *shared, "--devices", "2", "--strategy", "ddp"),
-        env=environment(), capture_output=True, text=True, check=True, timeout=300,
+        env=environment(), capture_output=True, text=True, check=True, timeout=1000,
     )  # fmt: skip
     assert done.stdout.count("Next: moda decompose") == 1
     assert moda("train", tmp_path / "one", *shared)[0] == 0

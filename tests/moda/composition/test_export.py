@@ -13,6 +13,8 @@ from moda.composition.export import export, provenance_of, read_provenance
 from moda.files import FormatError
 from tests.moda._helpers.studying import make_run
 
+pytestmark = pytest.mark.compiles
+
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):

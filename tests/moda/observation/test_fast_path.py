@@ -190,6 +190,7 @@ def test_compiled_step_without_a_graph_break(route, backend, device):
     assert_same(train(net, step, device, torch.float64), expected, 1e-9)
 
 
+@pytest.mark.compiles
 def test_compiled_by_inductor_on_the_cpu():
     reference, net = make_net("cpu", torch.float32), make_net("cpu", torch.float32)
     expected = train(reference, lambda x, y: published_step(reference, x, y), "cpu", torch.float32)
@@ -199,6 +200,7 @@ def test_compiled_by_inductor_on_the_cpu():
 
 
 @pytest.mark.gpu
+@pytest.mark.compiles
 @pytest.mark.parametrize("route", ROUTES)
 def test_reduce_overhead(route):
     reference, net = make_net("cuda", torch.float32), make_net("cuda", torch.float32)

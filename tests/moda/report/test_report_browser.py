@@ -9,8 +9,11 @@ import numpy as np
 import pytest
 
 from moda.report.study import read_inputs, study_page
-from tests.moda._helpers.browser import Browser
+from tests.moda._helpers.browser import Browser, why_no_browser
 from tests.moda._helpers.study_folders import STANDARD, config, write_analyses, write_reuse, write_run, write_study
+
+if (reason := why_no_browser()) is not None:
+    pytest.skip(reason, allow_module_level=True)  # one line for all of them
 
 BOXES = """return [...document.querySelectorAll('svg')].map(svg => {
   const box = svg.getBoundingClientRect();
