@@ -9,11 +9,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-import moda
 from moda import models
 from moda.bench import gate, inputs
 from moda.bench.case import Case, Contender
 from moda.bench.clock import Budget, Timed
+from moda.composition import measure
+from moda.composition.compose import compose, mask
+from moda.decomposition.container import Decomposition
+from moda.decomposition.counting import count_firings
+from moda.observation.taps import InstrumentedModel, instrument
 from moda_kernels import BackendUnavailableError
 from moda_kernels.backends import select
 
@@ -74,10 +78,10 @@ def _counters(about: PassInputs) -> list[Contender]:
         for images, _labels in loader:
             model(images)
 
-    instrumented = moda.instrument(model)
+    instrumented = instrument(model)
 
     def count(backend: str) -> list[Tensor]:
-        rates = moda.count_firings(instrumented, loader, _CLASSES, backend=backend, progress=False)
+        rates = count_firings(instrumented, loader, _CLASSES, backend=backend, progress=False)
         return list(rates.counts.values())
 
     expected = functools.cache(lambda: count("reference"))
@@ -114,35 +118,35 @@ def composition_case(about: PassInputs, kept: tuple[float, ...], budget: Budget)
 def _composed_models(about: PassInputs, kept: tuple[float, ...]) -> list[Contender]:
     model, loader = about.make()
     images = loader[0][0]
-    found = [Contender(FULL, {"inference": _inference(model, images)}, flops=moda.measure.flops(model, images[:1]))]
-    instrumented = moda.instrument(model)
-    widths = moda.count_firings(instrumented, [(images[:_CLASSES], torch.arange(_CLASSES))], _CLASSES, progress=False)
+    found = [Contender(FULL, {"inference": _inference(model, images)}, flops=measure.flops(model, images[:1]))]
+    instrumented = instrument(model)
+    widths = count_firings(instrumented, [(images[:_CLASSES], torch.arange(_CLASSES))], _CLASSES, progress=False)
     for share in kept:
         decomposition = _random_decomposition({tap: count.shape[1] for tap, count in widths.counts.items()}, share)
         found.append(_composed(f"{share:.0%} of neurons", instrumented, decomposition, images))
     return found
 
 
-def _random_decomposition(neurons: dict[str, int], share: float) -> moda.Decomposition:
+def _random_decomposition(neurons: dict[str, int], share: float) -> Decomposition:
     """Draw a random `share` of each tap's neurons, the same for every class."""
     generator = torch.Generator().manual_seed(3)
     masks = {}
     for tap, count in neurons.items():
         chosen = torch.randperm(count, generator=generator)[: max(1, round(share * count))]
         masks[tap] = torch.zeros(count, dtype=torch.bool).index_fill(0, chosen, True).expand(_CLASSES, count).clone()
-    return moda.Decomposition(masks)
+    return Decomposition(masks)
 
 
-def _composed(name: str, model: moda.InstrumentedModel, decomposition: moda.Decomposition, images: Tensor) -> Contender:
+def _composed(name: str, model: InstrumentedModel, decomposition: Decomposition, images: Tensor) -> Contender:
     classes = list(range(_CLASSES))
-    composed = moda.compose(model, decomposition, classes).eval()
+    composed = compose(model, decomposition, classes).eval()
 
     @torch.no_grad()
     def check() -> str:
-        masked = moda.mask(model, decomposition, classes).eval()
+        masked = mask(model, decomposition, classes).eval()
         return gate.difference("logits", composed(images), masked(images), gate.TOLERANCES[torch.float32])
 
-    flops = moda.measure.flops(composed, images[:1])
+    flops = measure.flops(composed, images[:1])
     return Contender(name, {"inference": _inference(composed, images)}, check, flops=flops)
 
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-import moda
 from moda import models
+from moda.observation.taps import instrument
 
 Shapes = tuple[tuple[int, ...], ...]
 
@@ -23,7 +23,7 @@ MODELS = ("vgg16", "resnet18", "mobilenet")
 def tap_shapes(model: str, image_size: int, batch: int) -> Shapes:
     """Return the shapes of a model's activations in execution order, without memory or arithmetic."""
     with FakeTensorMode(), torch.no_grad():
-        instrumented = moda.instrument(models.create(model, image_size=image_size))
+        instrumented = instrument(models.create(model, image_size=image_size))
         with instrumented.recording():
             instrumented(torch.empty(batch, 3, image_size, image_size))
         return tuple(tuple(activation.shape) for activation in instrumented.activations())

@@ -12,13 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import moda
 from moda import models
 from moda.bench import gate, inputs
 from moda.bench.case import Case, Contender
 from moda.bench.clock import Budget, Timed
 from moda.bench.compiled import compile_problem, compiled
 from moda.bench.memory import held_bytes, peak_bytes
+from moda.observation.taps import instrument
 from moda_kernels import BackendUnavailableError, ModularLoss
 from moda_kernels.backends import select
 
@@ -143,7 +143,7 @@ class Step:
         self.images = inputs.images(batch, about.image_size, about.device)
         self.labels = inputs.labels(batch, about.classes, about.device)
         model.train()
-        self.model: Any = model if recipe.loss is None else moda.instrument(model, route=recipe.route)
+        self.model: Any = model if recipe.loss is None else instrument(model, route=recipe.route)
         # Small steps keep the weights near where they began: a diverged model would time arithmetic on NaN.
         self.optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
         self.loss = compiled(self._loss) if recipe.compiled else self._loss

@@ -9,16 +9,14 @@ import copy
 import copyreg
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
 from moda.observation.activations import PLAIN, plain_class
+from moda.observation.handle import Handle
 from moda.observation.plan import Tap
-
-if TYPE_CHECKING:
-    from moda.observation.taps import Taps
 
 PART = "_moda_part"
 
@@ -26,7 +24,7 @@ PART = "_moda_part"
 class Part:
     """What a module has to do with the observation of a model."""
 
-    def __init__(self, taps: Taps) -> None:
+    def __init__(self, taps: Handle) -> None:
         self.taps = taps
 
     def call(self, module: nn.Module, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -37,7 +35,7 @@ class Part:
 class Root(Part):
     """The observed model itself."""
 
-    def __init__(self, taps: Taps) -> None:
+    def __init__(self, taps: Handle) -> None:
         super().__init__(taps)
         self.inner: Part | None = None  # what it is besides
 
@@ -63,7 +61,7 @@ class Root(Part):
 class Site(Part):
     """Where activations come from: a module that is one, or the calls of one function by one module."""
 
-    def __init__(self, taps: Taps, *, opaque: bool = False) -> None:
+    def __init__(self, taps: Handle, *, opaque: bool = False) -> None:
         super().__init__(taps)
         self.opaque = opaque  # calls inside are no activations of their own
         self.planned: list[tuple[Tap | None, ...]] = [(), ()]  # its calls in eval and in train mode; None is skipped
@@ -80,7 +78,7 @@ class Site(Part):
 class Caller(Part):
     """A module that calls activation functions."""
 
-    def __init__(self, taps: Taps) -> None:
+    def __init__(self, taps: Handle) -> None:
         super().__init__(taps)
         self.functions: dict[str, Site] = {}
 

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from moda.observation.layout import Layout
-
-if TYPE_CHECKING:
-    from moda.observation.attached import Site
 
 
 @dataclass(frozen=True)
@@ -40,6 +37,13 @@ class Tap:
         return self.relu and self.layout.plain and self.layout.dims > 2
 
 
+class Repeated(Protocol):
+    """A site that is called more than once in a forward pass."""
+
+    hits: int
+    planned: list[tuple[Tap | None, ...]]
+
+
 @dataclass(frozen=True)
 class Plan:
     """The taps of one mode.
@@ -54,7 +58,7 @@ class Plan:
 
     taps: tuple[Tap, ...]
     skipped: Mapping[str, str]
-    repeated: tuple[Site, ...]
+    repeated: tuple[Repeated, ...]
     samples: int
     folded: bool = field(default=False)
 

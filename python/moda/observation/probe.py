@@ -9,7 +9,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,14 +21,12 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from moda.observation.activations import FUNCTIONS, FUSED_ROADS, ActivationFunction, plain_class
 from moda.observation.attached import Caller, Part, Root, Site, Whole, part_of
+from moda.observation.handle import Handle
 from moda.observation.labels import Node, Ref, fold_of, map_refs
 from moda.observation.layout import Layout
 from moda.observation.names import unique_name
 from moda.observation.plan import Plan, Tap
 from moda.observation.run import Call, Run
-
-if TYPE_CHECKING:
-    from moda.observation.taps import Taps
 
 _INDEX_ELEMENTS = 1 << 20  # tensors of integers up to this size are kept, for operations that index with them
 # Producers of new memory: what only a ReLU reads of them, it may overwrite.
@@ -61,7 +59,7 @@ class _Found:
 class Probe(Run):
     """A forward pass that is followed."""
 
-    def __init__(self, taps: Taps, training: bool, samples: int, inputs: list[Tensor], **purpose: Any) -> None:
+    def __init__(self, taps: Handle, training: bool, samples: int, inputs: list[Tensor], **purpose: Any) -> None:
         super().__init__(None, training, samples, **purpose)
         self.taps = taps
         self.watching = True

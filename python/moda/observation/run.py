@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -14,12 +14,10 @@ from torch.utils.checkpoint import CheckpointFunction
 
 from moda.observation.activations import FUNCTIONS, ActivationFunction
 from moda.observation.attached import Caller, Site
+from moda.observation.handle import Handle
 from moda.observation.plan import Plan, Tap
 from moda.observation.record import Record, version_of
 from moda_kernels import relu_pool
-
-if TYPE_CHECKING:
-    from moda.observation.taps import Taps
 
 Receiver: TypeAlias = "Callable[[int, Tensor], None]"  # of an activation's place in execution order, and the activation
 Function: TypeAlias = "Callable[[int, Tensor], Tensor]"  # what it gives takes the activation's place in the model
@@ -251,7 +249,7 @@ class Run:
 class FunctionMode(TorchFunctionMode):
     """Sees the calls of activation functions."""
 
-    def __init__(self, taps: Taps) -> None:
+    def __init__(self, taps: Handle) -> None:
         self.taps = taps
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:

@@ -505,7 +505,8 @@ def observe(
 def taps_of(model: nn.Module) -> Taps | None:
     """The handle of an observed model; None for a plain one."""
     part = part_of(model)
-    return part.taps if isinstance(part, Root) else None
+    handle = part.taps if isinstance(part, Root) else None
+    return handle if isinstance(handle, Taps) else None
 
 
 class _OfInstrumented:

@@ -8,6 +8,7 @@ from typing import Any
 
 from moda import data as datasets
 from moda import models
+from moda.decomposition.settings import FiringRule
 from moda.settings import Settings, setting, settings_of
 
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "64-true")
@@ -197,9 +198,11 @@ RUNTIME_SETTINGS = frozenset(name for name, declared in settings_of(TrainingConf
 class DecompositionSettings(Settings, command="decompose"):
     """How a run is decomposed into modules. The defaults are the paper's."""
 
-    threshold: float = setting(0.9, help="The firing rate from which a class keeps a neuron.", at_least=0, at_most=1)
+    threshold: float = setting(
+        FiringRule.threshold, help="The firing rate from which a class keeps a neuron.", at_least=0, at_most=1
+    )
     min_fraction: float = setting(
-        0.005, help="The least share of a layer's neurons that a class keeps.", at_least=0, at_most=1
+        FiringRule.min_fraction, help="The least share of a layer's neurons that a class keeps.", at_least=0, at_most=1
     )
     backend: str = setting("auto", help="The backend that counts firings, see moda doctor.")
     augmented: bool = setting(
