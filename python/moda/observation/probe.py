@@ -26,7 +26,7 @@ from moda.observation.labels import Node, Ref, fold_of, map_refs
 from moda.observation.layout import Layout
 from moda.observation.names import unique_name
 from moda.observation.plan import Plan, Tap
-from moda.observation.run import Call, Run
+from moda.observation.run import Call, Run, any_global_hooks, has_hooks
 
 _INDEX_ELEMENTS = 1 << 20  # tensors of integers up to this size are kept, for operations that index with them
 # Producers of new memory: what only a ReLU reads of them, it may overwrite.
@@ -72,6 +72,7 @@ class Probe(Run):
         self._nodes = WeakTensorKeyDictionary()
         self._memory: dict[int, tuple[StorageWeakRef, list[_Found]]] = {}
         self._spares: dict[int, tuple[StorageWeakRef, _Found]] = {}
+        self._hooked = any_global_hooks()
         self._idle = False
         self._blind = torch.is_inference_mode_enabled()  # such tensors do not tell when they are overwritten
         for value in inputs:
@@ -128,7 +129,8 @@ class Probe(Run):
         """An activation module is called."""
         relu = plain_class(type(module)) is nn.ReLU
         inplace = bool(getattr(module, "inplace", False))
-        return self._activation(site, self.paths.get(module, ""), call, args, kwargs, relu, inplace)
+        path = self.paths.get(module, "")
+        return self._activation(site, path, call, args, kwargs, relu, inplace, self._hooked or has_hooks(module))
 
     def call_function(
         self, function: Call, known: ActivationFunction, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -149,8 +151,23 @@ class Probe(Run):
         return self._activation(site, path, call, args, kwargs, known.name == "relu", inplace)
 
     def _activation(
-        self, site: Site, path: str, call: Call, args: tuple[Any, ...], kwargs: Any, relu: bool, inplace: bool
+        self,
+        site: Site,
+        path: str,
+        call: Call,
+        args: tuple[Any, ...],
+        kwargs: Any,
+        relu: bool,
+        inplace: bool,
+        hooked: bool = False,
     ) -> Any:
+        name = unique_name(path, self._names)
+        calls = self._calls.setdefault(site, [])
+        if relu and not hooked and args and isinstance(args[0], Tensor):
+            found = self._fused_at_once(name, args[0])
+            if found is not None:
+                calls.append(found)
+                return self._pooling(found, args[0], inplace)
         copied = self.changes and inplace and bool(args)
         given = (args[0].clone(), *args[1:]) if copied else args
         if copied and args[0] in self._nodes:
@@ -160,8 +177,8 @@ class Probe(Run):
             value = call(*given, **kwargs)
         finally:
             self.inside = inside
-        found = self._found(unique_name(path, self._names), value, relu)
-        self._calls.setdefault(site, []).append(found)
+        found = self._found(name, value, relu)
+        calls.append(found)
         if found is not None:
             if relu and not inplace and args and isinstance(args[0], Tensor):
                 self._note_spare(args[0], found)
@@ -173,6 +190,29 @@ class Probe(Run):
             return args[0]
         return value
 
+    def _fused_at_once(self, name: str, x: Tensor) -> _Found | None:
+        """The tap of a ReLU of `x`, if this pass pools as later ones will: numbers then do not depend on the pass."""
+        if self.record is None or self.fuse_from == float("inf"):
+            return None
+        layout = self._layout(name, x)
+        if isinstance(layout, str):
+            return None
+        found = _Found(name, layout, x.shape[layout.neurons], len(self.found), True)
+        if not self._fuses(found.tap(), x):
+            return None
+        self.found.append(found)
+        return found
+
+    def _pooling(self, found: _Found, x: Tensor, inplace: bool) -> Tensor:
+        ref = self._ref(x)
+        with self._resting():
+            y = self._fused(found.tap(), x, inplace)
+        self._nodes[y] = Node(torch.relu, "relu", (ref,), {}, tuple(y.shape))
+        self._watch(found, y)
+        if inplace:
+            self._note_overwritten(x, but=found)
+        return y
+
     def _delivered(self, found: _Found, value: Tensor) -> Tensor:
         node = self._nodes.get(value)
         found.overwritten = True  # for all that is known, from here on
@@ -181,12 +221,16 @@ class Probe(Run):
         found.overwritten = False
         if delivered is not value and node is not None:
             self._nodes[delivered] = node
-        key, reference = _memory(delivered)
+        self._watch(found, delivered)
+        return delivered
+
+    def _watch(self, found: _Found, value: Tensor) -> None:
+        """Notice from here on when the memory of an activation is overwritten."""
+        key, reference = _memory(value)
         known = self._memory.get(key)
         if known is None or known[0].expired():
             known = self._memory[key] = (reference, [])
         known[1].append(found)
-        return delivered
 
     @contextmanager
     def _resting(self) -> Iterator[None]:
@@ -254,11 +298,11 @@ class Probe(Run):
             key, _ = _memory(tensor)
             self._spares.pop(key, None)
 
-    def _note_overwritten(self, tensor: Tensor) -> None:
+    def _note_overwritten(self, tensor: Tensor, but: _Found | None = None) -> None:
         known = self._memory.get(_memory(tensor)[0])
         if known is not None and not known[0].expired():
             for found in known[1]:
-                found.overwritten = True
+                found.overwritten = found.overwritten or found is not but
 
     # ---- following ---
 

@@ -84,7 +84,7 @@ class Run:
     def call_module(self, site: Site, module: nn.Module, call: Call, args: tuple[Any, ...], kwargs: Any) -> Any:
         """An activation module is called."""
         tap = self.next(site)
-        if tap is not None and self._may_compute(tap, args, kwargs) and not _has_hooks(module):
+        if tap is not None and self._may_compute(tap, args, kwargs) and not (has_hooks(module) or any_global_hooks()):
             if self._fuses(tap, args[0]):
                 return self._fused(tap, args[0], bool(module.inplace))
             if self.overwriting and tap.spare:
@@ -261,18 +261,24 @@ class FunctionMode(TorchFunctionMode):
         return func(*args, **kwargs) if kwargs else func(*args)
 
 
-def _has_hooks(module: nn.Module) -> bool:
+def has_hooks(module: nn.Module) -> bool:
     """Whether hooks run when this module is called or differentiated, or something stands in its forward's place."""
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
-        or nn_module._global_forward_hooks
+        or "forward" in module.__dict__
+    )
+
+
+def any_global_hooks() -> bool:
+    """Whether hooks run when any module is called or differentiated."""
+    return bool(
+        nn_module._global_forward_hooks
         or nn_module._global_forward_pre_hooks
         or nn_module._global_backward_hooks
         or nn_module._global_backward_pre_hooks
-        or "forward" in module.__dict__
     )
 
 

@@ -149,6 +149,11 @@ class Taps:
             raise RuntimeError(NO_ACTIVATION)
         return self._record.take(tuple(tap.name for tap in plan.taps))
 
+    @property
+    def recorded(self) -> bool:
+        """Whether there is something to read."""
+        return bool(self._record.values)
+
     def clear(self) -> None:
         """Forget what is recorded."""
         self._record.clear()
@@ -323,6 +328,7 @@ class Taps:
         samples = _samples(inputs)
         if plan is not None and samples < 2:
             return None
+        pooled = torch.is_grad_enabled() and not (self._forced or self._function is not None)
         run = Probe(
             self,
             training,
@@ -331,6 +337,7 @@ class Taps:
             record=self._record if recorded and self._receiver is None else None,
             receiver=self._receiver if recorded else None,
             function=self._function,
+            fuse_from=self._fuse_from(args, kwargs, compiling=False) if pooled else _NEVER,
         )
         if run.record is not None:
             run.record.begin()

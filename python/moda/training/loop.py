@@ -32,7 +32,7 @@ from torch.utils.data import DataLoader, Dataset
 from moda.data import DataSplits
 from moda.data.batches import Batch, BatchLoader, EpochOrder
 from moda.files import FormatError, remove_partial_files, write_bytes
-from moda.observation.taps import HookedModel, InstrumentedModel, Route, instrument
+from moda.observation.taps import Route, observe, taps_of
 from moda.runs.config import RUNTIME_SETTINGS, TrainingConfig
 from moda.runs.folder import RunFolder, create_model, load_data
 from moda.runs.metrics import MetricsFile, read_metrics
@@ -78,7 +78,7 @@ class TrainingResult:
 
     Attributes:
         run: the run folder.
-        model: the trained model, on the CPU; instrumented if it was trained modular.
+        model: the trained model, on the CPU.
         metrics: the last epoch's row of metrics.csv.
         seconds: wall-clock time of the epochs trained by this call, tests included, without set-up.
     """
@@ -97,7 +97,7 @@ class ModularModule(lightning.LightningModule):
     over an epoch weigh every batch by its samples.
 
     Args:
-        model: a plain model, which is instrumented if `config` is modular; an instrumented one is taken as it is.
+        model: is observed if `config` is modular, unless it is already; `taps.remove()` ends that.
         config: weights of the terms, epochs, learning rate, momentum, backend and route.
         num_classes: labels are in [0, num_classes); of use with several processes (see `moda_kernels.ModularLoss`).
     """
@@ -108,7 +108,8 @@ class ModularModule(lightning.LightningModule):
         super().__init__()
         self.config = config
         self.modular_loss = _modular_loss(config, num_classes) if config.modular else None
-        self.model = _instrumented(model, config) if config.modular else model
+        self.model = model
+        self.taps = (taps_of(model) or observe(model, route=cast(Route, config.route))) if config.modular else None
         self.losses = LOSSES if config.modular else LOSSES[:2]
         self.epoch_metrics: dict[str, float] = {}
         self.last_step: Tensor | None = None
@@ -144,8 +145,8 @@ class ModularModule(lightning.LightningModule):
         loss = cross_entropy
         objective = cross_entropy if weight == 1 else cross_entropy * weight
         terms: tuple[Tensor, ...] = ()
-        if self.modular_loss is not None:
-            modular = self.modular_loss(self.model.activations(), labels)  # type: ignore[operator]
+        if self.modular_loss is not None and self.taps is not None:
+            modular = self.modular_loss(self.taps.activations(), labels)
             loss, objective = loss + modular, objective + modular
             terms = self.modular_loss.last or ()
         self.last_step = _row([loss, cross_entropy, *terms, correct])
@@ -249,12 +250,6 @@ def _modular_loss(config: TrainingConfig, num_classes: int | None) -> ModularLos
     weights = config.affinity, config.dispersion, config.compactness
     few = num_classes if num_classes is not None and num_classes <= MOST_CLASSES_SUMMED else None
     return ModularLoss(*weights, backend=config.backend, num_classes=few)
-
-
-def _instrumented(model: nn.Module, config: TrainingConfig) -> nn.Module:
-    if isinstance(model, InstrumentedModel | HookedModel):
-        return model
-    return instrument(model, route=cast(Route, config.route))
 
 
 def _row(values: list[Tensor]) -> Tensor:
@@ -429,7 +424,30 @@ def train(
     data = load_data(config) if data is None else data
     torch.manual_seed(config.seed)
     model = create_model(config, data) if model is None else model
-    module = ModularModule(model, config, data.num_classes)
+    with _observed_while_training(model):
+        return _train(ModularModule(model, config, data.num_classes), config, folder, resume, data, progress)
+
+
+@contextmanager
+def _observed_while_training(model: nn.Module) -> Iterator[None]:
+    """Afterwards a plain model is plain again, also where training failed."""
+    plain = taps_of(model) is None
+    try:
+        yield
+    finally:
+        taps = taps_of(model)
+        if plain and taps is not None:
+            taps.remove()
+
+
+def _train(
+    module: ModularModule,
+    config: TrainingConfig,
+    folder: str | Path,
+    resume: bool,
+    data: DataSplits,
+    progress: TrainingProgress | None,
+) -> TrainingResult:
     if resume:
         run = RunFolder(Path(folder), config)
         if process_rank() == 0:
@@ -440,7 +458,7 @@ def train(
         module.model.load_state_dict(run.load_weights())
         return TrainingResult(run, module.model, read_metrics(run.metrics)[-1], 0.0)
     resume = resume and run.last_checkpoint.exists()
-    unsharded = copy.deepcopy(module.model) if config.strategy == SHARDED else None
+    unsharded = _plain_copy(module.model) if config.strategy == SHARDED else None
     recorder = _RunRecorder(run, progress or TrainingProgress(), resumed=resume)
     _fit(module, _Data(data, config), recorder, run.last_checkpoint if resume else None)
     weights = whole_weights(module.model)
@@ -450,6 +468,14 @@ def train(
         unsharded.load_state_dict(weights)
     trained = module.model if unsharded is None else unsharded
     return TrainingResult(run, trained, read_metrics(run.metrics)[-1], recorder.seconds)
+
+
+def _plain_copy(model: nn.Module) -> nn.Module:
+    copied = copy.deepcopy(model)
+    taps = taps_of(copied)
+    if taps is not None:
+        taps.remove()
+    return copied
 
 
 def _check_runnable(config: TrainingConfig) -> None:

@@ -58,7 +58,7 @@ def _strategy(config: TrainingConfig, processes: int) -> Any:
 def shard(model: nn.Module, mesh: DeviceMesh) -> None:
     """Share out the weights over the processes of a mesh, in place.
 
-    Layers, not their containers: a traced model calls the layers itself, and only what is called gathers its weights.
+    Layers, not their containers: only what is called gathers its weights, and a container's forward may be passed by.
     """
     layers = [
         module

@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 from moda.data.batches import BatchLoader, EpochOrder, SampleBatches, epoch_order
 from moda.data.splits import DataSplits, InMemory
 from moda.files import FormatError, read_tensors
-from moda.observation.taps import InstrumentedModel, instrument
+from moda.observation.taps import observe, taps_of
 from moda.runs.config import TrainingConfig
 from moda.runs.folder import RunFolder
 from moda.runs.metrics import MetricsFile, read_metrics
@@ -105,8 +105,7 @@ def test_training_is_the_plain_loop(tmp_path: Path, settings: dict[str, float]) 
     config = tiny_config(**settings)
     data, model = tiny_data(), tiny_model()
     images, labels = data.train.tensors  # type: ignore[attr-defined]
-    if config.modular:
-        model = instrument(model)
+    taps = observe(model, route="grouped") if config.modular else None
     modular_loss = ModularLoss(1.0, 1.0, 0.3)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, nesterov=True)
     torch.manual_seed(config.seed)  # dropout: the model is given, so nothing else draws
@@ -116,8 +115,8 @@ def test_training_is_the_plain_loop(tmp_path: Path, settings: dict[str, float]) 
         for chosen in epoch_order(SAMPLES, config.seed, epoch).split(16):
             logits = model(images[chosen])
             loss = F.cross_entropy(logits, labels[chosen])
-            if config.modular:
-                loss = loss + modular_loss(model.activations(), labels[chosen])
+            if taps is not None:
+                loss = loss + modular_loss(taps.activations(), labels[chosen])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -127,7 +126,7 @@ def test_training_is_the_plain_loop(tmp_path: Path, settings: dict[str, float]) 
 
 def test_standard_training_observes_nothing(tmp_path: Path) -> None:
     result = tiny_train(tmp_path / "run", **STANDARD)
-    assert not isinstance(result.model, InstrumentedModel)
+    assert taps_of(result.model) is None
     rows = read_metrics(tmp_path / "run" / "metrics.csv")
     assert all("affinity" not in row and row["loss"] == row["cross_entropy"] for row in rows)
 
@@ -340,7 +339,7 @@ def test_sigterm_stops_behind_a_checkpoint(tmp_path: Path, uninterrupted: Traini
 
 
 KILLED = """
-import sys
+import sys, time
 sys.path.insert(0, sys.argv[1])
 from test_training import *
 class Slow(TrainingProgress):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import moda_kernels
-from moda.observation.taps import instrument
+from moda.observation.taps import observe
 
 CASES = ["trajectory_cnn", "trajectory_nan_batches"]
 
@@ -42,12 +42,13 @@ def batches(z: dict[str, np.ndarray], dtype: torch.dtype) -> list[tuple[Tensor, 
 def train(net: nn.Module, z: dict[str, np.ndarray], dtype: torch.dtype, backend: str) -> np.ndarray:
     """(steps, 5) cross-entropy, affinity, dispersion, compactness and total before each update."""
     lr, momentum, nesterov, *weights = z["hyper"].tolist()
-    model = instrument(net).train()
+    model = net.train()
+    taps = observe(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=momentum, nesterov=bool(nesterov))
     rows = []
     for images, labels in batches(z, dtype):
         cross_entropy = F.cross_entropy(model(images), labels)
-        terms = moda_kernels.modular_losses(model.activations(), labels, backend=backend)
+        terms = moda_kernels.modular_losses(taps.activations(), labels, backend=backend)
         total = cross_entropy + sum(weight * term for weight, term in zip(weights, terms, strict=True))
         optimizer.zero_grad()
         total.backward()
