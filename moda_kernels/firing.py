@@ -59,7 +59,7 @@ class FiringCounter(ClassTotals):
         if not isinstance(sums, bool):
             raise TypeError(f"sums: expected True or False, got {type(sums).__name__}")
         self.threshold = check_magnitude(threshold, "threshold")
-        self._with_sums = sums
+        self.with_sums = sums
 
     def update(self, activations: Sequence[Tensor], labels: Tensor) -> None:
         """Count one batch.
@@ -76,7 +76,7 @@ class FiringCounter(ClassTotals):
         layers = check_batch(activations, labels)
         self._check_unpooled(layers)
         widths = [layer.shape[1] for layer in layers]
-        dtypes = [accumulation(layer.dtype) for layer in layers] if self._with_sums else []
+        dtypes = [accumulation(layer.dtype) for layer in layers] if self.with_sums else []
         if labels.device.type == "cpu":
             check_label_range(labels, self.num_classes)
         with self._alone():
@@ -106,23 +106,23 @@ class FiringCounter(ClassTotals):
         Raises:
             ValueError: the counter was made without `sums=True`.
         """
-        if not self._with_sums:
+        if not self.with_sums:
             raise ValueError("sums: expected a counter made with FiringCounter(..., sums=True), got one made without")
         return super().sums
 
     def __repr__(self) -> str:
         settings = f"num_classes={self.num_classes}, threshold={self.threshold:g}, neurons={self._widths()}"
-        return f"FiringCounter({settings}{', sums=True' if self._with_sums else ''})"
+        return f"FiringCounter({settings}{', sums=True' if self.with_sums else ''})"
 
     def _numbers(self) -> dict[str, float]:
         return {"threshold": self.threshold}
 
     def _settings(self) -> dict[str, Any]:
-        return {**super()._settings(), "threshold": self.threshold, "sums": self._with_sums}
+        return {**super()._settings(), "threshold": self.threshold, "sums": self.with_sums}
 
     def _expected_state(self) -> str:
-        per_layer = "counts.0, sums.0, counts.1, sums.1" if self._with_sums else "counts.0, counts.1"
-        return f"class_sizes, threshold and {per_layer}, ..., as of a counter made with sums={self._with_sums}"
+        per_layer = "counts.0, sums.0, counts.1, sums.1" if self.with_sums else "counts.0, counts.1"
+        return f"class_sizes, threshold and {per_layer}, ..., as of a counter made with sums={self.with_sums}"
 
     def _describe(self, settings: Mapping[str, Any], widths: list[int], dtypes: list[torch.dtype]) -> str:
         sums = f", sums {names_of(dtypes)}" if settings["sums"] else ""

@@ -5,7 +5,8 @@ Functions and classes:
     observe         taps on a model whose own code goes on to run
     instrument      a model whose activations can be observed (TracingError where it cannot be traced)
     count_firings   firing rates per class and neuron
-    decompose       firing rates -> Decomposition: one module per class
+    attribute       how much of a class's margin goes through each neuron; activation_shares, without gradients
+    decompose       firing rates, attributions or shares -> Decomposition: one module per class
     mask, compose   the model of some classes; composed, it is physically smaller
     save_composed, load_composed   a composed model's files
     replace         another model's module in a weak model's output
@@ -37,16 +38,20 @@ if TYPE_CHECKING:
     from moda.composition.files import load_composed, save_composed
     from moda.composition.masking import mask
     from moda.composition.replace import replace
+    from moda.decomposition.attribution import attribute
     from moda.decomposition.container import Decomposition
-    from moda.decomposition.counting import count_firings
+    from moda.decomposition.counting import activation_shares, count_firings
     from moda.decomposition.rates import FiringRates
     from moda.decomposition.rule import decompose
+    from moda.decomposition.scores import ActivationShares, Attributions
     from moda.observation.taps import InstrumentedModel, Taps, TracingError, instrument, observe
     from moda.runs.config import TrainingConfig
     from moda.training.callback import ModularCallback
     from moda_kernels import __version__
 
 __all__ = [
+    "ActivationShares",
+    "Attributions",
     "Decomposition",
     "FiringRates",
     "InstrumentedModel",
@@ -55,6 +60,8 @@ __all__ = [
     "TracingError",
     "TrainingConfig",
     "__version__",
+    "activation_shares",
+    "attribute",
     "bench",
     "compose",
     "count_firings",
@@ -89,6 +96,8 @@ _MODULES = {
     "training": "moda.training",
 }
 _HOME = {
+    "ActivationShares": "moda.decomposition.scores",
+    "Attributions": "moda.decomposition.scores",
     "Decomposition": "moda.decomposition.container",
     "FiringRates": "moda.decomposition.rates",
     "InstrumentedModel": "moda.observation.taps",
@@ -97,6 +106,8 @@ _HOME = {
     "TracingError": "moda.observation.taps",
     "TrainingConfig": "moda.runs.config",
     "__version__": "moda_kernels",
+    "activation_shares": "moda.decomposition.counting",
+    "attribute": "moda.decomposition.attribution",
     "compose": "moda.composition.compose",
     "count_firings": "moda.decomposition.counting",
     "decompose": "moda.decomposition.rule",

@@ -1,35 +1,28 @@
-"""Model and data -> firing rates: run the model over a loader and count at every tap."""
+"""Model and data -> firing rates, or activation shares: run the model over a loader and count at every tap."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import torch
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor, nn
-from torch.utils.data import DistributedSampler
 
-from moda.data.unpacking import Inputs, Unpack, unpacked
+from moda.data.unpacking import Inputs, Unpack
+from moda.decomposition.passes import Batch, batches, check_any, names_over
 from moda.decomposition.rates import FiringRates
+from moda.decomposition.scores import ActivationShares
 from moda.inference import device_of, evaluating
-from moda.observation.names import NO_ACTIVATION
 from moda.observation.run import OTHER_CALLS
 from moda.observation.taps import Taps, observing
 from moda_kernels import FiringCounter
-from moda_kernels.distributed import gather_objects, resolve_group
 
 if TYPE_CHECKING:
     from moda_kernels.distributed import Group
 
 GROUP_BYTES = 32 << 20
 """Of activations that are counted together on the CPU: fewer calls than layers, and little memory."""
-
-
-_Batch: TypeAlias = "tuple[Inputs, Tensor, int]"
 
 
 def count_firings(
@@ -69,14 +62,7 @@ def count_firings(
             not the same ones in every forward pass.
     """
     counter = FiringCounter(num_classes, threshold=threshold, backend=backend)
-    with observing(model) as taps, evaluating(taps.model), torch.no_grad(), taps.overwriting():
-        count = _count_while_running if device_of(taps.model).type == "cpu" else _count_when_run
-        count(taps, _batches(loader, progress, unpack), counter)
-        if group is not None:
-            counter.all_reduce(group)
-        if not counter.counts:
-            raise ValueError("loader: expected at least one batch, got none")
-        names = _names_over(group, taps)
+    names = run_counter(counter, model, batches(loader, "Counting firings", progress, unpack), group)
     return FiringRates(
         taps=names,
         rates={tap: rate.cpu() for tap, rate in zip(names, counter.rates, strict=True)},
@@ -86,16 +72,69 @@ def count_firings(
     )
 
 
-def _names_over(group: Group | None, taps: Taps) -> tuple[str, ...]:
-    """Names of the taps; those of another rank, where this one had no batch to learn them from."""
-    if group is None:
-        return taps.names
-    known = taps.names if taps.probed else None
-    names = next(names for names in gather_objects(known, resolve_group(group)) if names is not None)
-    return tuple(names)
+def activation_shares(
+    model: nn.Module | Taps,
+    loader: Iterable[Any],
+    num_classes: int,
+    *,
+    unpack: Unpack | None = None,
+    backend: str = "auto",
+    group: Group | None = None,
+    progress: bool = True,
+) -> ActivationShares:
+    """Mean magnitude of every neuron's activation for every class: scores that need no gradient.
+
+    The score of a neuron for a class is the mean, over the class's samples and over positions, of |activation|; what
+    `decompose` takes is its share of the layer. Runs as `count_firings` does.
+
+    Args:
+        model: any module, observed or not, or its taps.
+        loader: gives batches, see `count_firings`.
+        num_classes: K.
+        unpack: see `count_firings`.
+        backend: see `moda_kernels.backends`.
+        group: see `count_firings`.
+        progress: show a progress bar on standard error, if that is a terminal.
+
+    Raises:
+        TypeError, ValueError: as `count_firings`.
+    """
+    counter = FiringCounter(num_classes, backend=backend, sums=True)
+    names = run_counter(counter, model, batches(loader, "Adding up activations", progress, unpack), group)
+    return ActivationShares(
+        scores={tap: mean.float().cpu() for tap, mean in zip(names, counter.means, strict=True)},
+        class_sizes=counter.class_sizes.cpu(),
+    )
 
 
-def _count_when_run(taps: Taps, batches: Iterable[_Batch], counter: FiringCounter) -> None:
+def run_counter(
+    counter: FiringCounter, model: nn.Module | Taps, counted: Iterable[Batch], group: Group | None
+) -> tuple[str, ...]:
+    """Count the activations of all batches, of all ranks; names of the taps.
+
+    With sums, an (N, C) activation is taken as one of one position, so that its magnitudes are added up as those of
+    others are.
+
+    Raises:
+        ValueError: there is no batch.
+    """
+    with observing(model) as taps, evaluating(taps.model), torch.no_grad(), taps.overwriting():
+        count = _count_while_running if device_of(taps.model).type == "cpu" else _count_when_run
+        count(taps, counted, counter)
+        if group is not None:
+            counter.all_reduce(group)
+        if not counter.counts:
+            raise ValueError("loader: expected at least one batch, got none")
+        return names_over(group, taps)
+
+
+def _own_part(activation: Tensor, own: int, counter: FiringCounter) -> Tensor:
+    """What is counted of an activation: the first `own` samples."""
+    part = activation[:own]
+    return part[..., None] if counter.with_sums and part.dim() == 2 else part
+
+
+def _count_when_run(taps: Taps, batches: Iterable[Batch], counter: FiringCounter) -> None:
     """All layers of a batch together: one launch."""
     device = device_of(taps.model)
     for inputs, labels, own in batches:
@@ -106,12 +145,12 @@ def _count_when_run(taps: Taps, batches: Iterable[_Batch], counter: FiringCounte
 
         with taps.recording(receive):
             inputs.to(device).into(taps.model)
-        _check_any(taps)
+        check_any(taps)
         if own:
-            counter.update([activation[:own] for activation in activations], labels[:own].to(device))
+            counter.update([_own_part(x, own, counter) for x in activations], labels[:own].to(device))
 
 
-def _count_while_running(taps: Taps, batches: Iterable[_Batch], counter: FiringCounter) -> None:
+def _count_while_running(taps: Taps, batches: Iterable[Batch], counter: FiringCounter) -> None:
     """A few layers at a time, as soon as they are there: still in cache, and their memory free for layers to come."""
     groups = _LayerGroups(counter)
     for inputs, labels, own in batches:
@@ -119,20 +158,22 @@ def _count_while_running(taps: Taps, batches: Iterable[_Batch], counter: FiringC
             groups.count(taps, inputs.to("cpu"), labels[:own].cpu())
         else:
             inputs.to("cpu").into(taps.model)
-        _check_any(taps)
+        check_any(taps)
     groups.add_to(counter)
-
-
-def _check_any(taps: Taps) -> None:
-    if not taps.names:
-        raise ValueError(NO_ACTIVATION + "".join(f"; {name}: {why}" for name, why in taps.skipped.items()))
 
 
 class _LayerGroups:
     """Counters of consecutive layers, which the first forward pass cuts into groups of some `GROUP_BYTES`."""
 
     def __init__(self, counter: FiringCounter) -> None:
-        self._make = partial(FiringCounter, counter.num_classes, threshold=counter.threshold, backend=counter.backend)
+        self._make = partial(
+            FiringCounter,
+            counter.num_classes,
+            threshold=counter.threshold,
+            backend=counter.backend,
+            sums=counter.with_sums,
+        )
+        self._example = counter
         self._counters: list[FiringCounter] = []
         self._cut = False  # whether the groups are known
         self._done = 0  # groups of this forward pass
@@ -153,12 +194,14 @@ class _LayerGroups:
         """Bring the groups together in a counter that has counted nothing yet."""
         if not self._counters:
             return
-        counts = [count for group in self._counters for count in group.counts]
-        state = {f"counts.{index}": count for index, count in enumerate(counts)}
-        counter.load_state_dict({**self._counters[0].state_dict(), **state})
+        state = self._counters[0].state_dict()
+        for kind in ("counts", "sums") if counter.with_sums else ("counts",):
+            totals = [total for group in self._counters for total in getattr(group, kind)]
+            state |= {f"{kind}.{index}": total for index, total in enumerate(totals)}
+        counter.load_state_dict(state)
 
     def _receive(self, labels: Tensor, _index: int, activation: Tensor) -> None:
-        self._pending.append(activation[: len(labels)])
+        self._pending.append(_own_part(activation, len(labels), self._example))
         if self._cut and self._done < len(self._counters):
             complete = len(self._pending) == len(self._counters[self._done].counts)
         else:
@@ -174,30 +217,3 @@ class _LayerGroups:
         layers, self._pending = self._pending, []
         self._counters[self._done].update(layers, labels)
         self._done += 1
-
-
-def _batches(loader: Iterable[Any], progress: bool, unpack: Unpack | None) -> Iterator[_Batch]:
-    """Inputs, labels, and how many of the samples, the first ones, are to be counted."""
-    console = Console(stderr=True)
-    uncounted = _own_samples(loader)
-    if progress and console.is_terminal:  # a log file wants no bar
-        loader = track(loader, "Counting firings", console=console, transient=True)
-    for batch in loader:
-        inputs, labels = unpacked(batch, unpack)
-        own = int(min(len(labels), uncounted))
-        uncounted -= own
-        yield inputs, labels, own
-
-
-def _own_samples(loader: Iterable[Any]) -> float:
-    """How many samples of the loader, from its first, are not repeated ones; infinity if it repeats none.
-
-    A `DistributedSampler` without `drop_last` fills up the order of all processes at its end, and each takes every
-    W-th sample of it, beginning with its own rank's.
-    """
-    batch_sampler = getattr(loader, "batch_sampler", None)
-    sampler = getattr(batch_sampler, "sampler", getattr(loader, "sampler", None))
-    if not isinstance(sampler, DistributedSampler):
-        return math.inf
-    size = len(sampler.dataset)  # type: ignore[arg-type]
-    return len(range(sampler.rank, size, sampler.num_replicas))

@@ -1,16 +1,26 @@
-"""Firing rates -> decomposition: which neurons each class keeps.
+"""Scores -> decomposition: which neurons each class keeps.
 
-Rules as in MODA (arXiv 2411.01074) and its published code, with the code's undefined cases defined.
+The rule for firing rates is MODA's (arXiv 2411.01074) and its published code's, with the code's undefined cases
+defined; the one for attributions and activation shares is in budget.py.
 """
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+import warnings
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
 
+import torch
+from torch import Tensor, nn
+
+from moda.data.unpacking import Unpack
+from moda.decomposition.budget import masks_from_scores
+from moda.decomposition.choice import choose_epsilon
 from moda.decomposition.container import Decomposition
 from moda.decomposition.rates import FiringRates
-from moda.decomposition.settings import FiringRule
+from moda.decomposition.scores import NeuronScores
+from moda.decomposition.settings import BudgetRule, FiringRule
+from moda.observation.taps import Taps
 
 
 def masks_from_rates(rates: Tensor, threshold: float = 0.9, min_fraction: float = 0.005) -> Tensor:
@@ -59,33 +69,111 @@ def _check_rates(rates: Tensor) -> None:
 
 
 def decompose(
-    rates: FiringRates, threshold: float = 0.9, min_fraction: float = 0.005, *, allow_empty_classes: bool = False
+    scores: FiringRates | NeuronScores,
+    threshold: float | None = None,
+    min_fraction: float | None = None,
+    *,
+    epsilon: float | Literal["auto"] | None = None,
+    model: nn.Module | Taps | None = None,
+    loader: Iterable[Any] | None = None,
+    tolerance: float | None = None,
+    unpack: Unpack | None = None,
+    allow_empty_classes: bool = False,
+    progress: bool = True,
 ) -> Decomposition:
-    """One module per class from firing rates, by `masks_from_rates` at every tap.
+    """One module per class, by the rule that goes with the scores.
+
+    - Firing rates, the published rule: a class keeps the neurons that fire for `threshold` of its samples, layer by
+      layer (`masks_from_rates`).
+    - Attributions and activation shares: a class keeps the fewest neurons, of all layers together, that hold a share of
+      1 - `epsilon` of its scores (`masks_from_shares`).
 
     Args:
-        rates: what `count_firings` gave.
-        threshold: rate from which a neuron is kept, in [0, 1].
-        min_fraction: the least share of a layer's neurons that a class keeps, in [0, 1].
-        allow_empty_classes: give classes without samples a module all the same: with rates of 0 everywhere it is an
+        scores: what `count_firings`, `attribute` or `activation_shares` gave.
+        threshold: with firing rates: rate from which a neuron is kept, in [0, 1]; 0.9 unless given.
+        min_fraction: with firing rates: the least share of a layer's neurons that a class keeps, in [0, 1]; 0.005
+            unless given.
+        epsilon: with the others: share of the scores that may be dropped, in [0, 1], 0.05 unless given; or "auto": the
+            largest at which modules lose at most `tolerance` on pairs of classes (`choose_epsilon`).
+        model: with epsilon="auto": the model that the scores are of.
+        loader: with epsilon="auto": batches of training data that are kept apart for this; never test data.
+        tolerance: with epsilon="auto": percentage points, 0.5 unless given.
+        unpack: with epsilon="auto": see `count_firings`.
+        allow_empty_classes: give classes without samples a module all the same: with scores of 0 everywhere it is an
             arbitrary one (the published code's behaviour).
+        progress: with epsilon="auto": show a progress bar and print the curve, on standard error.
 
     Raises:
-        TypeError: `rates` is no FiringRates.
-        ValueError: a number is out of range, or a class has no samples.
+        TypeError: `scores` is none of these, or an argument does not go with them.
+        ValueError: a number is out of range, a score is not finite, or a class has no samples.
+
+    Warns:
+        UserWarning: a whole layer has no score for a class, so that the neuron kept there is an arbitrary one.
     """
-    if not isinstance(rates, FiringRates):
-        raise TypeError(f"rates: expected FiringRates from count_firings, got {type(rates).__name__}")
-    empty = rates.empty_classes
-    if empty and not allow_empty_classes:
-        raise ValueError(
-            f"rates: expected samples of every class, got none of classes {empty}; count over data that has them, or "
-            "pass allow_empty_classes=True to give them arbitrary modules"
+    if isinstance(scores, FiringRates):
+        given = {"epsilon": epsilon, "model": model, "loader": loader, "tolerance": tolerance, "unpack": unpack}
+        _check_unused(given, "attributions or activation shares", "firing rates")
+        _check_seen(scores, allow_empty_classes)
+        return _by_threshold(scores, _or(threshold, 0.9), _or(min_fraction, 0.005))
+    if not isinstance(scores, NeuronScores):
+        raise TypeError(
+            "scores: expected FiringRates from count_firings, Attributions from attribute or ActivationShares from "
+            f"activation_shares, got {type(scores).__name__}"
         )
+    _check_unused({"threshold": threshold, "min_fraction": min_fraction}, "firing rates", scores.noun)
+    _check_seen(scores, allow_empty_classes)
+    if epsilon != "auto":
+        given = {"model": model, "loader": loader, "tolerance": tolerance, "unpack": unpack}
+        _check_unused(given, 'epsilon="auto"', f"epsilon={epsilon}")
+        return _by_budget(scores, _or(epsilon, 0.05))
+    if model is None or loader is None:
+        missing = "model" if model is None else "loader"
+        raise TypeError(f'{missing}: expected the {_NEEDED[missing]} with epsilon="auto", got none')
+    choice = choose_epsilon(scores, model, loader, tolerance=_or(tolerance, 0.5), unpack=unpack, progress=progress)
+    return _by_budget(scores, choice.epsilon, choice.to_dict())
+
+
+_NEEDED = {"model": "model that the scores are of", "loader": "batches of training data that are kept apart"}
+
+
+def _or(given: float | None, default: float) -> float:
+    return default if given is None else given
+
+
+def _check_unused(arguments: Mapping[str, Any], wanted: str, got: str) -> None:
+    """None of these is given: they go with other scores, or another epsilon, than what was."""
+    for name, value in arguments.items():
+        if value is not None:
+            raise TypeError(f"{name}: goes with {wanted}, got it with {got}")
+
+
+def _check_seen(scores: FiringRates | NeuronScores, allow_empty_classes: bool) -> None:
+    if scores.empty_classes and not allow_empty_classes:
+        raise ValueError(
+            f"scores: expected samples of every class, got none of classes {scores.empty_classes}; count over data "
+            "that has them, or pass allow_empty_classes=True to give them arbitrary modules"
+        )
+
+
+def _by_threshold(rates: FiringRates, threshold: float, min_fraction: float) -> Decomposition:
     masks = {tap: masks_from_rates(rates.rates[tap], threshold, min_fraction) for tap in rates.taps}
-    metadata = {
-        "class_sizes": rates.class_sizes.tolist(),
-        "empty_classes": empty,
-        "firing_threshold": rates.threshold,
-    }
+    metadata = {**_samples(rates), "firing_threshold": rates.threshold}
     return Decomposition(masks, settings=FiringRule(threshold, min_fraction).settings(), metadata=metadata)
+
+
+def _by_budget(scores: NeuronScores, epsilon: float, chosen: Mapping[str, Any] | None = None) -> Decomposition:
+    masks = masks_from_scores(scores, epsilon)
+    silent = scores.empty_layers
+    if silent:
+        told = "; ".join(f"{tap} for classes {classes}" for tap, classes in silent.items())
+        warnings.warn(
+            f"scores: every neuron of a layer scores 0, and the one kept there is arbitrary: {told}", stacklevel=3
+        )
+    metadata = {**_samples(scores), "empty_layers": silent, **scores.described()}
+    if chosen is not None:
+        metadata["epsilon_auto"] = dict(chosen)
+    return Decomposition(masks, settings=BudgetRule(scores.rule, float(epsilon)).settings(), metadata=metadata)
+
+
+def _samples(scores: FiringRates | NeuronScores) -> dict[str, Any]:
+    return {"class_sizes": scores.class_sizes.tolist(), "empty_classes": scores.empty_classes}

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal, TypeAlias, get_args
 
 from moda.checks import json_value, one_of, text
 
-__all__ = ["Combine", "FiringRule", "check_combine", "check_fraction", "check_settings"]
+__all__ = ["BudgetRule", "Combine", "FiringRule", "check_combine", "check_fraction", "check_settings"]
 
 Combine: TypeAlias = Literal["rows"]
 """How the outputs of modules become those of a composition. "rows": the union of the modules is one network, of whose
@@ -53,19 +53,70 @@ class FiringRule:
         return cls(settings["threshold"], settings["min_fraction"])
 
 
+@dataclass(frozen=True)
+class BudgetRule:
+    """A class keeps the fewest neurons, of all layers together, that hold a share 1 - epsilon of its scores.
+
+    Attributes:
+        rule: what the scores are, of `NAMES`.
+        epsilon: share of the scores that is dropped, in [0, 1].
+    """
+
+    NAMES: ClassVar[tuple[str, ...]] = ("share", "attribution")
+
+    rule: str = "attribution"
+    epsilon: float = 0.05
+
+    def __post_init__(self) -> None:
+        """Raise TypeError or ValueError where a field is not as above."""
+        one_of(self.NAMES)("rule", self.rule)
+        check_fraction("epsilon", self.epsilon)
+
+    def settings(self) -> dict[str, Any]:
+        """As a decomposition holds them."""
+        return asdict(self)
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any]) -> BudgetRule:
+        """The rule in a decomposition's settings.
+
+        Raises:
+            ValueError: another rule made it, or a field is missing, unknown or out of range.
+        """
+        if settings.get("rule") not in cls.NAMES:
+            expected = " or ".join(map(repr, cls.NAMES))
+            raise ValueError(f"settings: expected those of the rule {expected}, got {dict(settings)!r:.200}")
+        if sorted(settings) != ["epsilon", "rule"]:
+            raise ValueError(f"settings: expected the entries rule, epsilon, got {', '.join(sorted(settings))}")
+        return cls(settings["rule"], settings["epsilon"])
+
+
+RULES: tuple[str, ...] = (FiringRule.NAME, *BudgetRule.NAMES)
+"""What neurons may be chosen by."""
+
+
+def rule_of(settings: Mapping[str, Any]) -> FiringRule | BudgetRule:
+    """The rule in a decomposition's settings.
+
+    Raises:
+        ValueError: they are of no rule that is known here, or a field is missing, unknown or out of range.
+    """
+    return BudgetRule.of(settings) if settings.get("rule") in BudgetRule.NAMES else FiringRule.of(settings)
+
+
 def check_settings(method: Any, settings: Any) -> dict[str, Any]:
     """The settings of a method, as plain JSON values; none at all where nothing is known of them.
 
     Raises:
         TypeError, ValueError: the method has no name, a value is nothing that JSON can hold, or they are settings of
-            the published rule and out of range.
+            a rule in `RULES` and out of range.
     """
     text()("method", method)
     if not isinstance(settings, Mapping):
         raise TypeError(f"settings: expected an object, got {type(settings).__name__}")
     values: dict[str, Any] = json_value("settings", settings)
-    if method == "moda" and values.get("rule") == FiringRule.NAME:
-        FiringRule.of(values)
+    if method == "moda" and values.get("rule") in RULES:
+        rule_of(values)
     return values
 
 

@@ -123,7 +123,7 @@ def test_decompose_applies_the_rule_at_every_tap_and_says_what_it_used():
 def test_a_class_without_samples_is_an_error_unless_allowed():
     rates = rates_of({"a": torch.tensor([[1.0, 1.0, 0.0], [0.0, 0.0, 0.0], [0.0, 0.0, 0.0]])}, [4, 0, 0])
     assert rates.empty_classes == [1, 2]
-    with pytest.raises(ValueError, match=r"rates: expected samples of every class, got none of classes \[1, 2\]"):
+    with pytest.raises(ValueError, match=r"scores: expected samples of every class, got none of classes \[1, 2\]"):
         decompose(rates)
     allowed = decompose(rates, allow_empty_classes=True)
     assert allowed.masks["a"].tolist() == [[True, True, False]] * 3
@@ -131,7 +131,7 @@ def test_a_class_without_samples_is_an_error_unless_allowed():
 
 
 def test_decompose_names_what_it_cannot_take():
-    with pytest.raises(TypeError, match="rates: expected FiringRates from count_firings, got dict"):
+    with pytest.raises(TypeError, match="scores: expected FiringRates from count_firings, Attributions .*, got dict"):
         decompose({"a": torch.zeros(2, 3)})
     with pytest.raises(ValueError, match=r"rates: expected the taps \['a'\] in this order, got \['b'\]"):
         FiringRates(("a",), {"b": torch.zeros(1, 1)}, {"a": torch.zeros(1, 1)}, torch.ones(1))

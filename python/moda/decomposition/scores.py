@@ -1,0 +1,98 @@
+"""Scores: how much each neuron matters to each class, by its attribution or by its activation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class NeuronScores:
+    """A score of at least 0 per class and neuron; only its share of the layer matters. All tensors are on the CPU.
+
+    Attributes:
+        scores: per tap, in execution order, (K, C) float32: mean over the class's samples; 0 for a class without any.
+        class_sizes: (K,) int64.
+
+    Raises:
+        ValueError: a tap's scores are not of every class, or of no neuron.
+    """
+
+    rule: ClassVar[str]
+    """What a decomposition of these scores says it is made by: of `moda.decomposition.container.RULES`."""
+    noun: ClassVar[str]
+    """What the scores are called, in errors."""
+
+    scores: dict[str, Tensor]
+    class_sizes: Tensor
+
+    def __post_init__(self) -> None:
+        if not self.scores:
+            raise ValueError("scores: expected at least one tap, got none")
+        for tap, given in self.scores.items():
+            if given.dim() != 2 or given.shape[0] != self.num_classes or given.shape[1] == 0:
+                expected = f"({self.num_classes}, neurons)"
+                raise ValueError(f"scores[{tap!r}]: expected shape {expected}, got {tuple(given.shape)}")
+
+    @property
+    def taps(self) -> tuple[str, ...]:
+        """Tap names in execution order."""
+        return tuple(self.scores)
+
+    @property
+    def num_classes(self) -> int:
+        """K."""
+        return self.class_sizes.shape[0]
+
+    @property
+    def empty_classes(self) -> list[int]:
+        """Classes of which no sample was seen; their scores of 0 say nothing."""
+        return [int(index) for index in (self.class_sizes == 0).nonzero().flatten()]
+
+    @property
+    def empty_layers(self) -> dict[str, list[int]]:
+        """Taps at which every neuron of a class that has samples scores 0, with these classes."""
+        seen = self.class_sizes > 0
+        silent = {tap: (given == 0).all(1) & seen for tap, given in self.scores.items()}
+        return {tap: classes.nonzero().flatten().tolist() for tap, classes in silent.items() if classes.any()}
+
+    def described(self) -> dict[str, str]:
+        """How the scores were made, for a file's description."""
+        return {}
+
+    @property
+    def shares(self) -> dict[str, Tensor]:
+        """Per tap (K, C) float64: the scores over the layer's sum of them; 0 where that sum is 0."""
+        exact = {tap: given.double() for tap, given in self.scores.items()}
+        sums = {tap: given.sum(1, keepdim=True) for tap, given in exact.items()}
+        return {tap: torch.where(sums[tap] == 0, 0, given / sums[tap]) for tap, given in exact.items()}
+
+
+@dataclass(frozen=True, eq=False)
+class Attributions(NeuronScores):
+    """Mean |sum over positions of activation x derivative of the target|, made by `moda.attribute`.
+
+    Attributes:
+        scores: see `NeuronScores`.
+        class_sizes: (K,) int64.
+        target: name of what was derived.
+    """
+
+    rule: ClassVar[str] = "attribution"
+    noun: ClassVar[str] = "attributions"
+    target: str = "margin"
+
+    def described(self) -> dict[str, str]:
+        """The target."""
+        return {"target": self.target}
+
+
+@dataclass(frozen=True, eq=False)
+class ActivationShares(NeuronScores):
+    """Mean over positions of |activation|, made by `moda.activation_shares`."""
+
+    rule: ClassVar[str] = "share"
+    noun: ClassVar[str] = "activation shares"
