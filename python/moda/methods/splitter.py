@@ -136,8 +136,8 @@ class Splitter(nn.Module):
         self.__dict__["taps"] = taps  # the frozen network is no part of this module
         self.num_classes = num_classes
         self.classes_at_once = min(num_classes, classes_at_once or num_classes)
-        widths = _chosen(dict(zip(taps.names, taps.widths, strict=True)), sites)
-        self.owners = _owners(widths, shared or {})
+        widths = chosen_widths(dict(zip(taps.names, taps.widths, strict=True)), sites)
+        self.owners = owners_of(widths, shared or {})
         device = next((parameter.device for parameter in taps.model.parameters()), torch.device("cpu"))
         self.masks = nn.ParameterList(
             nn.Parameter(torch.full((num_classes, widths[name]), initial, device=device))
@@ -202,7 +202,7 @@ class Splitter(nn.Module):
         return made
 
 
-def _chosen(widths: Mapping[str, int], sites: Sequence[str] | None) -> dict[str, int]:
+def chosen_widths(widths: Mapping[str, int], sites: Sequence[str] | None) -> dict[str, int]:
     """The neurons of the taps that are masked."""
     if sites is None:
         return dict(widths)
@@ -214,7 +214,7 @@ def _chosen(widths: Mapping[str, int], sites: Sequence[str] | None) -> dict[str,
     return {tap: width for tap, width in widths.items() if tap in set(sites)}
 
 
-def _owners(widths: Mapping[str, int], shared: Mapping[str, str]) -> dict[str, str]:
+def owners_of(widths: Mapping[str, int], shared: Mapping[str, str]) -> dict[str, str]:
     """The owner of each tap's masks."""
     owners = {}
     for tap in widths:
