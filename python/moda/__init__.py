@@ -31,6 +31,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from moda.lazy import submodules
+
 if TYPE_CHECKING:
     from moda import bench, data, demo, models, report, runs, study, training
     from moda.composition import export, measure
@@ -83,18 +85,6 @@ __all__ = [
     "training",
 ]
 
-_MODULES = {
-    "bench": "moda.bench",
-    "data": "moda.data",
-    "demo": "moda.demo",
-    "export": "moda.composition.export",
-    "measure": "moda.composition.measure",
-    "models": "moda.models",
-    "report": "moda.report",
-    "runs": "moda.runs",
-    "study": "moda.study",
-    "training": "moda.training",
-}
 _HOME = {
     "ActivationShares": "moda.decomposition.scores",
     "Attributions": "moda.decomposition.scores",
@@ -111,21 +101,24 @@ _HOME = {
     "compose": "moda.composition.compose",
     "count_firings": "moda.decomposition.counting",
     "decompose": "moda.decomposition.rule",
+    "export": "moda.composition",
     "instrument": "moda.observation.taps",
     "load_composed": "moda.composition.files",
     "mask": "moda.composition.masking",
+    "measure": "moda.composition",
     "observe": "moda.observation.taps",
     "replace": "moda.composition.replace",
     "save_composed": "moda.composition.files",
 }
 
 
+_submodule = submodules(__name__)
+
+
 def __getattr__(name: str) -> Any:
-    if name in _MODULES:
-        return importlib.import_module(_MODULES[name])
     if name in _HOME:
         return getattr(importlib.import_module(_HOME[name]), name)
-    raise AttributeError(f"module 'moda' has no attribute {name!r}")
+    return _submodule(name)
 
 
 def __dir__() -> list[str]:

@@ -9,3 +9,7 @@ are compared (the published formulas, PyTorch, our kernels). For every case the 
 first, and one that is wrong is not timed; the others are timed in turn, A B C A B C, so that whatever else the machine
 does hits all of them alike, and ratios are taken round by round.
 """
+
+from moda.lazy import submodules
+
+__getattr__ = submodules(__name__)

@@ -1,1 +1,5 @@
 """The `moda` command."""
+
+from moda.lazy import submodules
+
+__getattr__ = submodules(__name__)

@@ -10,6 +10,7 @@ from typing import Any
 from moda.data import cifar, digits, imagefolder, svhn
 from moda.data.replacement import replacement_part
 from moda.data.splits import DataSplits
+from moda.lazy import submodules
 
 __all__ = ["NAMES", "DataSplits", "load"]
 
@@ -61,3 +62,6 @@ def _replacement(splits: DataSplits, arguments: Any) -> DataSplits:
             f"replacement: expected a mapping with part and mixed_class of {sorted(known)}, got {arguments}"
         )
     return replacement_part(splits, **arguments)
+
+
+__getattr__ = submodules(__name__)

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from moda.lazy import submodules
 from moda.models.incecnn import incecnn
 from moda.models.lenet import lenet5
 from moda.models.mobilenet import mobilenet
@@ -81,3 +82,6 @@ def create(
     if image_size is not None:
         options["image_size"] = image_size
     return _OF_ONE_SIZE[name](**options)
+
+
+__getattr__ = submodules(__name__)
