@@ -1,4 +1,4 @@
-"""The `moda` command."""
+"""Holds the `moda` command, one file per group of its commands."""
 
 from moda.lazy import submodules
 

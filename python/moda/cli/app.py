@@ -1,4 +1,4 @@
-"""The `moda` command: its commands put together, and its entry point."""
+"""Puts the `moda` command together, and is its entry point."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ STUDY = "The paper's study"
 
 
 def commands() -> dict[str, Deferred]:
-    """All commands by name, in the order in which the help lists them."""
+    """Give all commands by name, in the order in which the help lists them."""
     listed = (
         Deferred("train", "moda.cli.training", "train"),
         Deferred("decompose", "moda.cli.modules", "decompose"),
@@ -61,15 +61,15 @@ app = typer.Typer(
 
 @app.callback()
 def _options(
-    debug: Annotated[bool, typer.Option("--debug", help="On an error show the traceback too.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback too when there is an error.")] = False,
 ) -> None:
-    """Only declares --debug for the help: `main` takes it from anywhere on the command line."""
+    """Declare --debug for the help alone: `main` takes it from anywhere on the command line."""
 
 
 def main() -> None:
-    """Entry point: runs a command; an error is one line on stderr and a non-zero exit status.
+    """Run the command that the command line names; an error is one line on stderr.
 
-    Exit status: 0; 1 for an error; 2 for a command line that makes no sense; 130 after Ctrl-C.
+    The exit status is 0, or 1 after an error, 2 for a command line that makes no sense, 130 after Ctrl-C.
     """
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     debug = len(arguments) < len(sys.argv) - 1

@@ -1,4 +1,4 @@
-"""Arguments and options that several commands share, and how their text is read."""
+"""Declares arguments and options that several commands share, and reads their text."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ PER_SIZE = "At most this many sub-tasks of each size, drawn at random."
 
 
 def parse_classes(text: str, names: Sequence[str]) -> list[int]:
-    """Class indices from "cat,dog" or "3,5"; a word that is a class's name is that class, else it is an index.
+    """Read class indices from "cat,dog" or "3,5"; a word that is a class's name is that class, else it is an index.
 
     Raises:
         ValueError: a word is neither, or a class comes twice.
@@ -49,7 +49,7 @@ def parse_classes(text: str, names: Sequence[str]) -> list[int]:
 
 
 def parse_integers(option: str, text: str) -> tuple[int, ...]:
-    """Integers from "2,3".
+    """Read integers from "2,3".
 
     Raises:
         typer.BadParameter: a word is no integer; the message names the option.
@@ -58,7 +58,7 @@ def parse_integers(option: str, text: str) -> tuple[int, ...]:
 
 
 def parse_numbers(option: str, text: str) -> tuple[float, ...]:
-    """Numbers from "0.5,0.9".
+    """Read numbers from "0.5,0.9".
 
     Raises:
         typer.BadParameter: a word is no number; the message names the option.
@@ -67,7 +67,7 @@ def parse_numbers(option: str, text: str) -> tuple[float, ...]:
 
 
 def parse_words(text: str) -> tuple[str, ...]:
-    """Words from "lenet5, vgg16"; empty ones are left out."""
+    """Read words from "lenet5, vgg16"; empty ones are left out."""
     return tuple(word.strip() for word in text.split(",") if word.strip())
 
 

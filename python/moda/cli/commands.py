@@ -1,4 +1,4 @@
-"""How a command is declared in its own file, and how that file is loaded only when the command is used.
+"""Lets a command be declared in a file of its own, which is loaded only when the command is used.
 
 A command's file imports PyTorch. `moda --help` must not, so that it answers at once: the main command knows of each
 command only its name and the file it is in, and reads the line that the help shows out of that file's source.
@@ -18,16 +18,16 @@ from typer.main import get_group
 
 
 class Interrupted(Exception):  # noqa: N818
-    """Ctrl-C with something to say; typer swallows a KeyboardInterrupt and its message."""
+    """Ctrl-C was pressed, and there is something to say; typer swallows a KeyboardInterrupt and its message."""
 
 
 def group() -> typer.Typer:
-    """What the commands of a file are added to; the file names it `commands`."""
+    """Make what the commands of a file are added to; the file names it `commands`."""
     return typer.Typer(rich_markup_mode="rich", pretty_exceptions_enable=False)
 
 
 def example(*lines: str) -> str:
-    """Command lines as the help shows them."""
+    """Give command lines as the help shows them."""
     return "[bold]Examples[/bold]\n\n" + "\n\n".join(f"[cyan]$ {line}[/cyan]" for line in lines)
 
 
@@ -35,10 +35,10 @@ class Deferred(TyperCommand):
     """A command whose file is imported when the command is used.
 
     Args:
-        name: of the command.
+        name: the name of the command.
         module: its file; a command of that name belongs to the file's `commands`.
         function: the function in that file; the first line of its docstring is what the main help shows.
-        panel: of the main help; None: the general one.
+        panel: the panel of the main help that lists it; None means the general one.
         hidden: whether the main help leaves the command out.
     """
 
@@ -50,7 +50,7 @@ class Deferred(TyperCommand):
         self._module = module
 
     def load(self) -> Any:
-        """The command itself; its file is imported."""
+        """Import the command's file, and give the command itself."""
         return get_group(importlib.import_module(self._module).commands).commands[str(self.name)]
 
     def make_context(self, *args: Any, **kwargs: Any) -> Any:
@@ -60,7 +60,7 @@ class Deferred(TyperCommand):
 
 @cache
 def _summaries(module: str) -> dict[str, str | None]:
-    """The first line of each function's docstring in a module that is not imported."""
+    """Read the first line of each function's docstring in a module that is not imported."""
     spec = find_spec(module)
     source = spec.loader.get_source(module) if spec and spec.loader else None  # type: ignore[attr-defined]
     functions = [node for node in ast.parse(source or "").body if isinstance(node, ast.FunctionDef)]

@@ -1,4 +1,4 @@
-"""The command `moda demo`."""
+"""Holds the command `moda demo`."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ commands = group()
 @takes(DemoSettings, "demo")
 def demo(
     given: Mapping[str, Any],
-    folder: Annotated[Path, typer.Argument(help="Where to write runs and figures.")] = Path("demo"),
-    seeds: Annotated[int, typer.Option(help="Repeat with so many seeds and show means.", min=1)] = 1,
+    folder: Annotated[Path, typer.Argument(help="The folder that runs and figures are written to.")] = Path("demo"),
+    seeds: Annotated[int, typer.Option(help="Repeat everything with this many seeds, and show means.", min=1)] = 1,
 ) -> None:
     """Train a small network on handwritten digits, decompose it into modules, recombine them, and show what came of it.
 
-    About a minute on two cores, without network. Writes demo.html and demo.png.
+    This takes about a minute on two cores and needs no network. It writes demo.html and demo.png.
     """
     from moda.demo.run import run_demo
 

@@ -1,4 +1,4 @@
-"""What is installed, which devices there are, which backends can run, and what to do about those that cannot."""
+"""Finds out what is installed, which devices there are, which backends can run, and how to help those that cannot."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ _REQUIRED = ("moda-kernels", "torch", "numpy", "safetensors", "typer", "rich")
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the report.
+    """One finding, a line of the report.
 
     Attributes:
-        topic: "package", "device", "backend" or "native".
+        topic: one of "package", "device", "backend" and "native".
         name: of the package, device, ...
         ok: whether it is there.
         detail: version or property; where it is missing, why, and what to do about it.

@@ -1,4 +1,4 @@
-"""Commands between moda and the files of others: export, import."""
+"""Holds the commands that write or read files of others: export, import."""
 
 from __future__ import annotations
 
@@ -33,7 +33,8 @@ def export(
     folder: DecomposedRun,
     classes: ClassesOption,
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="A file that ends in .pt2 or .onnx.", show_default=False)
+        Path,
+        typer.Option("--output", "-o", help="The file to write; its name ends in .pt2 or .onnx.", show_default=False),
     ],
 ) -> None:
     """Write a composed model to a file that runs without moda: torch.export or ONNX.
@@ -60,18 +61,21 @@ def export(
 )
 @takes(TrainingConfig, "import", defaults=False)
 def import_published(
-    weights: Annotated[Path, typer.Argument(help="A published model.pt.", show_default=False)],
+    weights: Annotated[Path, typer.Argument(help="The published model.pt.", show_default=False)],
     folder: Annotated[Path, typer.Argument(help="The run folder to make.", show_default=False)],
     given: Mapping[str, Any],
     masks: Annotated[
-        Path | None, typer.Option(help="A published mask file: decompose the model, and compare.", show_default=False)
+        Path | None,
+        typer.Option(
+            help="A published mask file; the model is decomposed too, and the modules are compared.", show_default=False
+        ),
     ] = None,
     augmented: Annotated[
         bool, typer.Option("--augmented", help="Count firings on augmented images, as the published code does.")
     ] = False,
     device: DeviceOption = "auto",
 ) -> None:
-    """Make a run of a published checkpoint, so that every command works on it; compare its modules with ours.
+    """Make a run of a published checkpoint, so that every command works on it, and compare its modules with ours.
 
     The published files are pickles; they are read without running anything in them. What the names of their folders do
     not say of the training has to be given. Without --masks, go on with moda decompose.

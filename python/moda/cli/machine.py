@@ -1,4 +1,4 @@
-"""Commands about this machine: doctor, bench."""
+"""Holds the commands about this machine: doctor, bench."""
 
 from __future__ import annotations
 
@@ -34,19 +34,21 @@ def doctor() -> None:
 
 @commands.command(epilog=example("moda bench --quick", "moda bench --suite step --suite loss"))
 def bench(
-    quick: Annotated[bool, typer.Option("--quick", help="Few cases and rounds.")] = False,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda; auto takes a GPU if there is one.")] = "auto",
+    quick: Annotated[bool, typer.Option("--quick", help="Measure few cases in few rounds.")] = False,
+    device: Annotated[
+        str, typer.Option(help="The device: auto, cpu or cuda; auto takes a GPU if there is one.")
+    ] = "auto",
     suite: Annotated[
         list[str] | None,
         typer.Option(
-            help="step, loss, relu_pool, firing, decomposition, composition or scaling; repeat for several.",
+            help="A suite: step, loss, relu_pool, firing, decomposition, composition or scaling; repeat for several.",
             show_default="all",
         ),
     ] = None,
     output: Annotated[
         Path | None,
         typer.Option(
-            help="Folder for <device>.json.",
+            help="The folder for <device>.json.",
             show_default="benchmarks/results in a checkout, else here, for a full run; none for any other",
         ),
     ] = None,
@@ -54,7 +56,7 @@ def bench(
     """Measure this machine: training steps, losses, pooling, counting and decomposition, ours beside PyTorch's.
 
     Results are checked first, contenders take turns, and one table comes last. A full run takes a quarter of an hour on
-    two cores. Exit status 1 if a contender computed something wrong.
+    two cores. The exit status is 1 if a contender computed something wrong.
     """
     if not measure(quick=quick, device=device, suites=suite or (), folder=output):
         raise typer.Exit(1)

@@ -1,4 +1,4 @@
-"""Commands that make modules of a trained model and put them together: decompose, compose, evaluate."""
+"""Holds the commands that make modules of a model and put them together: decompose, compose, evaluate."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def decompose(
 ) -> None:
     """Decompose a trained model into one module per class.
 
-    Counts, on the training data, for which share of each class's samples every neuron fires, and writes the
-    modules to the run's folder decomposition/.
+    The command counts, on the training data, for which share of each class's samples every neuron fires, and writes
+    the modules to the run's folder decomposition/.
     """
     settings = DecompositionSettings(**given)
     finished = FinishedRun.open(folder)
@@ -72,7 +72,7 @@ def compose(
     classes: OptionalClasses = None,
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", help="Where to write it.  \\[default: composed-... in the run]"),
+        typer.Option("--output", "-o", help="The folder to write it to.  \\[default: composed-... in the run]"),
     ] = None,
 ) -> None:
     """Build the smaller model of some classes from their modules."""
@@ -99,7 +99,9 @@ def compose(
     )
 )
 def evaluate(
-    folder: Annotated[Path, typer.Argument(help="A run folder, or one that `moda compose` wrote.", show_default=False)],
+    folder: Annotated[
+        Path, typer.Argument(help="A run folder, or a folder that `moda compose` wrote.", show_default=False)
+    ],
     classes: OptionalClasses = None,
 ) -> None:
     """Test a trained model, or a composed one, on the test data.
@@ -141,14 +143,14 @@ def _evaluate_composed(folder: Path, classes: str | None) -> None:
 
 
 def _composed(finished: FinishedRun, classes: list[int]) -> nn.Module | None:
-    """The model of these classes, or None where the run is not decomposed."""
+    """Compose the model of these classes; None where the run is not decomposed."""
     if not finished.run.decomposition.exists():
         return None
     return build(finished.model, finished.decomposition(), classes)
 
 
 def _print_accuracies(finished: FinishedRun, classes: list[int], composed: nn.Module | None) -> None:
-    """The whole model and the composed one on the test samples of some classes."""
+    """Print what the whole model and the composed one do on the test samples of some classes."""
     names = ", ".join(finished.data.class_names[index] for index in classes)
     rows = table(f"On the test samples of {names}", "model", "accuracy", "parameters", "FLOPs")
     example = torch.zeros(1, *finished.data.input_shape)

@@ -1,4 +1,4 @@
-"""Options that a command takes from the fields of a settings class: names, types, help, defaults."""
+"""Makes the options of a command from the fields of a settings class: names, types, help, defaults."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def option_of(settings: type[Settings], name: str, value: Any = None) -> str:
 
 
 class _Offer:
-    """One option: the field that it is for, or the entry of a field that is a mapping."""
+    """One option, which stands for a field, or for an entry of a field that is a mapping."""
 
     def __init__(self, settings: type[Settings], field: str, panel: str, inside: str = "") -> None:
         self.field = field
@@ -70,7 +70,7 @@ class _Offer:
 
     @classmethod
     def of(cls, settings: type[Settings], command: str) -> list[_Offer]:
-        """Every option that a command takes from the settings."""
+        """List every option that a command takes from the settings."""
         offers = []
         for name, declared in settings_of(settings, command).items():
             if declared.entries is None:
@@ -81,7 +81,7 @@ class _Offer:
         return offers
 
     def parameter(self, *, shown: bool) -> inspect.Parameter:
-        """The parameter that typer makes the option of; it is None where the option is not given."""
+        """Give the parameter that typer makes the option of; it is None where the option is not given."""
         kind: type = str if self.kind.several else self.kind.of
         default = _shown(self.default) if shown else ""
         option = typer.Option(
@@ -96,7 +96,7 @@ class _Offer:
         )
 
     def value(self, given: Any) -> Any:
-        """The value of the field for what stands on the command line."""
+        """Give the value of the field for what stands on the command line."""
         if not self.kind.several:
             return given
         if given in self.declared.words:
@@ -118,7 +118,7 @@ def _names(field: str, declared: Setting) -> list[str]:
 
 
 def _shown(default: Any) -> str:
-    """A default as the help shows it; nothing where there is none worth showing."""
+    """Give a default as the help shows it; nothing where there is none worth showing."""
     if isinstance(default, tuple):
         return ",".join(map(str, default))
     return "" if default is None or isinstance(default, bool | dict) else str(default)

@@ -1,4 +1,4 @@
-"""How commands print: tables, shares in per cent, and lines that are not coloured word by word."""
+"""Prints what commands have to say: tables, shares in per cent, and plain lines."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from rich.table import Table
 
 
 def table(title: str, first: str, *others: str) -> Table:
-    """An empty table: its first column is text, the others are numbers and aligned to the right."""
+    """Make an empty table whose first column is text; the others are numbers and aligned to the right."""
     made = Table(title=title, title_justify="left")
     made.add_column(first)
     for name in others:
@@ -26,5 +26,5 @@ def say(line: str) -> None:
 
 
 def percent(share: float | None, digits: int = 2) -> str:
-    """A share in per cent; nothing for None."""
+    """Give a share in per cent; nothing for None."""
     return "" if share is None else f"{100 * share:.{digits}f} %"

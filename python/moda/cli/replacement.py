@@ -1,4 +1,4 @@
-"""The command `moda replace`, which was called `moda repair`."""
+"""Holds the command `moda replace`, which was called `moda repair`."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ commands = group()
 @takes(ReplacementStudy, "replace")
 def replace(
     out: Annotated[
-        Path, typer.Argument(help="Folder of the study: its runs and replacement.json.", show_default=False)
+        Path, typer.Argument(help="The folder of the study, for its runs and replacement.json.", show_default=False)
     ],
     given: Mapping[str, Any],
     strong: Annotated[
@@ -39,9 +39,9 @@ def replace(
 ) -> None:
     """Replace a class of weak models by a strong model's module, and test what that does.
 
-    Trains a strong model on the first half of the classes and, for each of these, a weak model on a tenth of the data
-    of the other half and of that class; replaces that class in the under-fitted and the over-fitted weak model. The
-    defaults are the paper's. After Ctrl-C the same command goes on.
+    A strong model is trained on the first half of the classes and, for each of these, a weak model on a tenth of the
+    data of the other half and of that class. That class is then replaced in the under-fitted and the over-fitted weak
+    model. The defaults are the paper's. After Ctrl-C the same command goes on.
     """
     study = ReplacementStudy(**given)
     results = run_replacement_study(out, study, None if strong is None else FinishedRun.open(strong, study.device))

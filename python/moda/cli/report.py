@@ -1,4 +1,4 @@
-"""The command `moda report`."""
+"""Holds the command `moda report`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def report(
         list[Path],
         typer.Argument(
             metavar="FOLDER",
-            help="Folders of runs (moda train), of a study (moda study), of replacement studies (moda replace).",
+            help="The folders of runs (moda train), of a study (moda study) or of replacement studies (moda replace).",
             show_default=False,
         ),
     ],

@@ -1,4 +1,4 @@
-"""Commands of the paper's study over trained runs: reuse, analyze, sweep, study."""
+"""Holds the commands of the paper's study over trained runs: reuse, analyze, sweep, study."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ commands = group()
 def reuse(
     folder: DecomposedRun,
     standard: Annotated[
-        Path | None, typer.Option(help="A run trained with --standard, to compare with.", show_default=False)
+        Path | None, typer.Option(help="A run that was trained with --standard, to compare with.", show_default=False)
     ] = None,
     tasks: TasksOption = "auto",
     size: Annotated[
@@ -48,15 +48,16 @@ def reuse(
     ] = None,
     per_size: Annotated[int | None, typer.Option("--per-size", help=PER_SIZE, min=1)] = None,
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="Table, .csv or .parquet.  \\[default: reuse.csv in the run]")
+        Path | None,
+        typer.Option("--out", "-o", help="The table to write, .csv or .parquet.  \\[default: reuse.csv in the run]"),
     ] = None,
-    batch_size: Annotated[int, typer.Option(help="Samples per forward pass.", min=1)] = 512,
+    batch_size: Annotated[int, typer.Option(help="The samples of a forward pass.", min=1)] = 512,
     device: DeviceOption = "auto",
 ) -> None:
     """Score the composed model of every sub-task against the whole models.
 
-    Accuracy on the test samples of the sub-task's classes, parameters and FLOPs relative to the whole model. Rows are
-    kept as they are made: after Ctrl-C or a crash the same command goes on.
+    The scores are the accuracy on the test samples of the sub-task's classes, and parameters and FLOPs relative to the
+    whole model. Rows are kept as they are made: after Ctrl-C or a crash the same command goes on.
     """
     finished = FinishedRun.open(folder, device)
     chosen = choose(
@@ -95,7 +96,7 @@ def _print_reuse(results: list[ReuseResult], finished: FinishedRun) -> None:
 def analyze(folder: DecomposedRun, device: DeviceOption = "auto") -> None:
     """Describe the modules: sizes, overlaps, dead and shared neurons, layer by layer.
 
-    Writes analysis.json to the run, with the similarity between classes on the test set besides.
+    The command writes analysis.json to the run, with the similarity between classes on the test set besides.
     """
     finished = FinishedRun.open(folder, device)
     analysis = analyze_run(finished)
@@ -157,8 +158,9 @@ def sweep(
 ) -> None:
     """Vary the threshold or a weight, and measure module size, overlap and reuse accuracy.
 
-    Without options: the paper's thresholds. A threshold costs no training and no counting: the run's firing rates are
-    decomposed anew. A weight costs a training, kept in the run's folder sweeps/. After Ctrl-C the same command goes on.
+    Without options the paper's thresholds are taken. A threshold costs no training and no counting, since the run has
+    its firing rates. A weight costs a training, which is kept in the run's folder sweeps/. After Ctrl-C the same
+    command goes on.
     """
     settings = SweepSettings(**(given or {"threshold": GRIDS["threshold"]}))
     finished = FinishedRun.open(folder, device)
@@ -185,14 +187,14 @@ def _print_sweep(name: str, points: list[SweepPoint]) -> None:
 @commands.command(epilog=example("moda study study", "moda study quick --models small_vgg --seeds 0 --per-size 20"))
 @takes(StudySettings, "study")
 def study(
-    out: Annotated[Path, typer.Argument(help="Folder of the study.", show_default=False)],
+    out: Annotated[Path, typer.Argument(help="The folder of the study.", show_default=False)],
     given: Mapping[str, Any],
     jobs: Annotated[int, typer.Option(help="The processes side by side, each with one thread.", min=1)] = 2,
 ) -> None:
-    """The whole study on handwritten digits: trainings, modules, reuse, sweeps, replacement.
+    """Run the whole study on handwritten digits: trainings, modules, reuse, sweeps, replacement.
 
-    Without network or GPU. Every architecture at reduced width, standard and modular, with every seed. After Ctrl-C
-    the same command goes on. Then: moda report.
+    The study needs neither network nor GPU. Every architecture is trained at reduced width, standard and modular, with
+    every seed. After Ctrl-C the same command goes on. Go on with moda report.
     """
     settings = StudySettings(**given)
     run_study(out, settings, jobs=jobs)

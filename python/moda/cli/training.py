@@ -1,4 +1,4 @@
-"""The command `moda train`."""
+"""Holds the command `moda train`."""
 
 from __future__ import annotations
 
@@ -36,7 +36,8 @@ def train(
     """Train a model modular (or standard) into a run folder.
 
     The recipe is the paper's: SGD, Nesterov momentum, cosine annealing, cross-entropy plus affinity, dispersion and
-    compactness. Ctrl-C or a crash keeps the last checkpoint; --resume goes on from it, on one device bit for bit.
+    compactness. Ctrl-C or a crash keeps the last checkpoint; --resume goes on
+    from it, on one device bit for bit.
     """
     if standard:
         weights = [option_of(TrainingConfig, term) for term in TERMS if given.get(term)]
@@ -64,7 +65,7 @@ def train(
 
 
 def _resumed_config(folder: Path, given: Mapping[str, Any], *, standard: bool) -> TrainingConfig:
-    """The run's settings, with those replaced that a resumed run may change."""
+    """Give the run's settings, with those replaced that a resumed run may change."""
     fixed = [option_of(TrainingConfig, name, value) for name, value in given.items() if name not in RUNTIME_SETTINGS]
     fixed += ["--standard"] if standard else []
     if fixed:

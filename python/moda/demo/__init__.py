@@ -1,4 +1,4 @@
-"""The demonstration on handwritten digits, from training to the page."""
+"""Demonstrates modular training on handwritten digits, from the training to the page."""
 
 from moda.lazy import submodules
 

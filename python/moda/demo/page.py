@@ -1,4 +1,4 @@
-"""The demo's figures: one picture, and one page."""
+"""Draws the demo's figures as one picture and as one page."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ MARGIN = 0.35  # inches, left of everything
 
 
 def demo_page(result: DemoResult, comparison: Sequence[Row]) -> tuple[bytes, str]:
-    """The figures of a demo as PNG, and as an HTML page that needs nothing beside itself.
+    """Draw the figures of a demo as PNG, and as an HTML page that needs nothing beside itself.
 
     Args:
-        result: what to show; maps are those of the first seed, numbers means over all seeds.
-        comparison: rows of the table of both trainings.
+        result: the result to show; maps are those of the first seed, numbers are means over all seeds.
+        comparison: the rows of the table of both trainings.
     """
     figures = _figures(result)
     with drawing(PAPER):
@@ -66,12 +66,12 @@ class _Panel:
     """A figure of the page.
 
     Attributes:
-        name: for ids.
-        title: what it says.
-        caption: what it shows.
+        name: the name that ids are made of.
+        title: what the figure says.
+        caption: what the figure shows.
         description: the same for those who do not see it.
-        size: width and height in inches.
-        draw: draws it.
+        size: the width and height in inches.
+        draw: a function that draws the figure.
     """
 
     name: str
@@ -99,7 +99,7 @@ def _subtitle(result: DemoResult) -> str:
 
 
 def _headlines(result: DemoResult) -> list[Row]:
-    """(number, what it is, against what) of the four that matter most."""
+    """Give (number, what it is, against what) of the four numbers that matter most."""
     smallest = result.subtasks()[0]
 
     def row(quantity: str, what: str, digits: int) -> Row:
@@ -238,7 +238,7 @@ def _colour_bar(canvas: Canvas, image: Any, place: tuple[float, float, float, fl
 
 
 def _alone(panel: _Panel) -> str:
-    """One figure as SVG."""
+    """Draw one figure as SVG."""
     figure = Figure(figsize=panel.size)
     panel.draw(figure, SCREEN)
     return to_svg(figure, panel.name, panel.description)
@@ -250,7 +250,7 @@ _HEADER, _HEADING, _TABLE = 2.2, 0.8, 2.75  # inches
 
 
 def _picture(result: DemoResult, figures: Sequence[_Panel]) -> Figure:
-    """All figures and the table of sub-tasks under each other; the first two side by side."""
+    """Draw all figures and the table of sub-tasks under each other, the first two side by side."""
     sizes, overlap, *wide = figures
     rows: list[tuple[float, Callable[[SubFigure], None]]] = [
         (_HEADER, lambda part: _draw_header(part, result)),
@@ -266,7 +266,7 @@ def _picture(result: DemoResult, figures: Sequence[_Panel]) -> Figure:
 
 
 def _stacked(canvas: Canvas, heights: Sequence[float]) -> list[SubFigure]:
-    """Parts of a figure under each other."""
+    """Divide a figure into parts under each other."""
     parts: Any = canvas.subfigures(len(heights), 1, height_ratios=heights)
     return list(parts)
 
@@ -288,7 +288,7 @@ def _draw_header(part: SubFigure, result: DemoResult) -> None:
 
 
 def _wrapped(text: str, width: int) -> tuple[str, str]:
-    """Two lines, broken between words."""
+    """Break a text into two lines between words."""
     cut = text.rfind(" ", 0, width)
     return (text, "") if len(text) <= width else (text[:cut], text[cut + 1 :])
 

@@ -1,4 +1,4 @@
-"""What the demo measured, and the numbers of its results.json."""
+"""Holds what the demo measured, and makes the numbers of its results.json."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ class Trained:
     """A trained model, and what its activations and modules are like.
 
     Attributes:
-        accuracy: on the test samples, in [0, 1].
-        seconds: of training, tests after each epoch included.
+        accuracy: the accuracy on the test samples, in [0, 1].
+        seconds: the time of training, tests after each epoch included.
         losses: the modular losses on the test samples.
-        similarity: per layer (K, K), mean cosine similarity between the test samples of two classes.
-        rates: firing rates on the training samples.
-        module_sizes: per class, share of the model's parameters.
-        overlaps: (K, K), published counting.
+        similarity: per layer the (K, K) mean cosine similarity between the test samples of two classes.
+        rates: the firing rates on the training samples.
+        module_sizes: per class the share of the model's parameters.
+        overlaps: the (K, K) overlaps in the published counting.
     """
 
     accuracy: float
@@ -46,12 +46,12 @@ class Trained:
 
     @property
     def module_size(self) -> float:
-        """Mean over classes."""
+        """The mean over classes."""
         return fmean(self.module_sizes)
 
     @property
     def overlap(self) -> float:
-        """Mean over pairs of classes."""
+        """The mean over pairs of classes."""
         return mean_over_pairs(self.overlaps)
 
 
@@ -61,13 +61,13 @@ class SubTasks:
     its outputs; size and FLOPs are shares of the whole model's.
 
     Attributes:
-        classes: of each sub-task.
-        count: how many sub-tasks.
-        composed: accuracy of the composed models.
-        modular: accuracy of the whole modular model.
-        standard: accuracy of the standard model.
-        size: parameters.
-        flops: floating-point operations.
+        classes: the number of classes of each sub-task.
+        count: the number of sub-tasks.
+        composed: the accuracy of the composed models.
+        modular: the accuracy of the whole modular model.
+        standard: the accuracy of the standard model.
+        size: the parameters.
+        flops: the floating-point operations.
     """
 
     classes: int
@@ -81,16 +81,16 @@ class SubTasks:
 
 @dataclass(frozen=True, eq=False)
 class SeedResult:
-    """Everything about one seed.
+    """Everything that was measured with one seed.
 
     Attributes:
-        seed: of weights, data order and split.
+        seed: the seed of weights, data order and split.
         standard: the standard training.
         modular: the modular one.
-        decomposition: of the modular model.
+        decomposition: the modules of the modular model.
         subtasks: one entry per size.
-        decompose_seconds: counting firings and decomposing.
-        compose_seconds: composing and testing all sub-tasks.
+        decompose_seconds: the time of counting firings and decomposing.
+        compose_seconds: the time of composing and testing all sub-tasks.
     """
 
     seed: int
@@ -104,14 +104,14 @@ class SeedResult:
 
 @dataclass(frozen=True, eq=False)
 class DemoResult:
-    """All seeds.
+    """Everything that was measured, with all seeds.
 
     Attributes:
         settings: what was asked for.
-        class_names: of the data.
-        parameters: of the whole model.
+        class_names: the names of the classes.
+        parameters: the number of parameters of the whole model.
         seeds: one result each.
-        seconds: of everything but the figures.
+        seconds: the time of everything but the figures.
     """
 
     settings: DemoSettings
@@ -121,11 +121,11 @@ class DemoResult:
     seconds: float
 
     def mean(self, training: str, quantity: str) -> float:
-        """Mean over seeds of a number of the standard or the modular training."""
+        """Average over seeds a number of the standard or the modular training."""
         return fmean(getattr(getattr(seed, training), quantity) for seed in self.seeds)
 
     def subtasks(self) -> list[SubTasks]:
-        """Means over seeds."""
+        """Average the sub-tasks over seeds."""
         rows = zip(*(seed.subtasks for seed in self.seeds), strict=True)
         return [_mean_subtasks(same_size) for same_size in rows]
 
@@ -137,7 +137,7 @@ def _mean_subtasks(rows: Iterable[SubTasks]) -> SubTasks:
 
 
 def to_json(result: DemoResult) -> dict[str, Any]:
-    """The numbers of results.json."""
+    """Give the numbers of results.json."""
     return {
         **DEMO.header(),
         "settings": dataclasses.asdict(result.settings),

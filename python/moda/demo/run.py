@@ -1,4 +1,4 @@
-"""The demonstration: trains on handwritten digits standard and modular, decomposes, recombines and compares."""
+"""Runs the demonstration: trains on handwritten digits standard and modular, decomposes, recombines and compares."""
 
 from __future__ import annotations
 
@@ -148,7 +148,7 @@ def _instrumented(model: nn.Module) -> InstrumentedModel:
 
 
 def _tensors(dataset: Dataset[Any]) -> tuple[Tensor, Tensor]:
-    """All samples of a small data set."""
+    """Gather all samples of a small data set."""
     images, labels = next(iter(DataLoader(dataset, batch_size=len(dataset))))  # type: ignore[arg-type]
     return images, labels
 
@@ -164,7 +164,7 @@ def _subtasks(
     settings: DemoSettings,
     generator: random.Random,
 ) -> list[SubTasks]:
-    """Composed models of sub-tasks of each size, against the whole models on the same samples and outputs."""
+    """Score composed models of sub-tasks of each size beside the whole models, on the same samples and outputs."""
     test, rows = TestSet.of(data.test), []
     for size in settings.subtask_sizes:
         tasks = choose_subtasks(data.num_classes, size, settings.samples, generator)
@@ -177,7 +177,7 @@ def _subtasks(
 
 
 def choose_subtasks(num_classes: int, size: int, samples: int, generator: random.Random) -> list[list[int]]:
-    """`samples` different subsets of `size` classes, or all if there are no more; classes ascending.
+    """Draw `samples` different subsets of `size` classes, or all if there are no more; classes ascend.
 
     Raises:
         ValueError: there is no subset of that size.

@@ -1,4 +1,4 @@
-"""What the demo is asked to do."""
+"""Declares what the demo can be asked to do."""
 
 from __future__ import annotations
 

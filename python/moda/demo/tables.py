@@ -1,4 +1,4 @@
-"""The demo's numbers as text: the rows of its tables, and what they say in sentences."""
+"""Puts the demo's numbers into text: the rows of its tables, and sentences that say what they mean."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from moda.demo.results import DemoResult
 
 
 def print_tables(result: DemoResult, console: Console) -> None:
-    """The numbers, and how to read them."""
+    """Print the numbers, and how to read them."""
     seeds = f", mean of {len(result.seeds)} seeds" if len(result.seeds) > 1 else ""
     console.print(
         f"\nA {result.parameters:,}-parameter VGG on 1797 handwritten digits, {result.settings.epochs} epochs "
@@ -33,7 +33,7 @@ def print_tables(result: DemoResult, console: Console) -> None:
 
 
 def comparison(result: DemoResult) -> list[tuple[str, str, str]]:
-    """Rows of (quantity, standard, modular) as text."""
+    """Give rows of (quantity, standard, modular) as text."""
 
     def losses(training: str, name: str) -> float:
         return fmean(float(getattr(getattr(seed, training).losses, name)) for seed in result.seeds)
@@ -62,7 +62,7 @@ SUBTASK_COLUMNS = ("classes", "sub-tasks", "composed", "whole modular", "standar
 
 
 def subtask_rows(result: DemoResult) -> list[tuple[str, ...]]:
-    """Rows of the table of sub-tasks as text, one per number of classes; columns as in `SUBTASK_COLUMNS`."""
+    """Give the rows of the table of sub-tasks as text, one per number of classes; columns as in `SUBTASK_COLUMNS`."""
     return [
         (
             str(row.classes),
@@ -98,7 +98,7 @@ def _subtask_table(result: DemoResult) -> Table:
 
 
 def reading(result: DemoResult) -> list[str]:
-    """What the numbers say, in sentences that hold for the numbers at hand."""
+    """Say what the numbers mean, in sentences that hold for the numbers at hand."""
     size, plain = result.mean("modular", "module_size"), result.mean("standard", "module_size")
     smallest = result.subtasks()[0]
     difference = 100 * (smallest.composed - smallest.modular)

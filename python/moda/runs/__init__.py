@@ -1,4 +1,4 @@
-"""What a training run leaves on disk: its settings, its folder, its metrics, and published files in its place."""
+"""Holds what a training run leaves on disk: settings, folder, metrics; and what reads published checkpoints."""
 
 from moda.lazy import submodules
 

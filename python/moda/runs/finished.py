@@ -1,4 +1,4 @@
-"""A finished training run, opened for study: its data, its model, its firing rates and its modules."""
+"""Opens a finished training run for study: its data, its model, its firing rates and its modules."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ WEIGHTS = "weights_sha256"
 
 @dataclass(frozen=True, eq=False)
 class FinishedRun:
-    """Made by `open`.
+    """A finished run; `open` makes it.
 
     Attributes:
         run: the run folder.
-        data: what it was trained on.
+        data: the data set that it was trained on.
         model: the trained model, instrumented, in evaluation mode.
     """
 
@@ -43,7 +43,7 @@ class FinishedRun:
 
     @classmethod
     def open(cls, folder: str | Path, device: str = "auto") -> FinishedRun:
-        """The run in a folder, with its model on a device ("auto": a GPU if there is one).
+        """Open the run in a folder, with its model on a device; "auto" means a GPU if there is one.
 
         Raises:
             FormatError (a ValueError): the folder holds no finished run.
@@ -57,19 +57,19 @@ class FinishedRun:
 
     @property
     def rates_folder(self) -> Path:
-        """Folder of the firing rates."""
+        """The folder of the firing rates."""
         return self.run.path / "rates"
 
     @property
     def weights_sha256(self) -> str:
-        """SHA-256 of the weights file, in hex."""
+        """The SHA-256 of the weights file, in hex."""
         return sha256_of(self.run.weights)
 
     def rates(self) -> FiringRates:
-        """The firing rates that `moda decompose` wrote.
+        """Read the firing rates that `moda decompose` wrote.
 
         Raises:
-            FormatError: there are none, or they are of other weights.
+            FormatError: there are none, or they were made from other weights.
         """
         if not self.rates_folder.exists():
             raise FormatError(f"{self.run.path}: holds no firing rates; make them with: moda decompose {self.run.path}")
@@ -77,10 +77,10 @@ class FinishedRun:
         return load_rates(self.rates_folder)
 
     def decomposition(self) -> Decomposition:
-        """The modules that `moda decompose` wrote.
+        """Read the modules that `moda decompose` wrote.
 
         Raises:
-            FormatError: there are none, or they are of other weights.
+            FormatError: there are none, or they were made from other weights.
         """
         if not self.run.decomposition.exists():
             raise FormatError(f"{self.run.path}: is not decomposed yet; do it with: moda decompose {self.run.path}")
@@ -89,7 +89,7 @@ class FinishedRun:
         return decomposition
 
     def provenance(self) -> dict[str, Any]:
-        """What results about the modules follow from: how and of what they were made, hashes of weights and masks."""
+        """Say what results about the modules follow from: how they were made, and the hashes of weights and masks."""
         decomposition = self.decomposition()
         return {
             **decomposition.settings,
@@ -102,7 +102,7 @@ class FinishedRun:
         }
 
     def loader(self, dataset: Dataset[Any]) -> BatchLoader:
-        """Batches of a data set in ascending order."""
+        """Give the batches of a data set in ascending order."""
         return BatchLoader(dataset, EpochOrder(len(dataset), self.run.config.batch_size, None))  # type: ignore[arg-type]
 
     def _check_weights(self, path: Path, metadata: Mapping[str, Any]) -> None:
@@ -127,11 +127,11 @@ def decompose_run(
 
     Args:
         finished: the run.
-        threshold: firing rate from which a neuron is kept.
+        threshold: the firing rate from which a neuron is kept.
         min_fraction: the least share of a layer's neurons that a class keeps.
         backend: the backend that counts firings.
-        augmented: count on augmented images, as the published code does.
-        progress: show a progress bar.
+        augmented: whether to count on augmented images, as the published code does.
+        progress: whether to show a progress bar.
 
     Raises:
         ValueError: an argument is out of range, or a class has no sample.
@@ -147,7 +147,7 @@ def decompose_run(
 
 
 def checked_device(name: str) -> torch.device:
-    """A device of this machine; "auto" is a GPU if there is one.
+    """Give a device of this machine by name; "auto" means a GPU if there is one.
 
     Raises:
         ValueError: there is no such device.

@@ -30,7 +30,7 @@ RUN = Format("moda-run", {}, {"training": json_value})
 
 @dataclass(frozen=True)
 class RunFolder:
-    """A run's folder and its settings. Made by `create` or `open`."""
+    """A run's folder and its settings; `create` and `open` make it."""
 
     path: Path
     config: TrainingConfig
@@ -55,7 +55,7 @@ class RunFolder:
 
     @classmethod
     def open(cls, path: str | Path) -> RunFolder:
-        """The run in an existing folder.
+        """Open the run in an existing folder.
 
         Raises:
             FormatError (a ValueError): there is no such folder, or its config.json is missing or malformed.
@@ -73,27 +73,27 @@ class RunFolder:
 
     @property
     def metrics(self) -> Path:
-        """One row per epoch."""
+        """The table with a row for every epoch."""
         return self.path / "metrics.csv"
 
     @property
     def steps(self) -> Path:
-        """One row per logged step."""
+        """The table with a row for every logged step."""
         return self.path / "steps.csv"
 
     @property
     def weights(self) -> Path:
-        """The final weights."""
+        """The file of the final weights."""
         return self.path / "model.safetensors"
 
     @property
     def decomposition(self) -> Path:
-        """Folder of the modules."""
+        """The folder of the modules."""
         return self.path / "decomposition"
 
     @property
     def checkpoints(self) -> Path:
-        """Folder of the checkpoints."""
+        """The folder of the checkpoints."""
         return self.path / "checkpoints"
 
     @property
@@ -111,7 +111,7 @@ class RunFolder:
         write_tensors(path or self.weights, state)
 
     def load_weights(self) -> dict[str, Tensor]:
-        """The final weights, on the CPU.
+        """Read the final weights onto the CPU.
 
         Raises:
             FormatError (a ValueError): the training is not finished, or the file is malformed.
@@ -124,7 +124,7 @@ class RunFolder:
         return read_tensors(self.weights)
 
     def load_model(self, data: DataSplits) -> nn.Module:
-        """The trained model, plain, on the CPU, in evaluation mode. `data` is what it was trained on.
+        """Make the trained model, plain, on the CPU and in evaluation mode; `data` is what it was trained on.
 
         Raises:
             FormatError (a ValueError): as `load_weights`, or the weights are of another model.
@@ -139,7 +139,7 @@ class RunFolder:
 
 
 def load_data(config: TrainingConfig) -> DataSplits:
-    """The data set that the settings name.
+    """Load the data set that the settings name.
 
     Raises:
         ValueError, TypeError, FileNotFoundError, ImportError: see `moda.data.load`.
@@ -152,7 +152,7 @@ def load_data(config: TrainingConfig) -> DataSplits:
 
 
 def create_model(config: TrainingConfig, data: DataSplits) -> nn.Module:
-    """The model that the settings name, for images and classes of `data`, freshly initialised.
+    """Make the model that the settings name, freshly initialised, for the images and classes of `data`.
 
     Raises:
         ValueError, TypeError: see `moda.models.create`.

@@ -1,4 +1,4 @@
-"""CSV files of a run that grow by a row at a time and can be cut back to a checkpoint."""
+"""Writes the CSV files of a run, which grow by a row at a time and can be cut back to a checkpoint."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class MetricsFile:
         self._columns: list[str] = []
 
     def open(self, columns: Sequence[str], *, keep_until_step: int | None = None) -> None:
-        """Start with an empty table, or with the rows up to a step: later ones were written after the checkpoint."""
+        """Start with an empty table, or with the rows up to a step: later rows were written after the checkpoint."""
         rows = []
         if keep_until_step is not None and self.path.exists():
             rows = [row for row in read_csv(self.path)[1] if _step(row) <= keep_until_step]
@@ -53,7 +53,7 @@ class MetricsFile:
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """The rows of a metrics file as numbers; empty cells are left out.
+    """Read the rows of a metrics file as numbers; empty cells are left out.
 
     Raises:
         FormatError: it is missing, or a cell is no number.
@@ -66,7 +66,7 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
 
 
 def _step(row: Mapping[str, str]) -> float:
-    """The step of a row; infinite for a row that was cut off in the middle."""
+    """Give the step of a row; it is infinite for a row whose writing was cut short."""
     if None in row.values():
         return float("inf")
     try:

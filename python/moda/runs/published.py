@@ -1,7 +1,7 @@
-"""Checkpoints and mask files of the published code (MODA's artifact): found, read without running them, compared.
+"""Finds the checkpoints and mask files of the published code (MODA's artifact), reads and compares them.
 
-Both are pickles. They are read with `torch.load(weights_only=True)`, which builds tensors and plain containers and
-refuses everything else.
+Both are pickles. They are read with `torch.load(weights_only=True)`, which runs nothing that is in them: it builds
+tensors and plain containers and refuses everything else.
 """
 
 from __future__ import annotations
@@ -46,14 +46,14 @@ class PublishedRun:
 
     Attributes:
         weights: the file `model.pt`.
-        model: name of the architecture here.
-        data: name of the data set here, or the artifact's where it has none here.
-        batch_size: of training.
-        epochs: of training.
-        learning_rate: of training.
-        affinity: weight of the term; 0 where the name does not say.
-        dispersion: the same.
-        compactness: the same.
+        model: the name of the architecture here.
+        data: the name of the data set here, or the artifact's where it has none here.
+        batch_size: the samples of a training step.
+        epochs: the epochs of the training.
+        learning_rate: the learning rate before annealing.
+        affinity: the weight of the affinity term; 0 where the name does not say.
+        dispersion: the weight of the dispersion term, likewise.
+        compactness: the weight of the compactness term, likewise.
     """
 
     weights: Path
@@ -67,11 +67,11 @@ class PublishedRun:
     compactness: float
 
     def masks(self, threshold: float = 0.9) -> Path:
-        """The mask file of this checkpoint at a threshold; it need not exist."""
+        """Give the path of this checkpoint's mask file at a threshold; it need not exist."""
         return self.weights.with_name(f"{self.weights.name}.mod_mask.thres{threshold}.pt")
 
     def config(self, **settings: Any) -> TrainingConfig:
-        """As the settings of a run of ours; `settings` add to them or replace them.
+        """Give the settings of a run of ours; `settings` add to them or replace them.
 
         Raises:
             ValueError, TypeError: see `TrainingConfig`.
@@ -81,7 +81,7 @@ class PublishedRun:
 
 
 def find_published(root: str | Path) -> list[PublishedRun]:
-    """All final checkpoints under a folder laid out as the artifact's; of several versions of one the newest by name.
+    """Find all final checkpoints under a folder laid out as the artifact's, each in its newest version by name.
 
     `<model>_<data>/model__bs128__ep200__lr0.05__aff1.0_dis1.0_comp0.3/v<time>/model.pt`
 
@@ -99,7 +99,7 @@ def find_published(root: str | Path) -> list[PublishedRun]:
 
 
 def described(weights: str | Path, **settings: Any) -> TrainingConfig:
-    """Settings of a run of ours for a published checkpoint: what its folders' names say, and `settings`.
+    """Give the settings of a run of ours for a published checkpoint, from its folders' names and from `settings`.
 
     Raises:
         ValueError: the names do not say the model or the data, and `settings` do not either; or see `TrainingConfig`.
@@ -114,7 +114,7 @@ def described(weights: str | Path, **settings: Any) -> TrainingConfig:
 
 
 def _parsed(weights: Path) -> PublishedRun | None:
-    """What the folders of a `<model>_<data>/<settings>/v<time>/model.pt` say; None if they are not such folders."""
+    """Read what the folders of a `<model>_<data>/<settings>/v<time>/model.pt` say; None for other folders."""
     settings = _SETTINGS.match(weights.parent.parent.name)
     model, _, data = weights.parent.parent.parent.name.partition("_")
     if settings is None or model not in _MODELS or not data:
@@ -135,7 +135,7 @@ def _parsed(weights: Path) -> PublishedRun | None:
 
 
 def load_published_weights(path: str | Path) -> dict[str, Tensor]:
-    """The state_dict in a published `model.pt`, on the CPU.
+    """Read the state_dict in a published `model.pt` onto the CPU.
 
     Raises:
         FormatError (a ValueError): it is missing, holds anything that would have to be run, or is no state_dict.
@@ -147,7 +147,7 @@ def load_published_weights(path: str | Path) -> dict[str, Tensor]:
 
 
 def load_published_masks(path: str | Path, taps: Sequence[str]) -> Decomposition:
-    """The modules in a published mask file: `{class: [bool tensor per layer]}`.
+    """Read the modules in a published mask file, which holds `{class: [bool tensor per layer]}`.
 
     Args:
         path: the file, `model.pt.mod_mask.thres<threshold>.pt`; the threshold is taken from its name.
@@ -196,7 +196,7 @@ def import_run(weights: str | Path, folder: str | Path, config: TrainingConfig) 
     Args:
         weights: the published `model.pt`.
         folder: the run folder, new or empty.
-        config: what the checkpoint was trained with; it decides architecture and data.
+        config: the settings of its training, which decide architecture and data.
 
     Raises:
         FormatError (a ValueError): the file is not as `load_published_weights` wants it, or of another architecture.
@@ -217,14 +217,14 @@ def import_run(weights: str | Path, folder: str | Path, config: TrainingConfig) 
 
 @dataclass(frozen=True)
 class LayerAgreement:
-    """Two decompositions at one tap.
+    """What two decompositions have in common at one tap.
 
     Attributes:
-        tap: its name.
-        agreement: share of (class, neuron) entries that are the same.
-        only_first: entries that only the first keeps.
-        only_second: entries that only the second keeps.
-        both: entries that both keep.
+        tap: the name of the tap.
+        agreement: the share of (class, neuron) entries that are the same.
+        only_first: the number of entries that only the first keeps.
+        only_second: the number of entries that only the second keeps.
+        both: the number of entries that both keep.
     """
 
     tap: str
@@ -235,7 +235,7 @@ class LayerAgreement:
 
 
 def agreement(first: Decomposition, second: Decomposition) -> list[LayerAgreement]:
-    """How far two decompositions of one model are the same, tap by tap.
+    """Say how far two decompositions of one model are the same, tap by tap.
 
     Raises:
         ValueError: they are not of one model.

@@ -1,4 +1,4 @@
-"""Reuse, replacement, sweeps and analysis over trained runs."""
+"""Studies trained runs: reuse, replacement, sweeps and analysis."""
 
 from moda.lazy import submodules
 

@@ -1,4 +1,4 @@
-"""What a decomposition is like: module sizes, overlaps, and layer by layer what modules share (arXiv 2411.01074)."""
+"""Describes a decomposition: module sizes, overlaps, and what modules share in each layer (arXiv 2411.01074)."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ __all__ = ["Analysis", "LayerAnalysis", "analyze", "class_similarities"]
 
 @dataclass(frozen=True)
 class LayerAnalysis:
-    """One layer. Shares are in [0, 1].
+    """What modules share in one layer. Shares are in [0, 1].
 
     Attributes:
         tap: the layer's name.
-        neurons: C.
-        dead: neurons that fire for no sample of any class.
-        shared_by_all: neurons that every class keeps.
-        module_share: mean over classes of the share of neurons that the class keeps.
-        overlap: mean over pairs of classes of the share of neurons that both keep.
-        jaccard: mean over pairs of classes of |both keep| / |either keeps|; a pair that keeps nothing counts 0.
+        neurons: the number of neurons.
+        dead: the number of neurons that fire for no sample of any class.
+        shared_by_all: the number of neurons that every class keeps.
+        module_share: the mean over classes of the share of neurons that the class keeps.
+        overlap: the mean over pairs of classes of the share of neurons that both keep.
+        jaccard: the mean over pairs of classes of |both keep| / |either keeps|; a pair that keeps nothing counts 0.
     """
 
     tap: str
@@ -44,12 +44,12 @@ class LayerAnalysis:
 
 @dataclass(frozen=True, eq=False)
 class Analysis:
-    """A decomposition's figures.
+    """The figures of a decomposition.
 
     Attributes:
-        sizes: (K,) float64, parameters of each module / of the model.
-        overlaps: (K, K) float64, published counting; the diagonal is a module with itself.
-        layers: from the input to the output.
+        sizes: (K,) float64, the parameters of each module over those of the model.
+        overlaps: (K, K) float64, in the published counting; on the diagonal a module is compared with itself.
+        layers: one entry per layer, from the input to the output.
     """
 
     sizes: Tensor
@@ -58,16 +58,16 @@ class Analysis:
 
     @property
     def mean_size(self) -> float:
-        """Mean over classes: the paper's "module size"."""
+        """The mean over classes, which the paper calls "module size"."""
         return float(self.sizes.mean())
 
     @property
     def mean_overlap(self) -> float:
-        """Mean over pairs of classes: the paper's "module overlap"; 0 for a single class."""
+        """The mean over pairs of classes, which the paper calls "module overlap"; 0 for a single class."""
         return mean_over_pairs(self.overlaps)
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON holds it."""
+        """Give the figures as JSON holds them."""
         return {
             "mean_size": self.mean_size,
             "mean_overlap": self.mean_overlap,
@@ -78,9 +78,9 @@ class Analysis:
 
 
 def analyze(model: InstrumentedModel, decomposition: Decomposition, rates: FiringRates) -> Analysis:
-    """Sizes and overlaps of all modules, and layer by layer what they share.
+    """Compute sizes and overlaps of all modules, and what they share in each layer.
 
-    Exact, and without building a module or listing its parameters: a hundred classes take seconds.
+    The figures are exact. No module is built and no parameter listed: a hundred classes take seconds.
 
     Args:
         model: the model of the decomposition, instrumented.
@@ -119,12 +119,12 @@ def _layer(tap: str, mask: Tensor, counts: Mapping[str, Tensor]) -> LayerAnalysi
 
 
 def class_similarities(model: InstrumentedModel, loader: Iterable[Any], num_classes: int) -> dict[str, Tensor]:
-    """Per tap the (K, K) mean cosine similarity between the samples of two classes, in evaluation mode.
+    """Compute per tap the (K, K) mean cosine similarity between the samples of two classes, in evaluation mode.
 
     Args:
         model: an instrumented model.
         loader: batches (inputs, labels).
-        num_classes: K.
+        num_classes: the number of classes K.
 
     Raises:
         ValueError: a label is outside [0, K).

@@ -1,4 +1,4 @@
-"""The analysis of a run as a file: sizes, overlaps, layers, class similarity, and what they were computed from."""
+"""Writes and reads the analysis of a run: sizes, overlaps, layers, class similarity, and what they follow from."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ ANALYSIS = Format(
 
 
 def analyze_run(finished: FinishedRun) -> dict[str, Any]:
-    """Everything about a decomposed run's modules, as `analysis.json` holds it (docs/file_formats.md).
+    """Compute everything that `analysis.json` says of a decomposed run's modules (docs/file_formats.md).
 
     Raises:
         FormatError (a ValueError): the run is not decomposed, or holds no firing rates.

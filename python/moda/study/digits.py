@@ -1,4 +1,4 @@
-"""The paper's study on handwritten digits, end to end: what `moda report` makes its page from.
+"""Runs the paper's study on handwritten digits from end to end; `moda report` makes a page of it.
 
 <out>/<model>/seed-<s>/modular/     a run with modules, analysis.json, reuse.csv (all sub-tasks)
 <out>/<model>/seed-<s>/standard/    its standard counterpart
@@ -57,8 +57,8 @@ class Architecture:
     """How an architecture is trained on the digits.
 
     Attributes:
-        width: multiplier of its hidden widths.
-        image_size: images are resized to it.
+        width: the multiplier of its hidden widths.
+        image_size: the height and width that images are resized to.
     """
 
     width: float
@@ -98,7 +98,7 @@ class StudySettings(Settings, command="study"):
     sweeps: bool = setting(True, help="Whether to make the sweeps (the default).", option="--sweeps/--no-sweeps")
 
     def config(self, model: str, seed: int, *, modular: bool) -> TrainingConfig:
-        """Settings of one training."""
+        """Give the settings of one training."""
         architecture = ARCHITECTURES[model]
         config = TrainingConfig(
             model=model,
@@ -116,13 +116,13 @@ def run_study(out: Path, settings: StudySettings, *, jobs: int = 1) -> None:
     """Do what is not done yet.
 
     Args:
-        out: folder of the study.
+        out: the folder of the study.
         settings: what to do.
-        jobs: processes side by side, each with one thread; 1: in this process.
+        jobs: the processes side by side, each with one thread; with 1 everything runs in this process.
 
     Raises:
         ValueError: the folder holds runs with other settings.
-        KeyboardInterrupt: Ctrl-C; the same call goes on.
+        KeyboardInterrupt: Ctrl-C was pressed; the same call goes on from there.
     """
     out.mkdir(parents=True, exist_ok=True)
     _describe(out, settings, finished=False)
@@ -162,7 +162,7 @@ def _modular_folder(out: Path, model: str, seed: int) -> Path:
 
 
 def _study_pair(out: Path, settings: StudySettings, model: str, seed: int) -> str:
-    """One architecture and seed: both trainings, modules, analysis, all sub-tasks."""
+    """Study one architecture with one seed: both trainings, modules, analysis, all sub-tasks."""
     folder = _modular_folder(out, model, seed)
     modular = trained(folder, settings.config(model, seed, modular=True), "cpu", progress=False)
     standard = trained(folder.with_name("standard"), settings.config(model, seed, modular=False), "cpu", progress=False)
@@ -194,7 +194,7 @@ def _strong_models(settings: StudySettings) -> list[str]:
 
 
 def _study_replacement(out: Path, settings: StudySettings, strong_model: str) -> str:
-    """Weak LeNet5s with modules of one strong model.
+    """Study weak LeNet5s with modules of one strong model.
 
     A tenth of the digits is some 80 images. Small batches and 20 passes give the weak trainings and the calibration
     about as many steps as an epoch's worth of published data would.

@@ -1,4 +1,4 @@
-"""The module-replacement study: a class of weak models served by a strong model's module (arXiv 2411.01074)."""
+"""Replaces a class of a weak model by a strong model's module, and measures what that does (arXiv 2411.01074)."""
 
 from __future__ import annotations
 
@@ -59,18 +59,18 @@ class ReplacementResult:
     """One weak model, before and after one of its classes was replaced. Accuracies are shares in [0, 1].
 
     Attributes:
-        strong_model: architecture that the module is from.
-        weak_model: architecture of the weak model.
-        strategy: of `STRATEGIES`.
-        mixed_class: index of the replaced class in the data set.
+        strong_model: the architecture that the module is from.
+        weak_model: the architecture of the weak model.
+        strategy: one of `STRATEGIES`.
+        mixed_class: the index of the replaced class in the data set.
         class_name: its name.
-        epoch: of the weak model's weights.
+        epoch: the epoch of the weak model's weights.
         checkpoint: what these weights are called in the study: "under-fitted", "over-fitted" or "final".
-        before: accuracy of the weak model on each of its classes; the replaced one is the last.
-        after: accuracy of the model with the replaced class on them.
-        strong_weights_sha256: of the strong run's weights.
-        masks_sha256: of its modules.
-        weak_weights_sha256: of the weak model's weights.
+        before: the accuracy of the weak model on each of its classes; the replaced one is the last.
+        after: the same of the model with the replaced class.
+        strong_weights_sha256: the hash of the strong run's weights.
+        masks_sha256: the hash of its modules.
+        weak_weights_sha256: the hash of the weak model's weights.
     """
 
     strong_model: str
@@ -88,17 +88,17 @@ class ReplacementResult:
 
     @property
     def target(self) -> tuple[float, float]:
-        """Accuracy of the replaced class, before and after (the paper's TC)."""
+        """The accuracy of the replaced class, before and after (the paper's TC)."""
         return self.before[-1], self.after[-1]
 
     @property
     def others(self) -> tuple[float, float]:
-        """Unweighted mean accuracy of the other classes, before and after (the paper's non-TC)."""
+        """The unweighted mean accuracy of the other classes, before and after (the paper's non-TC)."""
         count = len(self.before) - 1
         return sum(self.before[:-1]) / count, sum(self.after[:-1]) / count
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON holds it; the means beside the accuracies they are of."""
+        """Give the result as JSON holds it, with the means beside the accuracies they are of."""
         (target_before, target_after), (others_before, others_after) = self.target, self.others
         return {
             **asdict(self),
@@ -127,9 +127,9 @@ def replace_class(
         weak: a run on the weak part of the same data set; its last class is replaced.
         strategy: "calibrate" (MODA's) trains a linear layer on the weak training samples, in their order; "normalize"
             (CNNSplitter's) normalises by the strong training samples and trains nothing.
-        epoch: of the weak weights (kept by keep_every_epochs); None: the final ones.
+        epoch: the epoch of the weak weights, which keep_every_epochs has kept; None means the final ones.
         checkpoint: what to call these weights in the result.
-        calibration: how "calibrate" trains; None: as published.
+        calibration: how "calibrate" trains; None means as published.
 
     Returns:
         The model with the replaced class (in evaluation mode) and its figures.
@@ -180,7 +180,7 @@ def current_strategy(name: str) -> str:
 
 
 def _mixed_class(strong: FinishedRun, weak: FinishedRun) -> int:
-    """The class that the two runs share, if they are the two sides of one study."""
+    """Give the class that the two runs share, if they are the two sides of one study."""
     for name, finished in (("strong", strong), ("weak", weak)):
         part = finished.run.config.data_options.get("replacement", {}).get("part")
         if part != name:
@@ -208,19 +208,19 @@ def _weights_file(weak: FinishedRun, epoch: int | None) -> Path:
 
 
 def _seen_in_training(strong: FinishedRun) -> BatchLoader:
-    """The strong training samples as one epoch of its training saw them, augmented."""
+    """Give the strong training samples as one epoch of its training saw them, augmented."""
     config = strong.run.config
     size = len(strong.data.train)  # type: ignore[arg-type]
     return BatchLoader(strong.data.train, EpochOrder(size, config.batch_size, config.seed))
 
 
 def class_accuracies(model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]], num_classes: int) -> tuple[float, ...]:
-    """Share of right answers among the samples of each class, in evaluation mode.
+    """Compute the share of right answers among the samples of each class, in evaluation mode.
 
     Args:
-        model: gives scores (N, num_classes).
+        model: a model that gives scores (N, num_classes).
         loader: batches (inputs, labels).
-        num_classes: K.
+        num_classes: the number of classes K.
 
     Raises:
         ValueError: there is no sample of a class.

@@ -1,4 +1,4 @@
-"""The trainings behind the replacement study, and the study over all of its weak models."""
+"""Runs the replacement study over all of its weak models, trainings included."""
 
 from __future__ import annotations
 
@@ -112,16 +112,16 @@ class ReplacementStudy(Settings, command="replace"):
 
     @property
     def checkpoints(self) -> list[tuple[str, int]]:
-        """Name and epoch of the weak weights that are studied."""
+        """The names and epochs of the weak weights that are studied."""
         named = [("under-fitted", self.under_epoch), ("over-fitted", self.over_epoch)]
         return [(name, epoch) for name, epoch in named if epoch] or [("final", self.epochs)]
 
     def strong_config(self) -> TrainingConfig:
-        """Settings of the strong training."""
+        """Give the settings of the strong training."""
         return self._config("strong", 0).changed(model=self.strong_model, width=self.strong_width)
 
     def weak_config(self, mixed_class: int) -> TrainingConfig:
-        """Settings of a weak training."""
+        """Give the settings of a weak training."""
         kept = [epoch for _, epoch in self.checkpoints if epoch != self.epochs]
         config = self._config("weak", mixed_class).changed(model=self.weak_model, width=self.weak_width)
         config = config.changed(keep_every_epochs=_common_divisor(kept))
@@ -153,10 +153,11 @@ def run_replacement_study(
     """Train what is not trained yet, replace a class of every weak model in every way, write replacement.json.
 
     Args:
-        folder: of the study; holds `strong/`, `weak-<class>/` and the results. A study that was stopped goes on.
+        folder: the folder of the study; it holds `strong/`, `weak-<class>/` and the results. A study that was stopped
+            goes on.
         study: what to do.
-        strong: take this strong run instead of training one.
-        progress: show progress.
+        strong: a strong run to take instead of training one.
+        progress: whether to show progress.
 
     Raises:
         ValueError: settings that do not go together, or a folder that holds runs with other settings.

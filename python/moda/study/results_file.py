@@ -1,4 +1,4 @@
-"""A table of results that grows row by row and can be continued after a kill, with a note of what it is of.
+"""Keeps a table of results that grows row by row and goes on after a kill, with a note of what it is of.
 
 `<name>.csv` holds the rows, `<name>.json` what they follow from (hashes of weights and masks). Rows of other weights
 or other modules are never mixed in: a table is continued only where its note says the same.
@@ -23,11 +23,11 @@ EARLIER = {"method": "moda", "rule": "firing"}
 
 
 class ResultsFile:
-    """Made by `open`. Every row is on disk when `append` returns.
+    """A table; `open` makes it. Every row is on disk when `append` returns.
 
     Attributes:
-        path: of the CSV file.
-        rows: what it holds, as text.
+        path: the path of the CSV file.
+        rows: the rows that it holds, as text.
     """
 
     def __init__(self, path: Path, kind: str, columns: Sequence[str], source: Mapping[str, Any]) -> None:
@@ -42,10 +42,10 @@ class ResultsFile:
         """Begin a table, or go on with one.
 
         Args:
-            path: of the CSV file; its folder is made if need be.
+            path: the path of the CSV file; its folder is made if need be.
             kind: "format" of the note, e.g. "moda-reuse".
-            columns: of the table.
-            source: what all rows follow from, anything that JSON can hold.
+            columns: the names of the columns.
+            source: what all rows follow from; anything that JSON can hold.
 
         Raises:
             FormatError: there is a table already, and it is not this one.
@@ -92,7 +92,7 @@ class ResultsFile:
 
 
 def read_note(path: Path, kind: str) -> dict[str, Any]:
-    """The note beside a table.
+    """Read the note beside a table.
 
     Raises:
         FormatError: it is missing or malformed.
@@ -101,7 +101,7 @@ def read_note(path: Path, kind: str) -> dict[str, Any]:
 
 
 def read_rows(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
-    """The whole rows of a table; a last one whose writing was cut short is left out.
+    """Read the whole rows of a table; a last one whose writing was cut short is left out.
 
     Raises:
         FormatError: it is missing, or has other columns.

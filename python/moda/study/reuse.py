@@ -1,4 +1,4 @@
-"""Sub-task reuse: how well, how large and how costly the composed model of every sub-task is (arXiv 2411.01074).
+"""Measures how well, how large and how costly the composed model of every sub-task is (arXiv 2411.01074).
 
 For each sub-task (a set of classes) three models are scored on the test samples of its classes, restricted to its
 classes: the standard model, the modular model before decomposition, and the composed model. Work is shared where
@@ -49,15 +49,15 @@ __all__ = [
 
 @dataclass(frozen=True)
 class ReuseResult:
-    """One sub-task. Shares are in [0, 1]; sizes and FLOPs are relative to the whole model.
+    """The result of one sub-task. Shares are in [0, 1]; sizes and FLOPs are relative to the whole model.
 
     Attributes:
         classes: the sub-task's classes, ascending.
-        composed: accuracy of the composed model.
-        modular: accuracy of the un-decomposed modular model, restricted to the classes.
-        standard: accuracy of the standard model, restricted to the classes; None if there is none.
-        size: parameters of the composed model / of the whole model.
-        flops: floating-point operations of the composed model / of the whole model, one sample.
+        composed: the accuracy of the composed model.
+        modular: the accuracy of the un-decomposed modular model, restricted to the classes.
+        standard: the accuracy of the standard model, restricted to the classes; None if there is none.
+        size: the parameters of the composed model over those of the whole one.
+        flops: the floating-point operations of the composed model over those of the whole one, for one sample.
     """
 
     classes: tuple[int, ...]
@@ -75,7 +75,7 @@ class TestSet:
     Attributes:
         images: (n, C, H, W) float32.
         labels: (n,) int64.
-        batch_size: samples per forward pass.
+        batch_size: the samples of a forward pass.
     """
 
     __test__ = False  # not a test class, pytest
@@ -86,17 +86,17 @@ class TestSet:
 
     @classmethod
     def of(cls, dataset: Any, batch_size: int = 512) -> TestSet:
-        """All samples of a data set of (image, class)."""
+        """Gather all samples of a data set of (image, class)."""
         samples = [dataset[index] for index in range(len(dataset))]
         images = torch.stack([image for image, _ in samples])
         return cls(images, torch.tensor([int(label) for _, label in samples]), batch_size)
 
     def to(self, device: torch.device) -> TestSet:
-        """With the images on a device; labels stay on the CPU."""
+        """Give a copy with the images on a device; labels stay on the CPU."""
         return replace(self, images=self.images.to(device))
 
     def logits(self, model: nn.Module, rows: Tensor | None = None) -> Tensor:
-        """(rows, K) logits of `model` in evaluation mode, on the CPU; all rows by default."""
+        """Compute the (rows, K) logits of `model` in evaluation mode, on the CPU; all rows by default."""
         images = self.images if rows is None else self.images[rows.to(self.images.device)]
         device = device_of(model)
         with evaluating(model), torch.no_grad():
@@ -117,10 +117,10 @@ def evaluate_subtasks(
     Args:
         model: the modular model, instrumented.
         decomposition: its modules.
-        tasks: classes of each sub-task; the order inside one does not matter.
+        tasks: the classes of each sub-task; the order inside one does not matter.
         test: samples of all classes.
         standard: a model trained without the modular terms, with the same classes.
-        progress: show a progress bar on stderr, if that is a terminal.
+        progress: whether to show a progress bar on stderr, if that is a terminal.
 
     Yields:
         One result per sub-task, as it is done; sub-tasks with the same masks come together.
@@ -172,7 +172,7 @@ class _WholeModels:
 
 
 def _same_masks(decomposition: Decomposition, tasks: Sequence[tuple[int, ...]]) -> list[list[tuple[int, ...]]]:
-    """The sub-tasks, grouped by the union of their modules."""
+    """Group the sub-tasks by the union of their modules."""
     groups: dict[bytes, list[tuple[int, ...]]] = {}
     for task in tasks:
         digest = hashlib.sha256()
@@ -195,13 +195,13 @@ def _whole_accuracy(logits: Tensor, labels: Tensor, task: Sequence[int]) -> floa
 
 
 def _restricted_accuracy(logits: Tensor, labels: Tensor, task: Sequence[int], columns: Sequence[int]) -> float:
-    """Accuracy when only the logits of `task` compete; `columns` are the classes of the logits."""
+    """Compute the accuracy when only the logits of `task` compete; `columns` are the classes of the logits."""
     picked = logits[:, [list(columns).index(c) for c in task]].argmax(1)
     return float((torch.tensor(task)[picked] == labels).double().mean())
 
 
 def by_size(results: Iterable[ReuseResult]) -> dict[int, ReuseResult]:
-    """Mean over the sub-tasks of each number of classes; `classes` of a mean is empty."""
+    """Average over the sub-tasks of each number of classes; `classes` of a mean is empty."""
     groups: dict[int, list[ReuseResult]] = {}
     for result in results:
         groups.setdefault(len(result.classes), []).append(result)
@@ -217,11 +217,11 @@ def _mean(results: Sequence[ReuseResult]) -> ReuseResult:
 
 
 def reuse_accuracy(results: Iterable[ReuseResult], figure: str = "composed") -> float:
-    """The paper's "reuse accuracy": the unweighted mean over sub-task sizes of the mean accuracy of each size.
+    """Compute the paper's "reuse accuracy": the unweighted mean over sub-task sizes of the mean accuracy of each size.
 
     Args:
         results: at least one.
-        figure: which field of the results to average so, e.g. "modular" or "size".
+        figure: the field of the results to average so, e.g. "modular" or "size".
     """
     means = [float(getattr(mean, figure)) for mean in by_size(results).values()]
     return sum(means) / len(means)
@@ -232,14 +232,14 @@ COLUMNS = tuple(field.name for field in fields(ReuseResult))
 
 
 def to_row(result: ReuseResult) -> dict[str, Any]:
-    """A result as cells of the table; None where there is no standard model."""
+    """Give a result as cells of the table; a cell is None where there is no standard model."""
     row = {name: getattr(result, name) for name in COLUMNS}
     row["classes"] = " ".join(map(str, result.classes))
     return row
 
 
 def from_row(row: Mapping[str, str]) -> ReuseResult:
-    """The result in a row of the table.
+    """Read the result in a row of the table.
 
     Raises:
         ValueError: a cell is no number, or one that it cannot be.
@@ -252,7 +252,7 @@ def from_row(row: Mapping[str, str]) -> ReuseResult:
 
 
 def read_results(path: Path) -> list[ReuseResult]:
-    """Results in a table of `moda reuse`, CSV.
+    """Read the results in a table of `moda reuse`, a CSV file.
 
     Raises:
         FormatError: the file is missing or not such a file.

@@ -1,4 +1,4 @@
-"""Sub-task reuse of a whole run, into a table that survives a kill."""
+"""Scores all sub-tasks of a run into a table that survives a kill."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ def run_reuse(
 
     Args:
         finished: a decomposed run.
-        tasks: classes of each sub-task.
-        path: of the table; .csv, or .parquet: then the table grows in the .csv file of the same name.
+        tasks: the classes of each sub-task.
+        path: the path of the table, .csv or .parquet; a .parquet table grows in the .csv file of the same name.
         standard: a run trained without the modular terms, on the same data.
-        batch_size: samples per forward pass.
-        progress: show a progress bar.
+        batch_size: the samples of a forward pass.
+        progress: whether to show a progress bar.
 
     Returns:
         The results of the sub-tasks asked for; the table may hold others too.
@@ -51,7 +51,7 @@ def run_reuse(
     Raises:
         ValueError: the name's ending is neither, the standard run is of other data, or no sub-task was asked for.
         FormatError (a ValueError): the run is not decomposed, or the table is of another run or decomposition.
-        KeyboardInterrupt: Ctrl-C; what is done is kept.
+        KeyboardInterrupt: Ctrl-C was pressed; what is done is kept.
     """
     if path.suffix not in (".csv", ".parquet"):
         raise ValueError(f"out: expected a name that ends in .csv or .parquet, got {path.name!r}")
@@ -102,7 +102,7 @@ def _cells(result: ReuseResult) -> dict[str, str]:
 
 
 def summary(results: Sequence[ReuseResult]) -> dict[str, Any]:
-    """Means over the sub-tasks of each size, and over sizes, as the note beside the table holds them."""
+    """Average over the sub-tasks of each size, and over sizes, as the note beside the table holds it."""
     sizes = by_size(results)
     counts = {size: sum(len(result.classes) == size for result in results) for size in sizes}
     with_standard = all(result.standard is not None for result in results)

@@ -1,4 +1,4 @@
-"""Which sub-tasks a study looks at: all subsets of few classes, the published sample of many (arXiv 2411.01074)."""
+"""Chooses the sub-tasks of a study: all subsets of few classes, the published sample of many (arXiv 2411.01074)."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ ALL_SUBSETS_UP_TO = 12  # classes; 2^12 sub-tasks are still a matter of minutes
 
 
 def subtasks(num_classes: int, seed: int = 42) -> list[tuple[int, ...]]:
-    """The sub-tasks of a study, each at least two classes in ascending order.
+    """List the sub-tasks of a study, each at least two classes in ascending order.
 
-    Up to 12 classes: all subsets, by size. More: `sample` (published for 100 classes).
+    Of up to 12 classes these are all subsets, by size; of more they are a `sample`, as published for 100 classes.
 
     Raises:
-        ValueError: fewer than two classes.
+        ValueError: there are fewer than two classes.
 
     Example:
         >>> subtasks(3)
@@ -42,14 +42,14 @@ def choose(
     per_size: int | None = None,
     seed: int = 42,
 ) -> list[tuple[int, ...]]:
-    """Sub-tasks as a user asks for them.
+    """Choose sub-tasks as a user asks for them.
 
     Args:
-        num_classes: at least 2.
-        kind: "auto" as `subtasks`, "all" subsets, or "sampled" as `sample`.
-        sizes: only sub-tasks of these numbers of classes.
-        per_size: at most so many of each size, drawn at random.
-        seed: of what is drawn.
+        num_classes: the number of classes, at least 2.
+        kind: "auto" chooses as `subtasks`, "all" takes all subsets, "sampled" chooses as `sample`.
+        sizes: the numbers of classes to keep to; None means all.
+        per_size: the most sub-tasks of each size, drawn at random; None means all.
+        seed: the seed of what is drawn.
 
     Raises:
         ValueError: an argument is not as above, or "all" would be more than a million.
@@ -86,17 +86,17 @@ def _thinned(tasks: list[tuple[int, ...]], per_size: int, seed: int) -> list[tup
 
 
 def sample(num_classes: int, seed: int = 42, *, confidence: float = 1.96, error: float = 0.08) -> list[tuple[int, ...]]:
-    """Random subsets of each size, as many as estimate a proportion at the given confidence; the published sampler.
+    """Draw random subsets of each size, as many as estimate a proportion at the given confidence, as published.
 
     Of the N subsets of a size, n = ceil(z^2 s^2 N/(N-1) / (e^2 + z^2 s^2/(N-1))) distinct ones are drawn by their
     lexicographic rank, with s = 1/2. With the defaults and 100 classes this is the published list of 14697
     sub-tasks, entry by entry.
 
     Args:
-        num_classes: at least 2.
-        seed: of Python's generator.
-        confidence: z, the normal quantile of the confidence level.
-        error: e, the half-width of the interval.
+        num_classes: the number of classes, at least 2.
+        seed: the seed of Python's generator.
+        confidence: the number z, the normal quantile of the confidence level.
+        error: the number e, the half-width of the interval.
     """
     generator = random.Random(seed)
     chosen = []
@@ -118,7 +118,7 @@ def _sample_size(total: int, confidence: float, error: float) -> int:
 
 
 def _combination(num_classes: int, size: int, rank: int) -> tuple[int, ...]:
-    """The subset of this size with the given lexicographic rank."""
+    """Give the subset of this size with the given lexicographic rank."""
     subset: list[int] = []
     for candidate in range(num_classes):
         if len(subset) == size:

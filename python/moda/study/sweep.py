@@ -1,4 +1,4 @@
-"""Sweeps: how module size, overlap and reuse accuracy move with the threshold or a loss weight (arXiv 2411.01074)."""
+"""Sweeps over the threshold or a loss weight: how sizes, overlaps and reuse accuracy move (arXiv 2411.01074)."""
 
 from __future__ import annotations
 
@@ -61,20 +61,20 @@ class SweepSettings(Settings, command="sweep"):
 
 @dataclass(frozen=True)
 class SweepPoint:
-    """One value of what is varied. Shares are in [0, 1].
+    """What was measured at one value of the parameter. Shares are in [0, 1].
 
     Attributes:
-        value: threshold, or weight of the term.
-        module_size: mean over classes, parameters of the module / of the model.
-        overlap: mean over pairs of classes, published counting.
-        reuse_accuracy: of the composed models, mean over sub-task sizes of each size's mean.
-        modular_accuracy: of the whole modular model on the same sub-tasks, averaged alike.
-        composed_size: of the composed models, averaged alike.
-        tasks: sub-tasks behind these means.
-        test_accuracy: of the whole model on all classes after the last epoch.
-        affinity: term of the loss, mean over the last epoch's training samples; None where it was not computed.
-        dispersion: the same.
-        compactness: the same.
+        value: the threshold, or the weight of the term.
+        module_size: the mean over classes of the module's parameters over the model's.
+        overlap: the mean over pairs of classes, in the published counting.
+        reuse_accuracy: the accuracy of the composed models: the mean over sub-task sizes of each size's mean.
+        modular_accuracy: that of the whole modular model on the same sub-tasks, averaged alike.
+        composed_size: the size of the composed models, averaged alike.
+        tasks: the number of sub-tasks behind these means.
+        test_accuracy: the accuracy of the whole model on all classes after the last epoch.
+        affinity: the affinity term, averaged over the last epoch's training samples; None where it was not computed.
+        dispersion: the dispersion term, likewise.
+        compactness: the compactness term, likewise.
     """
 
     value: float
@@ -102,9 +102,9 @@ def sweep_threshold(
 
     Args:
         finished: a decomposed run.
-        values: thresholds in [0, 1].
-        tasks: sub-tasks to score.
-        progress: show progress bars.
+        values: the thresholds, in [0, 1].
+        tasks: the sub-tasks to score.
+        progress: whether to show progress bars.
 
     Raises:
         ValueError: a threshold is outside [0, 1], or the table is of other weights, rates or sub-tasks.
@@ -136,11 +136,11 @@ def sweep_weight(
 
     Args:
         finished: a decomposed run.
-        weight: of `moda.runs.config.TERMS`.
-        values: weights, at least 0.
-        tasks: sub-tasks to score.
-        device: that models are tested on.
-        progress: show progress bars.
+        weight: one of `moda.runs.config.TERMS`.
+        values: the weights, at least 0.
+        tasks: the sub-tasks to score.
+        device: the device that models are tested on.
+        progress: whether to show progress bars.
 
     Raises:
         ValueError: an argument is not as above, or the table is of another run.
@@ -222,7 +222,7 @@ def _close(table: ResultsFile, values: Sequence[float]) -> list[SweepPoint]:
 
 
 def read_sweep(path: Path) -> list[SweepPoint]:
-    """The points of a `sweep_<parameter>.csv`.
+    """Read the points of a `sweep_<parameter>.csv`.
 
     Raises:
         FormatError: the file is missing or malformed.

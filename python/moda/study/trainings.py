@@ -1,4 +1,4 @@
-"""The trainings behind studies: made where they are missing, and continued where they were stopped."""
+"""Trains what studies need: what is missing is made, and what was stopped goes on."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["trained"]
 
 
 def trained(folder: Path, config: TrainingConfig, device: str = "auto", *, progress: bool = True) -> FinishedRun:
-    """The run in a folder, trained first if it is not, or from where it stopped.
+    """Open the run in a folder; it is trained first if it is not yet, from where it stopped.
 
     Raises:
         ValueError: the folder holds a run with other settings, or the settings do not go together.
