@@ -7,6 +7,7 @@ Functions and classes:
     count_firings   firing rates per class and neuron
     attribute       how much of a class's margin goes through each neuron; activation_shares, without gradients
     decompose       firing rates, attributions or shares -> Decomposition: one module per class
+    modularize      a network, a method of `methods` and data -> one module per class
     mask, compose   the model of some classes; composed, it is physically smaller
     save_composed, load_composed   a composed model's files
     replace         another model's module in a weak model's output
@@ -15,6 +16,7 @@ Functions and classes:
 Modules:
 
     models, data    architectures and data sets by name
+    methods         MODA, MwT, NeMo, GradSplitter, CNNSplitter behind one interface
     measure         size, overlap, FLOPs, accuracy
     export          a composed model as a torch.export or ONNX file
     runs            the settings and the folder of a training run
@@ -34,7 +36,7 @@ from typing import TYPE_CHECKING, Any
 from moda.lazy import submodules
 
 if TYPE_CHECKING:
-    from moda import bench, data, demo, models, report, runs, study, training
+    from moda import bench, data, demo, methods, models, report, runs, study, training
     from moda.composition import export, measure
     from moda.composition.compose import compose
     from moda.composition.files import load_composed, save_composed
@@ -46,6 +48,7 @@ if TYPE_CHECKING:
     from moda.decomposition.rates import FiringRates
     from moda.decomposition.rule import decompose
     from moda.decomposition.scores import ActivationShares, Attributions
+    from moda.methods.modularize import modularize
     from moda.observation.taps import InstrumentedModel, Taps, TracingError, instrument, observe
     from moda.runs.config import TrainingConfig
     from moda.training.callback import ModularCallback
@@ -75,7 +78,9 @@ __all__ = [
     "load_composed",
     "mask",
     "measure",
+    "methods",
     "models",
+    "modularize",
     "observe",
     "replace",
     "report",
@@ -106,6 +111,7 @@ _HOME = {
     "load_composed": "moda.composition.files",
     "mask": "moda.composition.masking",
     "measure": "moda.composition",
+    "modularize": "moda.methods.modularize",
     "observe": "moda.observation.taps",
     "replace": "moda.composition.replace",
     "save_composed": "moda.composition.files",

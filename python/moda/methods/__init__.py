@@ -1,5 +1,33 @@
-"""Modularization methods: ways to get one module per class out of a network."""
+"""Modularization methods behind one interface: ways to get one module per class out of a network.
 
-from moda.lazy import submodules
+MODA            activations of a class alike and few, those of others different (arXiv 2411.01074)
+MwT             gates of a class alike, those of others different (arXiv 2306.09376)
+NeMo            gates on convolutions or a Transformer's linear layers, with a contrastive loss
+GradSplitter    masks and heads learnt over a trained, frozen network (arXiv 2311.04438)
+CNNSplitter     a genetic search over a trained, frozen network (arXiv 2209.06116)
 
-__getattr__ = submodules(__name__)
+modularize      network, method and data -> modules
+Method          the interface, for a method of your own
+"""
+
+from moda.methods.base import EpochSummary, Method, Phase, Prepared
+from moda.methods.cnnsplitter import CNNSplitter
+from moda.methods.gradsplitter import GradSplitter
+from moda.methods.moda import MODA
+from moda.methods.modularize import Modularized, modularize
+from moda.methods.mwt import MwT
+from moda.methods.nemo import NeMo
+
+__all__ = [
+    "MODA",
+    "CNNSplitter",
+    "EpochSummary",
+    "GradSplitter",
+    "Method",
+    "Modularized",
+    "MwT",
+    "NeMo",
+    "Phase",
+    "Prepared",
+    "modularize",
+]

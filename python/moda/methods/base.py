@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from moda.data.unpacking import unpacked
 from moda.decomposition.container import Decomposition
+from moda.inference import device_of
 
-Batch: TypeAlias = "tuple[Tensor, Tensor]"
 Loader: TypeAlias = "Iterable[Any]"
 MakeOptimizer: TypeAlias = "Callable[[list[nn.Parameter]], Optimizer]"
 MakeSchedule: TypeAlias = "Callable[[Optimizer, int], LRScheduler]"
@@ -152,8 +153,8 @@ def train(
             for _ in range(phase.epochs):
                 means = _Means()
                 prepared.model.train(not prepared.frozen)
-                for inputs, labels in loader:
-                    means.add(step(method, prepared, phase, optimizer, inputs, labels))
+                for batch in loader:
+                    means.add(step(method, prepared, phase, optimizer, batch))
                 if schedule is not None:
                     schedule.step()
                 method.epoch_ended(prepared, phase, validation)
@@ -162,11 +163,13 @@ def train(
 
 
 def step(
-    method: Method[PreparedT], prepared: PreparedT, phase: Phase, optimizer: Optimizer, inputs: Any, labels: Tensor
+    method: Method[PreparedT], prepared: PreparedT, phase: Phase, optimizer: Optimizer, batch: Any
 ) -> dict[str, Tensor]:
-    """Take one step of a phase; gives the terms before the update."""
+    """Take one step of a phase on a batch of (inputs, labels); gives the terms before the update."""
+    device = device_of(prepared.model)
+    inputs, labels = unpacked(batch)
     optimizer.zero_grad()
-    terms = method.loss(prepared, prepared.model(inputs), labels)
+    terms = method.loss(prepared, inputs.to(device).into(prepared.model), labels.to(device))
     weighted = [phase.weights[name] * term for name, term in terms.items() if phase.weights.get(name)]
     torch.stack(weighted).sum().backward()
     optimizer.step()

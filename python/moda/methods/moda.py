@@ -1,0 +1,96 @@
+"""MODA (arXiv 2411.01074): samples of one class should fire the same few neurons, samples of others other ones."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moda.decomposition.container import Decomposition
+from moda.decomposition.counting import count_firings
+from moda.decomposition.rule import decompose
+from moda.methods.base import TASK, Loader, Phase, Prepared
+from moda.methods.mwt import check_training, sgd_phase
+from moda.observation.taps import Taps, observe
+from moda_kernels import modular_losses
+
+AFFINITY, DISPERSION, COMPACTNESS = "affinity", "dispersion", "compactness"
+
+
+@dataclass(frozen=True, eq=False)
+class PreparedTaps(Prepared):
+    """An observed network.
+
+    Attributes:
+        taps: of the network.
+    """
+
+    taps: Taps = field(kw_only=True)
+
+
+@dataclass(frozen=True)
+class MODA:
+    """MODA's settings; the defaults are the published ones.
+
+    Attributes:
+        affinity: weight of the affinity term (alpha).
+        dispersion: weight of the dispersion term (beta).
+        compactness: weight of the compactness term (gamma).
+        epochs: passes over the training data.
+        learning_rate: of SGD with Nesterov momentum, annealed along a cosine to 0.
+        momentum: of SGD.
+        threshold: firing rate from which a class keeps a neuron.
+        min_fraction: the least share of a layer's neurons that a class keeps.
+
+    Raises:
+        ValueError: a number is out of range.
+    """
+
+    affinity: float = 1.0
+    dispersion: float = 1.0
+    compactness: float = 0.3
+    epochs: int = 200
+    learning_rate: float = 0.05
+    momentum: float = 0.9
+    threshold: float = 0.9
+    min_fraction: float = 0.005
+
+    name = "moda"
+
+    def __post_init__(self) -> None:
+        for name in (AFFINITY, DISPERSION, COMPACTNESS):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name}: expected a number of at least 0, got {getattr(self, name)}")
+        check_training(self.epochs, self.learning_rate, self.momentum)
+
+    def prepare(self, model: nn.Module, num_classes: int, example: Any) -> PreparedTaps:
+        """Observe the network.
+
+        Raises:
+            ValueError: there are fewer than two classes, or the network calls no activation function.
+        """
+        if num_classes < 2:
+            raise ValueError(f"num_classes: expected at least 2, got {num_classes}")
+        taps = observe(model, example=example)
+        return PreparedTaps(model, num_classes, {"model": list(model.parameters()), "generators": []}, taps=taps)
+
+    def phases(self) -> list[Phase]:
+        """One phase: everything is trained together."""
+        terms = {AFFINITY: self.affinity, DISPERSION: self.dispersion, COMPACTNESS: self.compactness}
+        return [sgd_phase("train", self.epochs, self.learning_rate, self.momentum, {TASK: 1.0, **terms})]
+
+    def loss(self, prepared: PreparedTaps, outputs: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """Cross-entropy and the three terms on the activations of every hidden layer."""
+        losses = modular_losses(prepared.taps.activations(), labels)
+        return {TASK: F.cross_entropy(outputs, labels), **losses._asdict()}
+
+    def epoch_ended(self, prepared: PreparedTaps, phase: Phase, validation: Loader | None) -> None:
+        """Nothing has to be noted."""
+
+    def extract(self, prepared: PreparedTaps, loader: Loader) -> Decomposition:
+        """The neurons that fire for enough of a class's samples, by one pass over the training data."""
+        rates = count_firings(prepared.taps, loader, prepared.num_classes, progress=False)
+        return decompose(rates, threshold=self.threshold, min_fraction=self.min_fraction)
