@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from moda.decomposition.rates import FiringRates
     from moda.decomposition.rule import decompose
     from moda.decomposition.scores import ActivationShares, Attributions
-    from moda.methods.modularize import modularize
+    from moda.methods.running import modularize
     from moda.observation.taps import InstrumentedModel, Taps, TracingError, instrument, observe
     from moda.runs.config import TrainingConfig
     from moda.training.callback import ModularCallback
@@ -111,7 +111,7 @@ _HOME = {
     "load_composed": "moda.composition.files",
     "mask": "moda.composition.masking",
     "measure": "moda.composition",
-    "modularize": "moda.methods.modularize",
+    "modularize": "moda.methods.running",
     "observe": "moda.observation.taps",
     "replace": "moda.composition.replace",
     "save_composed": "moda.composition.files",

@@ -14,9 +14,9 @@ from moda.methods.base import EpochSummary, Method, Phase, Prepared
 from moda.methods.cnnsplitter import CNNSplitter
 from moda.methods.gradsplitter import GradSplitter
 from moda.methods.moda import MODA
-from moda.methods.modularize import Modularized, modularize
 from moda.methods.mwt import MwT
 from moda.methods.nemo import NeMo
+from moda.methods.running import Modularized, modularize
 
 __all__ = [
     "MODA",
