@@ -26,15 +26,21 @@ from moda_kernels import __version__
 __all__ = [
     "Format",
     "FormatError",
+    "check_own_folder",
+    "check_result_file",
+    "check_result_folder",
     "check_tensors",
     "format_errors",
     "is_partial",
+    "is_temporary",
     "parse_json",
+    "parse_tensors",
     "read_bytes",
     "read_csv",
     "read_tensors",
     "remove_partial_files",
     "sha256_of",
+    "tensor_bytes",
     "write_bytes",
     "write_json",
     "write_tensors",
@@ -42,7 +48,10 @@ __all__ = [
 
 PARTIAL = ".moda-partial"
 """How the name of a file ends that is being written, beside its place; see `write_bytes`."""
+LOCK = ".moda-lock"
+"""How the name of a lock ends; see `moda.runs.lock`."""
 
+LONGEST_MESSAGE = 1000
 LARGEST_JSON = 1 << 28
 LARGEST_TABLE = 1 << 30
 LARGEST_TENSORS = 1 << 36
@@ -50,7 +59,13 @@ LARGEST_TENSORS = 1 << 36
 
 
 class FormatError(ValueError):
-    """A file or folder is not what it should be; the message names it and says what is wrong."""
+    """A file or folder is not what it should be; the message names it and says what is wrong.
+
+    What was found may be of any length: a message is cut off at a thousand characters.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message if len(message) <= LONGEST_MESSAGE else f"{message[:LONGEST_MESSAGE]}...")
 
 
 @contextmanager
@@ -64,6 +79,47 @@ def format_errors(path: Path | str) -> Iterator[None]:
         raise FormatError(f"{path}: entry {error} is missing") from None
     except (TypeError, ValueError, OverflowError) as error:
         raise FormatError(f"{path}: {error}") from None
+
+
+# ---- where results may go ----------------------------------------------------------------------------------------
+
+
+def check_result_folder(folder: Path, description: str, *, force: bool) -> None:
+    """Raise ValueError unless a folder may take a result whose description is the file `description`.
+
+    It may be new or empty, or, with `force`, hold such a result already.
+    """
+    if not folder.is_dir():
+        if folder.exists():
+            raise ValueError(f"{folder}: expected a folder, found a file")
+        return
+    if (folder / description).exists():
+        if not force:
+            raise ValueError(f"{folder}: holds a result already; replace it with --force, or choose another folder")
+    elif not all(map(is_temporary, folder.iterdir())):
+        raise ValueError(f"{folder}: is not empty and holds no {description}; choose another folder")
+
+
+DESCRIPTIONS = (
+    *("config.json", "decomposition.json", "rates.json", "composed.json"),
+    *("study.json", "replacement.json", "repair.json"),
+)
+"""Files that say what a folder of ours is."""
+
+
+def check_own_folder(folder: Path, description: str) -> None:
+    """Raise ValueError if a folder is one of ours already, but not one that `description` describes."""
+    others = [name for name in DESCRIPTIONS if name != description and (folder / name).exists()]
+    if others and not (folder / description).exists():
+        raise ValueError(f"folder: {folder} is of another kind (it has {others[0]}); choose another folder")
+
+
+def check_result_file(path: Path, *, force: bool) -> None:
+    """Raise ValueError unless a result may be written to `path`: a new file or, with `force`, one that is replaced."""
+    if path.is_dir():
+        raise ValueError(f"{path}: expected a file, found a folder")
+    if path.exists() and not force:
+        raise ValueError(f"{path}: exists already; replace it with --force, or choose another name")
 
 
 # ---- writing -----------------------------------------------------------------------------------------------------
@@ -96,6 +152,11 @@ def is_partial(path: Path) -> bool:
     return path.name.startswith(".") and path.name.endswith(PARTIAL)
 
 
+def is_temporary(path: Path) -> bool:
+    """Whether a file is there only while a process of ours writes, or is what a killed one has left: no content."""
+    return is_partial(path) or (path.name.startswith(".") and path.name.endswith(LOCK))
+
+
 def remove_partial_files(folder: Path) -> None:
     """Remove what a killed process left of files it was writing; nothing else."""
     if folder.is_dir():
@@ -110,12 +171,21 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
     Raises:
         TypeError, ValueError: `value` holds something that JSON has no word for (a tensor, NaN).
     """
-    write_bytes(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
+    write_bytes(path, _json(value))
+
+
+def _json(value: Mapping[str, Any]) -> bytes:
+    return (json.dumps(value, indent=2, allow_nan=False) + "\n").encode()
+
+
+def tensor_bytes(tensors: Mapping[str, Tensor]) -> bytes:
+    """Tensors in safetensors format."""
+    return safetensors.torch.save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
     """Write tensors in safetensors format, atomically; returns the file's SHA-256 in hex."""
-    data = safetensors.torch.save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
+    data = tensor_bytes(tensors)
     write_bytes(path, data)
     return hashlib.sha256(data).hexdigest()
 
@@ -257,7 +327,11 @@ class Format:
         Raises:
             TypeError, ValueError: an entry is not as the format says.
         """
-        write_json(path, {**self.header(), **record(self.fields, self.optional)("", entries)})
+        write_bytes(path, self.to_bytes(entries))
+
+    def to_bytes(self, entries: Mapping[str, Any]) -> bytes:
+        """What `write` writes."""
+        return _json({**self.header(), **record(self.fields, self.optional)("", entries)})
 
     def read(self, path: Path) -> dict[str, Any]:
         """The entries of a file, as those of the version that is written today.
@@ -309,6 +383,15 @@ def read_tensors(
             f"{path}: its SHA-256 is {found}, the description beside it is of {sha256}: "
             "damaged, or from another save than the description"
         )
+    return parse_tensors(path, data)
+
+
+def parse_tensors(path: Path, data: bytes) -> dict[str, Tensor]:
+    """The tensors in `data`, which the safetensors file `path` holds.
+
+    Raises:
+        FormatError: it is malformed.
+    """
     try:
         return dict(safetensors.torch.load(data))
     except (SafetensorError, KeyError, ValueError, TypeError, OverflowError, RuntimeError) as error:

@@ -21,6 +21,7 @@ ClassesOption: TypeAlias = Annotated[
 OptionalClasses: TypeAlias = Annotated[
     str | None, typer.Option("--classes", "-c", help="Names or indices, separated by commas.", show_default=False)
 ]
+ForceOption: TypeAlias = Annotated[bool, typer.Option("--force", help="Replace a result that is there already.")]
 TasksOption: TypeAlias = Annotated[
     str, typer.Option("--tasks", help="auto (all subsets of up to 12 classes, else sampled), all, or sampled.")
 ]

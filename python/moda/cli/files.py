@@ -8,13 +8,14 @@ from typing import Annotated, Any
 
 import typer
 
-from moda.cli.arguments import ClassesOption, DecomposedRun, DeviceOption, parse_classes
+from moda.cli.arguments import ClassesOption, DecomposedRun, DeviceOption, ForceOption, parse_classes
 from moda.cli.commands import example, group
 from moda.cli.options import takes
 from moda.cli.printing import percent, say, show, table
 from moda.composition.compose import compose
 from moda.composition.export import export as write
 from moda.composition.export import provenance_of
+from moda.files import check_result_file
 from moda.runs.config import TrainingConfig
 from moda.runs.finished import FinishedRun, decompose_run
 from moda.runs.published import agreement, described, import_run, load_published_masks
@@ -36,12 +37,14 @@ def export(
         Path,
         typer.Option("--output", "-o", help="The file to write; its name ends in .pt2 or .onnx.", show_default=False),
     ],
+    force: ForceOption = False,
 ) -> None:
     """Write a composed model to a file that runs without moda: torch.export or ONNX.
 
     The file takes batches of any size. It is read back and must give the same logits on test images; its classes and
     the hashes of what it was made from are inside.
     """
+    check_result_file(output, force=force)
     finished = FinishedRun.open(folder, "cpu")
     chosen = parse_classes(classes, finished.data.class_names)
     model = compose(finished.model, finished.decomposition(), chosen)

@@ -10,7 +10,7 @@ import torch
 import typer
 from torch import nn
 
-from moda.cli.arguments import OptionalClasses, RunArgument, parse_classes
+from moda.cli.arguments import ForceOption, OptionalClasses, RunArgument, parse_classes
 from moda.cli.commands import example, group
 from moda.cli.options import takes
 from moda.cli.printing import percent, say, show, table
@@ -20,7 +20,8 @@ from moda.composition.files import COMPOSED, DESCRIPTION_FILE, load_composed, sa
 from moda.data import DataSplits
 from moda.data.batches import BatchLoader, EpochOrder
 from moda.decomposition.container import Decomposition
-from moda.files import FormatError, format_errors
+from moda.decomposition.files import METADATA_FILE
+from moda.files import FormatError, check_result_folder, format_errors
 from moda.observation.taps import InstrumentedModel, instrument
 from moda.runs.config import DecompositionSettings, TrainingConfig
 from moda.runs.finished import FinishedRun, decompose_run
@@ -42,6 +43,7 @@ def decompose(
     """
     settings = DecompositionSettings(**given)
     finished = FinishedRun.open(folder)
+    check_result_folder(finished.run.decomposition, METADATA_FILE, force=True)  # the run's own: it is made again
     decomposition = decompose_run(finished, **settings.to_dict())
     run = finished.run
     _print_modules(finished.model, decomposition, finished.data)
@@ -74,6 +76,7 @@ def compose(
         Path | None,
         typer.Option("--output", "-o", help="The folder to write it to.  \\[default: composed-... in the run]"),
     ] = None,
+    force: ForceOption = False,
 ) -> None:
     """Build the smaller model of some classes from their modules."""
     if classes is None:
@@ -81,9 +84,10 @@ def compose(
     finished = FinishedRun.open(folder, "cpu")
     run, data = finished.run, finished.data
     chosen = parse_classes(classes, data.class_names)
+    target = output or run.path / f"composed-{'-'.join(map(str, chosen))}"
+    check_result_folder(target, DESCRIPTION_FILE, force=force)
     model = build(finished.model, finished.decomposition(), chosen)
     names = [data.class_names[index] for index in chosen]
-    target = output or run.path / f"composed-{'-'.join(map(str, chosen))}"
     metadata = {"source_run": str(run.path), "class_names": names, "training": run.config.to_dict()}
     save_composed(model, target, metadata)
     _print_accuracies(finished, chosen, model)

@@ -7,16 +7,17 @@ from typing import Annotated
 
 import typer
 
+from moda.cli.arguments import ForceOption
 from moda.cli.commands import example, group
 from moda.cli.printing import say
-from moda.files import write_bytes
+from moda.files import check_result_file, write_bytes
 
 commands = group()
 
 
 @commands.command(
     epilog=example(
-        "moda report runs/digits runs/standard -o report.html", "moda report study -o docs/study/report.html"
+        "moda report runs/digits runs/standard -o report.html", "moda report study -o docs/study/report.html --force"
     )
 )
 def report(
@@ -29,6 +30,7 @@ def report(
         ),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="The page, a file.")] = Path("report.html"),
+    force: ForceOption = False,
     title: Annotated[str | None, typer.Option(help="Its heading.", show_default=False)] = None,
 ) -> None:
     """Make one page of runs' results: training, reuse, modules, sweeps, replacement, beside the paper's numbers.
@@ -39,6 +41,7 @@ def report(
     """
     from moda.report.study import read_inputs, study_page
 
+    check_result_file(output, force=force)
     page = study_page(read_inputs(folders), title)
     output.parent.mkdir(parents=True, exist_ok=True)
     write_bytes(output, page.encode())

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from moda.cli.arguments import RunArgument
 from moda.cli.commands import Interrupted, example, group
@@ -18,19 +19,45 @@ from moda.runs.folder import RunFolder
 commands = group()
 
 
+class _Train(TyperCommand):
+    """`--resume auto` beside `--resume`: an option whose value may be left out, which typer does not know."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Read `--resume auto` as one word."""
+        words = iter(args)
+        read = []
+        for word in words:
+            following = next(words, None) if word == "--resume" else None
+            if word == "--resume=auto" or following == "auto":
+                read.append("--resume-auto")
+            else:
+                read += [word] if following is None else [word, following]
+        return super().parse_args(ctx, read)
+
+
 @commands.command(
+    cls=_Train,
     epilog=example(
         "moda train runs/digits --epochs 40",
         "moda train runs/standard --epochs 40 --standard",
         "moda train runs/resnet --model resnet18 --data cifar10 --data-root ~/data --precision bf16-mixed",
         "moda train runs/resnet --resume",
-    )
+        "torchrun --nproc-per-node 4 --max-restarts 3 -m moda train runs/big --epochs 90 --resume auto",
+    ),
 )
 @takes(TrainingConfig, "train")
 def train(
     folder: RunArgument,
     given: Mapping[str, Any],
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's last checkpoint.")] = False,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume",
+            help="Go on from the run's last checkpoint. `--resume auto` begins where there is no run yet: one "
+            "command line for clusters that restart a job.",
+        ),
+    ] = False,
+    begin_or_resume: Annotated[bool, typer.Option("--resume-auto", hidden=True)] = False,
     standard: Annotated[bool, typer.Option("--standard", help="Train without the modular terms.")] = False,
 ) -> None:
     """Train a model modular (or standard) into a run folder.
@@ -43,6 +70,8 @@ def train(
         weights = [option_of(TrainingConfig, term) for term in TERMS if given.get(term)]
         if weights:
             raise typer.BadParameter(f"--standard trains without the modular terms; drop {', '.join(weights)}")
+    if resume and begin_or_resume:
+        raise typer.BadParameter("--resume: given twice, with auto and without")
     if resume:
         config = _resumed_config(folder, given, standard=standard)
     else:
@@ -54,12 +83,12 @@ def train(
     from moda.training.processes import process_rank
 
     try:
-        result = run_training(config, folder, resume=resume)
+        result = run_training(config, folder, resume="auto" if begin_or_resume else resume)
     except TrainingInterrupted as interrupt:
         raise Interrupted(str(interrupt)) from None
     if process_rank() > 0:
         return
-    if result.seconds == 0 and resume:
+    if result.seconds == 0 and (resume or begin_or_resume):
         say(f"{folder}: already finished after {config.epochs} epochs.")
     _print_training(result.run, result.metrics)
 

@@ -13,7 +13,7 @@ from moda.composition.compose import ComposedModel, build
 from moda.composition.slicing import Slicer
 from moda.decomposition.container import check_classes
 from moda.decomposition.files import check_num_classes, check_sites, described_sites
-from moda.files import Format, FormatError, check_tensors, format_errors, read_tensors, write_tensors
+from moda.files import Format, FormatError, check_own_folder, check_tensors, format_errors, read_tensors, write_tensors
 from moda.observation.taps import InstrumentedModel
 
 __all__ = ["load_composed", "save_composed"]
@@ -44,10 +44,12 @@ def save_composed(composed: ComposedModel, folder: str | Path, metadata: Mapping
 
     Raises:
         TypeError: `composed` was not made by `moda.compose`.
+        ValueError: the folder is of another kind: a run, a decomposition, ...
     """
     if not isinstance(composed, ComposedModel):
         raise TypeError(f"composed: expected a model made by moda.compose, got {type(composed).__name__}")
     folder = Path(folder)
+    check_own_folder(folder, DESCRIPTION_FILE)
     folder.mkdir(parents=True, exist_ok=True)
     weights = {name: tensor.clone() for name, tensor in composed.state_dict().items()}  # tied tensors: each its own
     description = {

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from moda.checks import Check, digest, integer, items, json_value, mapping, number, record, text
 from moda.decomposition.rates import FiringRates
-from moda.files import Format, FormatError, check_tensors, format_errors, read_tensors, write_tensors
+from moda.files import Format, FormatError, check_own_folder, check_tensors, format_errors, read_tensors, write_tensors
 
 MASKS_FILE = "masks.safetensors"
 METADATA_FILE = "decomposition.json"
@@ -77,6 +77,7 @@ RATES = Format(
 def write_decomposition(folder: str | Path, masks: Mapping[str, Tensor], entries: Mapping[str, Any]) -> None:
     """Write masks, and with the entries what describes them, to a folder, made if need be."""
     folder = Path(folder)
+    check_own_folder(folder, METADATA_FILE)
     folder.mkdir(parents=True, exist_ok=True)
     described = {
         "num_classes": next(iter(masks.values())).shape[0],
@@ -110,6 +111,7 @@ def save_rates(rates: FiringRates, folder: str | Path, metadata: Mapping[str, An
         metadata: what else is worth keeping, anything that JSON can hold.
     """
     folder = Path(folder)
+    check_own_folder(folder, RATES_FILE)
     folder.mkdir(parents=True, exist_ok=True)
     described = {
         "num_classes": rates.num_classes,

@@ -21,6 +21,7 @@ from moda.files import FormatError, sha256_of
 from moda.observation.taps import InstrumentedModel, instrument
 from moda.runs.config import DecompositionSettings
 from moda.runs.folder import RunFolder, load_data
+from moda.runs.lock import locked
 
 __all__ = ["FinishedRun", "checked_device", "decompose_run"]
 
@@ -141,8 +142,9 @@ def decompose_run(
     made = decompose(rates, threshold, min_fraction)
     origin = {WEIGHTS: finished.weights_sha256, "augmented": augmented}
     decomposition = replace(made, metadata={**made.metadata, **origin})
-    save_rates(rates, finished.rates_folder, origin)
-    decomposition.save(finished.run.decomposition)
+    with locked(finished.run.path):
+        save_rates(rates, finished.rates_folder, origin)
+        decomposition.save(finished.run.decomposition)
     return decomposition
 
 

@@ -4,6 +4,7 @@
     metrics.csv          one row per epoch
     steps.csv            one row per logged step
     model.safetensors    the final weights, under the model's own state_dict keys
+    checksums.json       SHA-256 of weights and checkpoints
     decomposition/       the modules, once `moda decompose` has run
     checkpoints/         last.ckpt, from which training resumes
     tensorboard/         if asked for
@@ -16,13 +17,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from moda import data as datasets
 from moda import models
 from moda.checks import json_value
 from moda.data import DataSplits
-from moda.files import Format, FormatError, format_errors, is_partial, read_tensors, write_tensors
+from moda.files import Format, FormatError, format_errors, is_temporary, parse_tensors, tensor_bytes
+from moda.runs.checksums import read_checked, write_checked
 from moda.runs.config import TrainingConfig
 
 RUN = Format("moda-run", {}, {"training": json_value})
@@ -47,7 +50,7 @@ class RunFolder:
             raise ValueError(f"{folder}: expected a folder, found a file")
         if (folder / "config.json").exists():
             raise ValueError(f"{folder}: holds a run already; resume it, or choose another folder")
-        if folder.exists() and not all(map(is_partial, folder.iterdir())):
+        if folder.exists() and not all(map(is_temporary, folder.iterdir())):
             raise ValueError(f"{folder}: is not empty and holds no run; choose another folder")
         folder.mkdir(parents=True, exist_ok=True)
         RUN.write(folder / "config.json", {"training": config.to_dict()})
@@ -107,21 +110,23 @@ class RunFolder:
         return self.weights.exists()
 
     def save_weights(self, state: dict[str, Tensor], path: Path | None = None) -> None:
-        """Write weights to `path`, or as the final ones."""
-        write_tensors(path or self.weights, state)
+        """Write weights to `path` in this folder, or as the final ones, and note their SHA-256."""
+        write_checked(self.path, path or self.weights, tensor_bytes(state))
 
-    def load_weights(self) -> dict[str, Tensor]:
-        """Read the final weights onto the CPU.
+    def load_weights(self, path: Path | None = None) -> dict[str, Tensor]:
+        """Read the weights in `path`, or the final ones, onto the CPU.
 
         Raises:
-            FormatError (a ValueError): the training is not finished, or the file is malformed.
+            FormatError (a ValueError): the training is not finished, or the file is malformed or not the one that was
+                written.
         """
-        if not self.finished:
+        if path is None and not self.finished:
             raise FormatError(
                 f"{self.path}: its training is not finished (no {self.weights.name}); "
                 f"finish it with: moda train {self.path} --resume"
             )
-        return read_tensors(self.weights)
+        path = path or self.weights
+        return parse_tensors(path, read_checked(self.path, path))
 
     def load_model(self, data: DataSplits) -> nn.Module:
         """Make the trained model, plain, on the CPU and in evaluation mode; `data` is what it was trained on.
@@ -129,13 +134,25 @@ class RunFolder:
         Raises:
             FormatError (a ValueError): as `load_weights`, or the weights are of another model.
         """
+        weights = self.load_weights()
+        self._check_shapes(weights, data)
         model = create_model(self.config, data)
-        try:
-            model.load_state_dict(self.load_weights())
-        except RuntimeError as error:
-            reason = " ".join(str(error).split())
-            raise FormatError(f"{self.weights}: not the weights of {self.config.model}: {reason}") from None
+        model.load_state_dict(weights)
         return model.eval()
+
+    def _check_shapes(self, weights: dict[str, Tensor], data: DataSplits) -> None:
+        """Compare with a model that takes no memory: the settings of a file from elsewhere may ask for any size."""
+        with torch.device("meta"):
+            expected = create_model(self.config, data).state_dict()
+        shapes = [{name: tuple(tensor.shape) for name, tensor in state.items()} for state in (weights, expected)]
+        wrong = sorted(
+            name for name in {**shapes[0], **shapes[1]} if shapes[0].get(name, ...) != shapes[1].get(name, ...)
+        )
+        if wrong:
+            got, wanted = (one.get(wrong[0], "none") for one in shapes)
+            raise FormatError(
+                f"{self.weights}: not the weights of {self.config.model}: {wrong[0]}: expected {wanted}, got {got}"
+            )
 
 
 def load_data(config: TrainingConfig) -> DataSplits:

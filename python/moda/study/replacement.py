@@ -14,7 +14,7 @@ from moda.checks import Check, digest, integer, items, number, one_of, record, t
 from moda.composition.compose import compose
 from moda.composition.replace import Calibration, normalize, replace
 from moda.data.batches import BatchLoader, EpochOrder
-from moda.files import Format, FormatError, format_errors, read_tensors, sha256_of
+from moda.files import Format, FormatError, format_errors, sha256_of
 from moda.inference import device_of, evaluating
 from moda.runs.finished import FinishedRun
 
@@ -144,7 +144,7 @@ def replace_class(
     mixed_class = _mixed_class(strong, weak)
     weights = _weights_file(weak, epoch)
     model = weak.run.load_model(weak.data).to(device_of(weak.model))
-    model.load_state_dict(read_tensors(weights))
+    model.load_state_dict(weak.run.load_weights(weights))
     test = list(weak.loader(weak.data.test))
     classes = weak.data.num_classes
     before = class_accuracies(model, test, classes)

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from moda.checks import flag, json_value, mapping
 from moda.files import Format, FormatError, read_csv, write_bytes
+from moda.runs.lock import locked
 
 __all__ = ["ResultsFile", "read_note", "read_rows"]
 
@@ -38,6 +40,19 @@ class ResultsFile:
         self.rows: list[dict[str, str]] = []
 
     @classmethod
+    @contextmanager
+    def locked(cls, path: Path, kind: str, columns: Sequence[str], source: Mapping[str, Any]) -> Iterator[ResultsFile]:
+        """`open` a table and keep other processes from it while the block runs.
+
+        Raises:
+            BusyError (a ValueError): another process is writing it.
+            FormatError (a ValueError): as `open`.
+        """
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with locked(path):
+            yield cls.open(path, kind, columns, source)
+
+    @classmethod
     def open(cls, path: Path, kind: str, columns: Sequence[str], source: Mapping[str, Any]) -> ResultsFile:
         """Begin a table, or go on with one.
 
@@ -53,10 +68,12 @@ class ResultsFile:
         table = cls(path, kind, columns, source)
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
-            table._check_note()
             table.rows = read_rows(path, columns)
+            # A table without a row may be older than its note: one that was killed in between, by an earlier release.
+            if table.rows or path.with_suffix(".json").exists():
+                table._check_note()
+        table.note(finished=False)  # first, so that no table is ever without
         table.rewrite(table.rows)
-        table.note(finished=False)
         return table
 
     def append(self, row: Mapping[str, Any]) -> None:

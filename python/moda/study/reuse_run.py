@@ -59,29 +59,29 @@ def run_reuse(
         raise ValueError("tasks: expected at least one sub-task, got none")
     _check_standard(finished, standard)
     source = finished.provenance() | {"standard_sha256": standard.weights_sha256 if standard else None}
-    table = ResultsFile.open(path.with_suffix(".csv"), KIND, COLUMNS, source)
-    results = {result.classes: result for result in map(from_row, table.rows)}
-    wanted = [tuple(sorted(task)) for task in tasks]
-    missing = [task for task in wanted if task not in results]
-    if missing:
-        test = TestSet.of(finished.data.test, batch_size)
-        models = finished.model, finished.decomposition()
-        other = standard.model if standard else None
-        try:
-            for result in evaluate_subtasks(*models, missing, test, standard=other, progress=progress):
-                table.append(to_row(result))
-                results[result.classes] = result
-        except KeyboardInterrupt:
-            done = len(wanted) - len([task for task in missing if task not in results])
-            raise KeyboardInterrupt(
-                f"interrupted after {done} of {len(wanted)} sub-tasks; the same command goes on from there"
-            ) from None
-    everything = sorted(results.values(), key=lambda result: (len(result.classes), result.classes))
-    table.rewrite([_cells(result) for result in everything])
-    table.note(finished=True, summary=summary(everything))
-    if path.suffix == ".parquet":
-        write_parquet(path, everything)
-    return [results[task] for task in dict.fromkeys(wanted)]
+    with ResultsFile.locked(path.with_suffix(".csv"), KIND, COLUMNS, source) as table:
+        results = {result.classes: result for result in map(from_row, table.rows)}
+        wanted = [tuple(sorted(task)) for task in tasks]
+        missing = [task for task in wanted if task not in results]
+        if missing:
+            test = TestSet.of(finished.data.test, batch_size)
+            models = finished.model, finished.decomposition()
+            other = standard.model if standard else None
+            try:
+                for result in evaluate_subtasks(*models, missing, test, standard=other, progress=progress):
+                    table.append(to_row(result))
+                    results[result.classes] = result
+            except KeyboardInterrupt:
+                done = len(wanted) - len([task for task in missing if task not in results])
+                raise KeyboardInterrupt(
+                    f"interrupted after {done} of {len(wanted)} sub-tasks; the same command goes on from there"
+                ) from None
+        everything = sorted(results.values(), key=lambda result: (len(result.classes), result.classes))
+        table.rewrite([_cells(result) for result in everything])
+        table.note(finished=True, summary=summary(everything))
+        if path.suffix == ".parquet":
+            write_parquet(path, everything)
+        return [results[task] for task in dict.fromkeys(wanted)]
 
 
 def _check_standard(finished: FinishedRun, standard: FinishedRun | None) -> None:

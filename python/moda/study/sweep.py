@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -112,12 +113,12 @@ def sweep_threshold(
     values = check_setting(SweepSettings, "threshold", values)
     rates = finished.rates()
     rule = FiringRule.of(finished.decomposition().settings)
-    table = _open(finished, "threshold", tasks, {"min_fraction": rule.min_fraction})
-    test = TestSet.of(finished.data.test)
-    for value in _missing(table, values):
-        decomposition = decompose(rates, value, rule.min_fraction)
-        table.append(asdict(_measure(finished, decomposition, value, tasks, test, progress)))
-    return _close(table, values)
+    with _table(finished, "threshold", tasks, {"min_fraction": rule.min_fraction}) as table:
+        test = TestSet.of(finished.data.test)
+        for value in _missing(table, values):
+            decomposition = decompose(rates, value, rule.min_fraction)
+            table.append(asdict(_measure(finished, decomposition, value, tasks, test, progress)))
+        return _close(table, values)
 
 
 def sweep_weight(
@@ -149,16 +150,16 @@ def sweep_weight(
         raise ValueError(f"weight: expected one of {', '.join(TERMS)}, got {weight!r}")
     values = check_setting(SweepSettings, weight, values)
     example = finished.decomposition()
-    table = _open(finished, weight, tasks, asdict(FiringRule.of(example.settings)))
-    test = TestSet.of(finished.data.test)
-    for value in _missing(table, values):
-        point = finished
-        if getattr(finished.run.config, weight) != value:
-            folder = finished.run.path / "sweeps" / f"{weight}-{value:g}"
-            point = trained(folder, finished.run.config.changed(**{weight: value}), device, progress=progress)
-        decomposition = example if point is finished else _decomposed_alike(point, example, progress)
-        table.append(asdict(_measure(point, decomposition, value, tasks, test, progress)))
-    return _close(table, values)
+    with _table(finished, weight, tasks, asdict(FiringRule.of(example.settings))) as table:
+        test = TestSet.of(finished.data.test)
+        for value in _missing(table, values):
+            point = finished
+            if getattr(finished.run.config, weight) != value:
+                folder = finished.run.path / "sweeps" / f"{weight}-{value:g}"
+                point = trained(folder, finished.run.config.changed(**{weight: value}), device, progress=progress)
+            decomposition = example if point is finished else _decomposed_alike(point, example, progress)
+            table.append(asdict(_measure(point, decomposition, value, tasks, test, progress)))
+        return _close(table, values)
 
 
 def _decomposed_alike(finished: FinishedRun, example: Decomposition, progress: bool) -> Decomposition:
@@ -194,9 +195,9 @@ def _measure(
     )
 
 
-def _open(
+def _table(
     finished: FinishedRun, parameter: str, tasks: Sequence[Sequence[int]], settings: dict[str, float]
-) -> ResultsFile:
+) -> AbstractContextManager[ResultsFile]:
     listed = ";".join(" ".join(map(str, task)) for task in tasks)
     source = {
         "parameter": parameter,
@@ -206,7 +207,7 @@ def _open(
         "subtasks_sha256": hashlib.sha256(listed.encode()).hexdigest(),
         **settings,
     }
-    return ResultsFile.open(finished.run.path / f"sweep_{parameter}.csv", KIND, COLUMNS, source)
+    return ResultsFile.locked(finished.run.path / f"sweep_{parameter}.csv", KIND, COLUMNS, source)
 
 
 def _missing(table: ResultsFile, values: Sequence[float]) -> list[float]:

@@ -13,28 +13,32 @@ from __future__ import annotations
 import copy
 import io
 import logging
+import pickle
 import signal
 import threading
 import time
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from moda.checks import number
 from moda.data import DataSplits
 from moda.data.batches import Batch, BatchLoader, EpochOrder
-from moda.files import FormatError, remove_partial_files, write_bytes
+from moda.files import FormatError, format_errors, remove_partial_files
 from moda.observation.taps import Route, observe, taps_of
+from moda.runs.checksums import read_checked, write_checked
 from moda.runs.config import RUNTIME_SETTINGS, TrainingConfig
 from moda.runs.folder import RunFolder, create_model, load_data
+from moda.runs.lock import locked
 from moda.runs.metrics import MetricsFile, read_metrics
 from moda.training.processes import SHARDED, SHARDED_PRECISIONS, process_rank, shard, trainer_options, whole_weights
 from moda.training.progress import TrainingProgress
@@ -302,26 +306,65 @@ class _Data(lightning.LightningDataModule):
 
 
 class _SafeCheckpointIO(CheckpointIO):
-    """Checkpoints that are whole or absent, and run no code when read."""
+    """Checkpoints of a run that are whole or absent, the ones that were written, and run no code when read."""
+
+    def __init__(self, run: RunFolder) -> None:
+        self.run = run
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         buffer = io.BytesIO()
         torch.save(checkpoint, buffer)
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        write_bytes(Path(path), buffer.getvalue())
+        write_checked(self.run.path, Path(path), buffer.getvalue())
 
     def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = True) -> dict[str, Any]:
-        try:
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise FormatError(f"{path}: not a checkpoint that can be read: {reason}") from error
-        if not isinstance(checkpoint, dict):
-            raise FormatError(f"{path}: not a checkpoint: it holds a {type(checkpoint).__name__}")
-        return checkpoint
+        return _read_checkpoint(self.run, Path(path))
 
     def remove_checkpoint(self, path: Any) -> None:
         Path(path).unlink(missing_ok=True)
+
+
+def _read_checkpoint(run: RunFolder, path: Path) -> dict[str, Any]:
+    """A checkpoint of a run, read without running anything in it.
+
+    Raises:
+        FormatError: it is not the one that was written, or holds anything but tensors and plain values.
+    """
+    data = read_checked(run.path, path)
+    try:
+        checkpoint = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except Exception as error:  # a malformed file makes the reader stumble in many ways
+        # PyTorch's own words advise to switch the protection off.
+        unsafe = isinstance(error, pickle.UnpicklingError) and "weights_only" in str(error).lower()
+        reason = "it holds more than tensors and plain values" if unsafe else f"{error}".partition("\n")[0]
+        raise FormatError(f"{path}: not a checkpoint that can be read: {reason or type(error).__name__}") from None
+    if not isinstance(checkpoint, dict):
+        raise FormatError(f"{path}: not a checkpoint: it holds a {type(checkpoint).__name__}")
+    return checkpoint
+
+
+def _check_checkpoint(run: RunFolder, names: Collection[str]) -> None:
+    """Look at the last checkpoint before Lightning does: some of its strategies would run what is in the file.
+
+    Raises:
+        FormatError: as `_read_checkpoint`, or it is not one of this run: entries are missing, its weights have other
+            names or are not finite, or its learning rate is none that the schedule gives.
+    """
+    path = run.last_checkpoint
+    checkpoint = _read_checkpoint(run, path)
+    with format_errors(path):
+        missing = sorted({"state_dict", "optimizer_states", "lr_schedulers", "loops", "moda"} - checkpoint.keys())
+        if missing:
+            raise ValueError(f"entry {missing[0]!r} is missing")
+        weights = checkpoint["state_dict"]
+        if not isinstance(weights, dict) or weights.keys() != set(names):
+            raise ValueError("state_dict: expected the weights of this run's model, got others")
+        broken = [name for name, tensor in weights.items() if not bool(torch.isfinite(tensor).all())]
+        if broken:
+            raise ValueError(f"state_dict: expected finite weights, got others in {broken[0]}; the training diverged")
+        (optimizer,) = checkpoint["optimizer_states"]
+        for group in optimizer["param_groups"]:
+            number(0, run.config.learning_rate)("optimizer_states: learning rate", group["lr"])
 
 
 class _RunRecorder(Checkpoint):
@@ -395,7 +438,7 @@ def train(
     config: TrainingConfig,
     folder: str | Path,
     *,
-    resume: bool = False,
+    resume: bool | Literal["auto"] = False,
     model: nn.Module | None = None,
     data: DataSplits | None = None,
     progress: TrainingProgress | None = None,
@@ -406,7 +449,8 @@ def train(
         config: what to train and how.
         folder: the run folder, new or empty; with `resume` one that holds a run.
         resume: go on from the run's last checkpoint (from the beginning if it has none yet; not at all if the
-            run is finished). `config` may then differ from the run's in `RUNTIME_SETTINGS` only.
+            run is finished). `config` may then differ from the run's in `RUNTIME_SETTINGS` only. "auto" begins where
+            there is no run yet, and goes on where there is one.
         model: train this one; `config.model` is then a name and nothing else. It is trained in place, but for
             strategy "fsdp", which shares out its weights and leaves it in pieces: the result has a whole copy.
         data: train on this; `config.data` is then a name and nothing else.
@@ -416,16 +460,28 @@ def train(
         ValueError, TypeError: an argument is not as above, or the settings do not go together.
         FileNotFoundError, ImportError: the data set, or a package that it needs, is missing.
         FormatError (a ValueError): the run folder or its checkpoint is malformed.
+        BusyError (a ValueError): another process is writing in the run folder.
         TrainingInterrupted (a KeyboardInterrupt): Ctrl-C or SIGTERM; the last checkpoint is whole.
     """
     _check_runnable(config)
+    if resume not in (True, False, "auto"):
+        raise ValueError(f"resume: expected True, False or 'auto', got {resume!r}")
+    if resume == "auto":
+        resume = (Path(folder) / "config.json").exists()
     if resume:
         _check_resumable(RunFolder.open(folder).config, config)
     data = load_data(config) if data is None else data
     torch.manual_seed(config.seed)
     model = create_model(config, data) if model is None else model
     with _observed_while_training(model):
-        return _train(ModularModule(model, config, data.num_classes), config, folder, resume, data, progress)
+        module = ModularModule(model, config, data.num_classes)
+        first = process_rank() == 0
+        run = RunFolder.create(folder, config) if first and not resume else RunFolder(Path(folder), config)
+        with locked(run.path) if first else nullcontext():
+            if first and resume:
+                remove_partial_files(run.path)
+                remove_partial_files(run.checkpoints)
+            return _trained(run, module, data, progress or TrainingProgress(), resume=resume)
 
 
 @contextmanager
@@ -440,26 +496,19 @@ def _observed_while_training(model: nn.Module) -> Iterator[None]:
             taps.remove()
 
 
-def _train(
-    module: ModularModule,
-    config: TrainingConfig,
-    folder: str | Path,
-    resume: bool,
-    data: DataSplits,
-    progress: TrainingProgress | None,
+def _trained(
+    run: RunFolder, module: ModularModule, data: DataSplits, progress: TrainingProgress, *, resume: bool
 ) -> TrainingResult:
-    if resume:
-        run = RunFolder(Path(folder), config)
-        if process_rank() == 0:
-            remove_partial_files(run.checkpoints)
-    else:
-        run = RunFolder.create(folder, config) if process_rank() == 0 else RunFolder(Path(folder), config)
+    """Train what is left to train of a run."""
+    config = run.config
     if run.finished:
         module.model.load_state_dict(run.load_weights())
         return TrainingResult(run, module.model, read_metrics(run.metrics)[-1], 0.0)
     resume = resume and run.last_checkpoint.exists()
+    if resume:
+        _check_checkpoint(run, module.state_dict().keys())
     unsharded = _plain_copy(module.model) if config.strategy == SHARDED else None
-    recorder = _RunRecorder(run, progress or TrainingProgress(), resumed=resume)
+    recorder = _RunRecorder(run, progress, resumed=resume)
     _fit(module, _Data(data, config), recorder, run.last_checkpoint if resume else None)
     weights = whole_weights(module.model)
     if module.trainer.is_global_zero:
@@ -534,7 +583,7 @@ def _trainer(recorder: _RunRecorder) -> lightning.Trainer:
         logger=_tensorboard(recorder.run) if config.tensorboard else False,
         log_every_n_steps=1,  # what is logged per step is the recorder's choice
         callbacks=[recorder],
-        plugins=[_SafeCheckpointIO()],
+        plugins=[_SafeCheckpointIO(recorder.run)],
         default_root_dir=recorder.run.path,
         enable_progress_bar=False,
         enable_model_summary=False,

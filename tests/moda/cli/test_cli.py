@@ -125,6 +125,40 @@ def test_compose_and_evaluate(moda: Moda, run: Path, tmp_path: Path) -> None:
     assert whole.group(1) == f"{100 * float(share):.2f}"
 
 
+def test_no_command_replaces_what_it_should_not(moda: Moda, run: Path, tmp_path: Path) -> None:
+    """Neither the trained weights, nor the masks, nor a result unless that is asked for."""
+    before = {path: path.read_bytes() for path in run.rglob("*.safetensors")}
+    for target, reason in ((run, "holds no composed.json"), (run / "decomposition", "holds no composed.json")):
+        status, _, err = moda("compose", run, "--classes", "1,7", "-o", target)
+        assert (status, reason in err, err.count("\n")) == (1, True, 1)
+    status, _, err = moda("compose", run, "--classes", "1,7", "-o", run / "config.json")
+    assert (status, "expected a folder, found a file" in err) == (1, True)
+    for command in (["report", run], ["export", run, "--classes", "1"]):
+        status, _, err = moda(*command, "-o", run / "config.json")
+        assert (status, "config.json: exists already; replace it with --force" in err) == (1, True)
+    target = tmp_path / "composed"
+    assert moda("compose", run, "--classes", "1,7", "-o", target)[0] == 0
+    status, _, err = moda("compose", run, "--classes", "1,8", "-o", target)
+    assert (status, "holds a result already; replace it with --force" in err) == (1, True)
+    assert json.loads((target / "composed.json").read_text())["classes"] == [1, 7]
+    assert moda("compose", run, "--classes", "1,8", "-o", target, "--force")[0] == 0
+    assert json.loads((target / "composed.json").read_text())["classes"] == [1, 8]
+    assert {path: path.read_bytes() for path in run.rglob("*.safetensors")} == before
+
+
+def test_resume_auto(moda: Moda, tmp_path: Path) -> None:
+    """One command line begins, finds the run finished, and refuses other settings."""
+    line = ["train", tmp_path / "run", "--epochs", "1", "--width", "0.25", "--resume", "auto"]
+    status, out, _ = moda(*line)
+    assert (status, "already finished" in out) == (0, False)
+    status, out, _ = moda(*line[:-2], "--resume=auto")
+    assert (status, "already finished after 1 epochs" in out) == (0, True)
+    status, _, err = moda(*line, "--lr", "0.5")
+    assert (status, "learning_rate: the run to resume was started with 0.05" in err) == (1, True)
+    status, _, err = moda(*line, "--resume")
+    assert (status, "--resume: given twice" in err) == (2, True)
+
+
 def test_doctor(moda: Moda) -> None:
     status, out, err = moda("doctor")
     assert (status, err) == (0, "")

@@ -63,8 +63,22 @@ def test_malformed_tables_are_refused(tmp_path, text, message):
         read_rows(tmp_path / "x.csv", COLUMNS)
 
 
-def test_a_table_without_its_note_is_refused(tmp_path):
+def test_a_kill_before_the_first_row_is_no_obstacle(tmp_path, monkeypatch):
+    """The note is written first; an earlier release wrote it last, and could leave a table of no rows without one."""
+    written = []
+    monkeypatch.setattr("moda.study.results_file.write_bytes", lambda path, data: written.append(path.name))
     table(tmp_path / "x.csv")
+    assert written == ["x.csv"]
+    assert [path.name for path in tmp_path.iterdir()] == ["x.json"]
+    monkeypatch.undo()
+    (tmp_path / "x.json").unlink()
+    (tmp_path / "x.csv").write_text("name,value\n")
+    assert table(tmp_path / "x.csv").rows == []
+    assert read_note(tmp_path / "x.csv", "moda-x")["finished"] is False
+
+
+def test_a_table_without_its_note_is_refused(tmp_path):
+    table(tmp_path / "x.csv").append({"name": "a", "value": 1})
     note = tmp_path / "x.json"
     note.write_text(json.dumps(json.loads(note.read_text()) | {"source": []}))
     with pytest.raises(FormatError, match="x.json: source: expected an object, got list"):

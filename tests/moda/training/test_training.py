@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,11 @@ from torch.utils.data import Dataset
 
 from moda.data.batches import BatchLoader, EpochOrder, SampleBatches, epoch_order
 from moda.data.splits import DataSplits, InMemory
-from moda.files import FormatError, read_tensors
+from moda.files import FormatError, is_temporary, read_tensors
 from moda.observation.taps import observe, taps_of
 from moda.runs.config import TrainingConfig
 from moda.runs.folder import RunFolder
+from moda.runs.lock import BusyError
 from moda.runs.metrics import MetricsFile, read_metrics
 from moda.training import loop as training
 from moda.training.loop import TrainingInterrupted, TrainingResult, train
@@ -362,7 +364,7 @@ def test_kill_loses_at_most_the_steps_since_the_last_checkpoint(tmp_path: Path) 
     done = logged_steps(folder)
     checkpoint = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
     assert 8 - 2 <= done - 2 <= checkpoint["global_step"] <= done  # a row is written just before its checkpoint
-    partial = folder / "checkpoints" / ".last.ckpt.half"
+    partial = folder / "checkpoints" / ".last.ckpt.0a1b2c3d.moda-partial"
     partial.write_bytes(b"what a kill in the middle of writing leaves")
     steps = checkpoint["global_step"] + 4
     with pytest.raises(TrainingInterrupted):
@@ -509,7 +511,10 @@ def test_checkpoint_of_another_training(tmp_path: Path) -> None:
         with pytest.raises(TrainingInterrupted):
             tiny_train(tmp_path / name, learning_rate=rate, progress=StopAfter(4))
     (tmp_path / "b" / "checkpoints" / "last.ckpt").replace(tmp_path / "a" / "checkpoints" / "last.ckpt")
-    with pytest.raises(FormatError, match="checkpoint: made with learning_rate=0.1, this run has 0.05"):
+    with pytest.raises(FormatError, match=r"last.ckpt: its SHA-256 is .*: it was damaged or changed"):
+        tiny_train(tmp_path / "a", resume=True)
+    (tmp_path / "a" / "checksums.json").unlink()  # as in a folder that an earlier release made
+    with pytest.raises(FormatError, match=r"last.ckpt: optimizer_states: learning rate: .* in \[0, 0.05\], got 0.08"):
         tiny_train(tmp_path / "a", resume=True)
 
 
@@ -532,9 +537,94 @@ def test_checkpoint_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.Monk
         torch.save({"state_dict": Exploit()}, last)
     else:
         torch.save([1, 2], last)
-    with pytest.raises(FormatError, match=r"last.ckpt: not a checkpoint"):
-        tiny_train(tmp_path / "run", resume=True)
+    for message in ("last.ckpt: its SHA-256 is", "last.ckpt: not a checkpoint"):
+        with pytest.raises(FormatError, match=message) as caught:
+            tiny_train(tmp_path / "run", resume=True)
+        assert "weights_only" not in str(caught.value)  # PyTorch advises to switch it off
+        (tmp_path / "run" / "checksums.json").unlink(missing_ok=True)  # as in a folder that an earlier release made
     assert not (tmp_path / "owned").exists()
+
+
+def remove(name: str) -> Callable[[dict[str, Any]], None]:
+    def edit(checkpoint: dict[str, Any]) -> None:
+        del checkpoint[name]
+
+    return edit
+
+
+def set_weight(value: float) -> Callable[[dict[str, Any]], None]:
+    def edit(checkpoint: dict[str, Any]) -> None:
+        next(iter(checkpoint["state_dict"].values())).view(-1)[0] = value
+
+    return edit
+
+
+def set_rate(checkpoint: dict[str, Any]) -> None:
+    checkpoint["optimizer_states"][0]["param_groups"][0]["lr"] = 1e9
+
+
+def rename_weight(checkpoint: dict[str, Any]) -> None:
+    checkpoint["state_dict"]["x"] = checkpoint["state_dict"].popitem()[1]
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (remove("loops"), "entry 'loops' is missing"),
+        (remove("optimizer_states"), "entry 'optimizer_states' is missing"),
+        (remove("moda"), "entry 'moda' is missing"),
+        (set_rate, r"learning rate: expected a finite number in \[0, 0.05\], got 1000000000"),
+        (set_weight(float("nan")), "state_dict: expected finite weights"),
+        (set_weight(float("inf")), "state_dict: expected finite weights"),
+        (rename_weight, "state_dict: expected the weights of this run's model"),
+        (lambda c: c.update(optimizer_states=[]), "last.ckpt: "),
+        (lambda c: c["optimizer_states"][0].pop("param_groups"), "entry 'param_groups' is missing"),
+    ],
+)
+def test_an_edited_checkpoint_is_refused(tmp_path: Path, edit: Callable[[dict[str, Any]], None], message: str) -> None:
+    with pytest.raises(TrainingInterrupted):
+        tiny_train(tmp_path / "run", progress=StopAfter(4))
+    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    checkpoint = torch.load(last, weights_only=True)
+    edit(checkpoint)
+    torch.save(checkpoint, last)
+    (tmp_path / "run" / "checksums.json").unlink()  # the edit may have been made there too
+    with pytest.raises(FormatError, match=message):
+        tiny_train(tmp_path / "run", resume=True)
+
+
+def test_resume_auto_begins_or_goes_on(tmp_path: Path, uninterrupted: TrainingResult) -> None:
+    with pytest.raises(TrainingInterrupted):
+        tiny_train(tmp_path / "run", resume="auto", progress=StopAfter(5), checkpoint_every_steps=2)
+    resumed = tiny_train(tmp_path / "run", resume="auto", checkpoint_every_steps=2)
+    assert_same_weights(weights(resumed), weights(uninterrupted))
+    assert tiny_train(tmp_path / "run", resume="auto", checkpoint_every_steps=2).seconds == 0
+    with pytest.raises(ValueError, match="resume: expected True, False or 'auto', got 'always'"):
+        tiny_train(tmp_path / "other", resume="always")
+
+
+def test_a_folder_that_was_killed_while_made_is_no_obstacle(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".config.json.0a1b2c3d.moda-partial").write_bytes(b"{")
+    assert tiny_train(tmp_path / "run", resume="auto", epochs=1).run.finished
+
+
+def test_one_process_at_a_time(tmp_path: Path) -> None:
+    """Another process trains in the folder: neither a second training nor a resumed one may begin."""
+    with pytest.raises(TrainingInterrupted):
+        tiny_train(tmp_path / "run", progress=StopAfter(4))
+    program = "import sys, time; from pathlib import Path; from moda.runs.lock import locked\n"
+    program += "with locked(Path(sys.argv[1])): print('held', flush=True); time.sleep(600)"
+    with subprocess.Popen(
+        [sys.executable, "-c", program, str(tmp_path / "run")], stdout=subprocess.PIPE, env=environment()
+    ) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == b"held\n"
+        with pytest.raises(BusyError, match=f"process {other.pid} of .* is writing there"):
+            tiny_train(tmp_path / "run", resume=True)
+        other.kill()
+    assert tiny_train(tmp_path / "run", resume=True).run.finished  # what a killed process has left locks nothing
+    assert not [path for path in (tmp_path / "run").iterdir() if is_temporary(path)]
 
 
 def test_metrics_file(tmp_path: Path) -> None:

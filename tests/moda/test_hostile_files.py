@@ -1,0 +1,254 @@
+"""Files that anybody may have made: 2,000 seeded mutations of all that we read, pipes, endless files, and sizes.
+
+Every reader gives what it always gives, or raises a FormatError that names the file; it hangs on nothing, and takes no memory
+that the file does not.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import moda
+from moda.composition.files import load_composed, save_composed
+from moda.decomposition.container import Decomposition
+from moda.decomposition.files import load_rates, rates_metadata, save_rates
+from moda.decomposition.rule import decompose
+from moda.files import FormatError, read_bytes, sha256_of
+from moda.runs.config import TrainingConfig
+from moda.runs.folder import RunFolder
+from moda.runs.metrics import MetricsFile, read_metrics
+from moda.study.analysis_files import read_analysis, write_analysis
+from moda.study.digits import DESCRIPTION, STUDY
+from moda.study.replacement import ReplacementResult, read_replacements, write_replacements
+from moda.study.results_file import ResultsFile, read_note
+from moda.study.reuse import COLUMNS, ReuseResult, read_results, to_row
+from moda.study.reuse_run import KIND
+from moda.study.sweep import COLUMNS as SWEEP_COLUMNS
+from moda.study.sweep import read_sweep
+from tests.moda._helpers.decomposing import example, rates_of
+
+MUTATIONS = 2000
+HASH = "ab" * 32
+
+
+def write_everything(folder: Path) -> None:
+    run = RunFolder.create(folder / "run", TrainingConfig(epochs=1))
+    run.save_weights({"fc.weight": torch.rand(3, 4), "fc.bias": torch.rand(3)})
+    metrics = MetricsFile(run.metrics)
+    metrics.open(["epoch", "step", "loss", "test_accuracy"])
+    metrics.write({"epoch": 1, "step": 3, "loss": 0.5, "test_accuracy": 0.75})
+    metrics.close()
+    example().save(folder / "decomposition")
+    rates = rates_of({"a": torch.tensor([[1.0, 0.5], [0.0, 0.8]])}, [10, 10])
+    save_rates(rates, folder / "rates", {"augmented": False})
+    write_analysis(folder / "analysis.json", {
+        "source": {"threshold": 0.9}, "class_names": ["x", "y"], "mean_size": 0.5, "mean_overlap": 0.25,
+        "mean_overlap_parameters": 0.25, "sizes": [0.5, 0.5], "overlaps": [[0.5, 0.25], [0.25, 0.5]],
+        "layers": [{"tap": "a", "neurons": 2, "dead": 0, "shared_by_all": 1, "module_share": 0.5, "overlap": 0.5, "jaccard": 0.5}],
+        "similarity": {"a": [[1.0, 0.5], [0.5, 1.0]]},
+    })  # fmt: skip
+    table = ResultsFile.open(folder / "reuse.csv", KIND, COLUMNS, {"weights_sha256": HASH})
+    table.append(to_row(ReuseResult((0, 1), 0.9, 0.95, None, 0.4, 0.5)))
+    sweep = ResultsFile.open(folder / "sweep.csv", "moda-sweep", SWEEP_COLUMNS, {"parameter": "threshold"})
+    sweep.append(dict.fromkeys(SWEEP_COLUMNS, 0.5) | {"tasks": 3})
+    result = ReplacementResult("a", "b", "calibrate", 1, "1", 5, "final", (0.5, 1.0), (0.5, 0.0), HASH, HASH, HASH)
+    write_replacements(folder / "replacement.json", [result])
+    runs = [{"model": "lenet5", "seed": 0, "modular": "lenet5/seed-0/modular", "standard": "lenet5/seed-0/standard"}]
+    STUDY.write(
+        folder / DESCRIPTION, {"epochs": 1, "batch_size": 8, "per_size": None, "runs": runs, "replacements": []}
+    )
+
+
+READERS: dict[str, Callable[[Path], Any]] = {
+    "run/config.json": lambda folder: RunFolder.open(folder / "run"),
+    "run/model.safetensors": lambda folder: RunFolder.open(folder / "run").load_weights(),
+    "run/checksums.json": lambda folder: RunFolder.open(folder / "run").load_weights(),
+    "run/metrics.csv": lambda folder: read_metrics(folder / "run" / "metrics.csv"),
+    "decomposition/decomposition.json": lambda folder: Decomposition.load(folder / "decomposition"),
+    "decomposition/masks.safetensors": lambda folder: Decomposition.load(folder / "decomposition"),
+    "rates/rates.json": lambda folder: (load_rates(folder / "rates"), rates_metadata(folder / "rates")),
+    "rates/counts.safetensors": lambda folder: load_rates(folder / "rates"),
+    "analysis.json": lambda folder: read_analysis(folder / "analysis.json"),
+    "reuse.csv": lambda folder: read_results(folder / "reuse.csv"),
+    "reuse.json": lambda folder: read_note(folder / "reuse.csv", KIND),
+    "sweep.csv": lambda folder: read_sweep(folder / "sweep.csv"),
+    "replacement.json": lambda folder: read_replacements(folder / "replacement.json"),
+    "study.json": lambda folder: STUDY.read(folder / "study.json"),
+}
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("written")
+    write_everything(folder)
+    for read in READERS.values():
+        read(folder)
+    return folder
+
+
+WORDS: tuple[Any, ...] = (
+    None, True, -1, 0, 1e308, -5, 10, 2**70, "", "x" * 70_000, "\ud800", "../..", [], {}, [[]], float("nan"), float("inf"), "1e999"
+)  # fmt: skip
+
+
+def mutate(data: bytes, random_: random.Random) -> bytes:
+    """One of: a flipped bit, bytes lost, doubled, swapped or put in, another encoding, or another value somewhere in JSON."""
+    kind = random_.randrange(9)
+    place = random_.randrange(len(data) + 1)
+    other = random_.randrange(len(data) + 1)
+    if kind == 0 and data:
+        changed = bytearray(data)
+        changed[place % len(data)] ^= 1 << random_.randrange(8)
+        return bytes(changed)
+    if kind == 1:
+        return data[: min(place, other)] + data[max(place, other) :]
+    if kind == 2:
+        return data[:place] + data[min(place, other) : max(place, other)] + data[place:]
+    if kind == 3:
+        return data[:place] + random_.randbytes(random_.randrange(1, 40)) + data[place:]
+    if kind == 4:
+        return data[place:] + data[:place]
+    if kind == 5:
+        return random_.choice([b"", b"\0" * len(data), b"\xff\xfe" + data, b"[" * 100_000, b"9" * 5000, data * 3])
+    return mutate_value(data, random_)
+
+
+def mutate_value(data: bytes, random_: random.Random) -> bytes:
+    """Another value at a random place of a JSON object, or one entry less, or in a table another cell."""
+    word = random_.choice(WORDS)
+    try:
+        value = json.loads(data)
+    except ValueError:
+        cells = data.split(b",")
+        cells[random_.randrange(len(cells))] = str(word).encode(errors="replace")
+        return b",".join(cells)
+    holder = value
+    while True:
+        keys = list(holder) if isinstance(holder, dict) else list(range(len(holder)))
+        key = random_.choice(keys)
+        if not (isinstance(holder[key], dict | list) and holder[key]) or random_.random() < 0.3:
+            break
+        holder = holder[key]
+    if random_.random() < 0.2:
+        del holder[key]
+    else:
+        holder[key] = word
+    return json.dumps(value).encode(errors="replace")
+
+
+def refusal(read: Callable[[], Any]) -> str | None:
+    """The message of the FormatError that it raises, if any; another exception fails the test."""
+    try:
+        read()
+    except FormatError as error:
+        return str(error)
+    return None
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_mutated_files_are_read_or_refused_by_name(written, tmp_path, name):
+    folder = tmp_path / "folder"
+    shutil.copytree(written, folder)
+    original, random_ = (folder / name).read_bytes(), random.Random(name)
+    refused = 0
+    for _ in range(MUTATIONS // len(READERS) + 1):
+        changed = mutate(original, random_)
+        (folder / name).write_bytes(changed)
+        error = refusal(lambda: READERS[name](folder))
+        if error is None:  # of files that have a digest any change is seen
+            assert changed == original or not name.endswith(".safetensors")
+        else:
+            refused += 1
+            assert str(folder) in error
+            assert len(error) < 1100
+    assert refused > 40
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_a_pipe_a_folder_and_an_endless_file_are_refused(written, tmp_path, name):
+    folder = tmp_path / "folder"
+    shutil.copytree(written, folder)
+    path = folder / name
+
+    def put(make: Callable[[], object]) -> None:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        make()
+        with pytest.raises(FormatError, match=rf"{path.name}.*(cannot be read|no such file)|{path.parent.name}"):
+            READERS[name](folder)
+
+    put(lambda: os.mkfifo(path))
+    put(path.mkdir)
+    put(lambda: path.symlink_to("/dev/zero"))
+
+
+def test_what_is_too_large_is_not_read(tmp_path):
+    path = tmp_path / "sparse"
+    with path.open("wb") as file:
+        file.truncate(1 << 40)  # takes no space on the disk
+    for read in (lambda: read_bytes(path, 1 << 20), lambda: sha256_of(path)):
+        with pytest.raises(FormatError, match="sparse: expected at most [0-9]+ bytes, got 1099511627776"):
+            read()
+
+
+def test_masks_larger_than_described_are_not_read(tmp_path):
+    example().save(tmp_path)
+    with (tmp_path / "masks.safetensors").open("ab") as file:
+        file.truncate(1 << 33)
+    with pytest.raises(FormatError, match=r"masks\.safetensors: expected at most [0-9]+ bytes, got 8589934592"):
+        Decomposition.load(tmp_path)
+
+
+def test_a_width_that_would_take_all_memory_is_refused_before_it_does(tmp_path):
+    """The settings say 200 times as wide; the weights are those of the model as it was."""
+    run = RunFolder.create(tmp_path / "run", TrainingConfig())
+    data = moda.data.load("digits")
+    run.save_weights(moda.models.create("small_vgg", image_size=8).state_dict())
+    run.load_model(data)
+    config = json.loads((run.path / "config.json").read_text())
+    config["training"]["width"] = 200.0
+    (run.path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(FormatError, match=r"model\.safetensors: not the weights of small_vgg: "):
+        RunFolder.open(run.path).load_model(data)
+
+
+def test_values_that_cannot_be_are_refused(written, tmp_path):
+    shutil.copytree(written, tmp_path / "x")
+    folder = tmp_path / "x"
+    table = (folder / "reuse.csv").read_text()
+    for cell, message in (
+        ("10", r"composed: .* in \[0, 1\], got 10"),
+        ("nan", "composed: .*finite"),
+        ("-1", "composed"),
+    ):
+        (folder / "reuse.csv").write_text(table.replace("0.9,", f"{cell},", 1))
+        with pytest.raises(FormatError, match=message):
+            read_results(folder / "reuse.csv")
+
+
+def test_a_composed_folder_is_refused_by_name_too(tmp_path):
+    model = moda.instrument(moda.models.create("small_vgg", num_classes=3, width=0.25)).eval()
+    widths = dict(zip(model.taps, (8, 8, 16, 16, 32), strict=True))
+    rates = rates_of({tap: torch.rand(3, width) for tap, width in widths.items()}, [10, 10, 10])
+    save_composed(moda.compose(model, decompose(rates), [2, 0]), tmp_path)
+    load_composed(tmp_path, model)
+    random_ = random.Random(0)
+    for name in ("composed.json", "masks.safetensors", "model.safetensors"):
+        original = (tmp_path / name).read_bytes()
+        for _ in range(20):
+            changed = mutate(original, random_)
+            (tmp_path / name).write_bytes(changed)
+            error = refusal(lambda: load_composed(tmp_path, model))
+            if error is None:
+                assert changed == original or name == "composed.json"
+            else:
+                assert str(tmp_path) in error
+        (tmp_path / name).write_bytes(original)
