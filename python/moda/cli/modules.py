@@ -12,6 +12,7 @@ from torch import nn
 
 from moda.cli.arguments import ForceOption, OptionalClasses, RunArgument, parse_classes
 from moda.cli.commands import example, group
+from moda.cli.module_table import show_modules
 from moda.cli.options import takes
 from moda.cli.printing import percent, say, show, table
 from moda.composition import measure
@@ -52,17 +53,11 @@ def decompose(
 
 
 def _print_modules(model: InstrumentedModel, decomposition: Decomposition, data: DataSplits) -> None:
-    rows = table("Modules", "class", "neurons", "parameters")
-    neurons = sum(mask.shape[1] for mask in decomposition.masks.values())
-    sizes = measure.module_sizes(model, decomposition)
-    for index, name in enumerate(data.class_names):
-        kept = sum(int(mask.sum()) for mask in decomposition.select([index]).values())
-        rows.add_row(name, f"{kept} of {neurons}", percent(float(sizes[index]), 1))
-    show(rows)
-    overlap = measure.mean_over_pairs(measure.overlap_matrix(model, decomposition))
+    sizes, overlaps = measure.module_sizes(model, decomposition), measure.overlap_matrix(model, decomposition)
+    show_modules(data.class_names, decomposition, sizes.tolist(), overlaps.tolist())
     say(
         f"Mean module: {percent(float(sizes.mean()), 1)} of the parameters; "
-        f"mean overlap of two modules: {percent(overlap, 1)}."
+        f"mean overlap of two modules: {percent(measure.mean_over_pairs(overlaps), 1)}."
     )
 
 

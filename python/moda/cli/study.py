@@ -16,6 +16,7 @@ from moda.cli.arguments import (
     parse_integers,
 )
 from moda.cli.commands import example, group
+from moda.cli.module_table import show_modules
 from moda.cli.options import takes
 from moda.cli.printing import percent, say, show, table
 from moda.runs.finished import FinishedRun
@@ -102,7 +103,7 @@ def analyze(folder: DecomposedRun, device: DeviceOption = "auto") -> None:
     analysis = analyze_run(finished)
     path = finished.run.path / "analysis.json"
     write_analysis(path, analysis)
-    _print_modules(analysis)
+    show_modules(analysis["class_names"], finished.decomposition(), analysis["sizes"], analysis["overlaps"])
     _print_layers(analysis)
     say(f"Mean module: {percent(analysis['mean_size'])} of the parameters")
     say(
@@ -110,17 +111,6 @@ def analyze(folder: DecomposedRun, device: DeviceOption = "auto") -> None:
         f"{percent(analysis['mean_overlap_parameters'])} counting parameters alone"
     )
     say(f"All figures: {path}")
-
-
-def _print_modules(analysis: dict[str, Any]) -> None:
-    rows = table("Modules", "class", "size", "mean overlap", "most with")
-    names = analysis["class_names"]
-    for k, row in enumerate(analysis["overlaps"]):
-        others = {other: value for other, value in enumerate(row) if other != k}
-        most = max(others, key=lambda other: others[other], default=k)
-        mean = sum(others.values()) / max(1, len(others))
-        rows.add_row(names[k], percent(analysis["sizes"][k]), percent(mean), f"{names[most]} {percent(row[most])}")
-    show(rows)
 
 
 def _print_layers(analysis: dict[str, Any]) -> None:

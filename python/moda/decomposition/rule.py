@@ -23,7 +23,9 @@ from moda.decomposition.settings import BudgetRule, FiringRule
 from moda.observation.taps import Taps
 
 
-def masks_from_rates(rates: Tensor, threshold: float = 0.9, min_fraction: float = 0.005) -> Tensor:
+def masks_from_rates(
+    rates: Tensor, threshold: float = FiringRule.threshold, min_fraction: float = FiringRule.min_fraction
+) -> Tensor:
     """The neurons that each class keeps in one layer.
 
     A class keeps the neurons with rate >= threshold, compared in float32. A class that would keep fewer than
@@ -114,7 +116,7 @@ def decompose(
         given = {"epsilon": epsilon, "model": model, "loader": loader, "tolerance": tolerance, "unpack": unpack}
         _check_unused(given, "attributions or activation shares", "firing rates")
         _check_seen(scores, allow_empty_classes)
-        return _by_threshold(scores, _or(threshold, 0.9), _or(min_fraction, 0.005))
+        return _by_threshold(scores, _or(threshold, FiringRule.threshold), _or(min_fraction, FiringRule.min_fraction))
     if not isinstance(scores, NeuronScores):
         raise TypeError(
             "scores: expected FiringRates from count_firings, Attributions from attribute or ActivationShares from "
