@@ -23,7 +23,7 @@ from torch import Tensor
 from moda_kernels import _native_calls as calls
 from moda_kernels import _native_ops as ops
 from moda_kernels import closed_form
-from moda_kernels.once import once_only
+from moda_kernels.once import once_only, relu_pool_gradient
 from moda_kernels.plain import is_traced
 from moda_kernels.precision import accumulation
 from moda_kernels.segments import Segments
@@ -170,7 +170,9 @@ class _ReluPool(torch.autograd.Function):
         (y,) = ctx.saved_tensors
         if dy is None and dpooled is None:
             return None, None
-        return once_only([calls.relu_pool_backward(y, dy, dpooled)], [y, dy, dpooled])[0], None
+        if torch.is_grad_enabled():
+            return relu_pool_gradient(y, dy, dpooled), None
+        return calls.relu_pool_backward(y, dy, dpooled), None
 
 
 class _GroupedLosses(torch.autograd.Function):

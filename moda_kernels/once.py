@@ -22,6 +22,18 @@ def refuse_second_backward(ctx: Any, *gradients: Any) -> Any:
     raise RuntimeError(MESSAGE)
 
 
+def relu_pool_gradient(y: Tensor, dy: Tensor | None, dpooled: Tensor | None) -> Tensor:
+    """Dx = (y > 0) * (dy + dpooled / S) in operations of PyTorch, for a graph of the gradient (create_graph=True)."""
+    gradient = dy
+    if dpooled is not None:
+        positions = y[0, 0].numel() if y.dim() > 2 and y.shape[0] and y.shape[1] else 1
+        spread = (dpooled / positions).to(y.dtype).view(*y.shape[:2], *[1] * (y.dim() - 2)).expand_as(y)
+        gradient = spread if gradient is None else gradient + spread
+    if gradient is None:
+        return torch.zeros_like(y)
+    return torch.where(y > 0, gradient, 0)
+
+
 def once_only(gradients: Sequence[Tensor | None], depends_on: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
     """The gradients; if a graph of them is being made (create_graph=True), it ends in the error above.
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from moda_kernels.once import once_only, refuse_second_backward
+from moda_kernels.once import once_only, refuse_second_backward, relu_pool_gradient
 from moda_kernels.plain import is_traced, resolved
 from moda_kernels.segments import Segments
 from moda_kernels.triton_kernels import grouped
@@ -133,9 +133,9 @@ class _ReluPool(Function):
         (y,) = ctx.saved_tensors
         if dy is None and dpooled is None:
             return None, None
-        with torch.no_grad():
-            dx = _relu_pool_backward(y, dy, dpooled)
-        return once_only([dx], [y, dy, dpooled])[0], None
+        if torch.is_grad_enabled():
+            return relu_pool_gradient(y, dy, dpooled), None
+        return _relu_pool_backward(y, dy, dpooled), None
 
 
 def _relu_pool_backward(y: Tensor, dy: Tensor | None, dpooled: Tensor | None) -> Tensor:

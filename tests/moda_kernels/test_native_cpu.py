@@ -399,13 +399,23 @@ def test_double_backward_is_an_error_that_names_the_way_out():
     x = torch.randn(3, 4, 5, 5, requires_grad=True)
     segments = Segments.from_labels(torch.tensor([0, 0, 1]))
     for output in (
-        native.relu_pool(x, False)[1].sum(),
         native.pool([x])[0].sum(),
         sum(native.grouped_losses([x], segments)),
     ):
         (gradient,) = torch.autograd.grad(output, x, create_graph=True)
         with pytest.raises(RuntimeError, match='differentiable once.*backend="torch"'):
             gradient.sum().backward()
+
+
+def test_relu_pool_is_differentiable_twice():
+    x = torch.randn(3, 4, 5, 5, dtype=torch.float64)
+    x = torch.where(x.abs() < 0.1, x + 0.3, x).requires_grad_()  # away from the kink
+    assert torch.autograd.gradgradcheck(lambda x: native.relu_pool(x * x.cos(), False), (x,))
+    y, _ = native.relu_pool(x, False)
+    (gradient,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    assert torch.equal(gradient, 2 * x.clamp(min=0))
+    (second,) = torch.autograd.grad(gradient.sum(), x)
+    assert torch.equal(second, 2.0 * (x > 0))
 
 
 def test_backward_twice_and_inputs_left_alone():

@@ -26,7 +26,7 @@ from moda.observation.labels import Node, Ref, fold_of, map_refs
 from moda.observation.layout import Layout
 from moda.observation.names import unique_name
 from moda.observation.plan import Plan, Tap
-from moda.observation.run import Call, Run, any_global_hooks, has_hooks
+from moda.observation.run import NEVER, Call, Run, any_global_hooks, has_hooks
 
 _INDEX_ELEMENTS = 1 << 20  # tensors of integers up to this size are kept, for operations that index with them
 # Producers of new memory: what only a ReLU reads of them, it may overwrite.
@@ -192,7 +192,7 @@ class Probe(Run):
 
     def _fused_at_once(self, name: str, x: Tensor) -> _Found | None:
         """The tap of a ReLU of `x`, if this pass pools as later ones will: numbers then do not depend on the pass."""
-        if self.record is None or self.fuse_from == float("inf"):
+        if self.record is None or self.fuse_from == NEVER:
             return None
         layout = self._layout(name, x)
         if isinstance(layout, str):

@@ -53,7 +53,7 @@ class Record:
         self.values, self.versions, self.earlier = {}, {}, []
         if not torch.compiler.is_compiling():
             for index, value in values.items():
-                if version_of(value) != versions[index]:
+                if version_of(value) != versions.get(index, version_of(value)):  # none where it was compiled
                     raise RuntimeError(
                         f"activation {names[index]!r} was overwritten in place after it was recorded, in a way that "
                         "the first forward pass did not show; make the operation that follows it work out of place "

@@ -23,6 +23,7 @@ Receiver: TypeAlias = "Callable[[int, Tensor], None]"  # of an activation's plac
 Function: TypeAlias = "Callable[[int, Tensor], Tensor]"  # what it gives takes the activation's place in the model
 Call: TypeAlias = "Callable[..., Any]"
 
+NEVER = float("inf")
 OTHER_CALLS = "model: expected the activation calls of the first forward pass in every one, got others"
 
 # Activations of at least this many bytes are pooled by their tap under route="auto", by type of device. On the CPU all:
@@ -54,7 +55,7 @@ class Run:
         receiver: Receiver | None = None,
         function: Function | None = None,
         marking: bool = False,
-        fuse_from: float = float("inf"),
+        fuse_from: float = NEVER,
         overwriting: bool = False,
     ) -> None:
         self.plan = plan
@@ -201,7 +202,9 @@ class Run:
         return tap.relu and len(args) > 0 and isinstance(args[0], Tensor)
 
     def _fuses(self, tap: Tap, x: Tensor) -> bool:
-        if not tap.fusible or x.dim() != tap.layout.dims or x.numel() * x.element_size() < self.fuse_from:
+        if not tap.fusible or self.fuse_from == NEVER or x.dim() != tap.layout.dims:
+            return False
+        if x.numel() * x.element_size() < max(self.fuse_from, 1):
             return False
         dense = x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last))
         return dense and torch.is_grad_enabled() and type(x) is Tensor

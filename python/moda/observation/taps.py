@@ -23,6 +23,7 @@ import random
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import count
 from typing import Any, Literal
 
 import torch
@@ -38,7 +39,7 @@ from moda.observation.plan import Plan
 from moda.observation.probe import Probe, tensors_of
 from moda.observation.record import Record
 from moda.observation.recorder import inside_backward
-from moda.observation.run import FUSED_FROM_BYTES, Function, FunctionMode, Receiver, Run
+from moda.observation.run import FUSED_FROM_BYTES, NEVER, Function, FunctionMode, Receiver, Run
 
 from moda.observation.instrumented import HookedModel, InstrumentedModel, Tap, TracingError, instrument  # isort: skip
 
@@ -80,10 +81,13 @@ class Taps:
         self.known = Known(activations, sites)
         self.neuron_dim = neuron_dim
         self.example: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+        self.key = next(_keys)
+        _handles[self.key] = self
         self.lasting = True  # whether it is there until `remove`
         self._own = tuple(activations)
         self._sites = sites
         self._plans: list[Plan | None] = [None, None]  # of eval and of train mode
+        self._known_modes = [False, False]  # a compiler that looked at the plans would not see new ones
         self._run: Run | None = None
         self._record = Record()
         self._mode = FunctionMode(self)
@@ -273,13 +277,15 @@ class Taps:
         if apart and not changes:
             return None
         training = self.model.training
+        if compiling and not apart and not self._known_modes[training]:
+            _probe_while_compiling(self, args, kwargs)
         plan = self._plans[training]
         backward = not compiling and inside_backward()
         gradients = torch.is_grad_enabled()
         recorded = (gradients or self._forced > 0) and not (backward or apart or self._marking)
         if plan is None and apart:
             raise RuntimeError("taps: run the observed model once before it is exported or traced, or pass example=")
-        if plan is None or (plan.provisional and not apart):
+        if plan is None or (plan.provisional and not apart and not compiling):
             run = None if backward else self._probe(plan, training, args, kwargs, recorded)
             if run is not None or plan is None:
                 return run
@@ -297,7 +303,7 @@ class Taps:
             receiver=self._receiver if recorded else None,
             function=self._function,
             marking=self._marking,
-            fuse_from=self._fuse_from(args, kwargs, compiling) if pooled else _NEVER,
+            fuse_from=self._fuse_from(args, kwargs, compiling) if pooled else NEVER,
             overwriting=self._overwriting and not gradients and not changes,
         )
         for site in plan.repeated:
@@ -310,11 +316,11 @@ class Taps:
     def _fuse_from(self, args: tuple[Any, ...], kwargs: dict[str, Any], compiling: bool) -> float:
         """From how many bytes of an activation on ReLU and pooling are one pass."""
         if self.route == "grouped" or (not compiling and torch._C._len_torch_dispatch_stack() > 0):
-            return _NEVER
+            return NEVER
         if self.route == "fused":
             return 0
         if compiling:  # a compiler fuses the pass over memory by itself
-            return _NEVER
+            return NEVER
         device = next((leaf.device.type for leaf in (*args, *kwargs.values()) if isinstance(leaf, Tensor)), "cpu")
         return FUSED_FROM_BYTES.get(device, FUSED_FROM_BYTES["cuda"])
 
@@ -322,8 +328,6 @@ class Taps:
         self, plan: Plan | None, training: bool, args: tuple[Any, ...], kwargs: dict[str, Any], recorded: bool
     ) -> Run | None:
         """The probe that this forward pass is; None if it would tell nothing more than `plan`."""
-        if torch.compiler.is_compiling():
-            return None
         inputs = tensors_of(args, kwargs)
         samples = _samples(inputs)
         if plan is not None and samples < 2:
@@ -337,7 +341,7 @@ class Taps:
             record=self._record if recorded and self._receiver is None else None,
             receiver=self._receiver if recorded else None,
             function=self._function,
-            fuse_from=self._fuse_from(args, kwargs, compiling=False) if pooled else _NEVER,
+            fuse_from=self._fuse_from(args, kwargs, compiling=False) if pooled else NEVER,
         )
         if run.record is not None:
             run.record.begin()
@@ -348,6 +352,7 @@ class Taps:
 
     def _learn(self, training: bool, plan: Plan) -> None:
         self._plans[training] = plan
+        self._known_modes[training] = True
 
     def _attach(self, module: nn.Module, part: Part) -> None:
         attach(module, part)
@@ -368,7 +373,7 @@ class Taps:
         for training, plan in enumerate(self._plans):
             if plan is not None:
                 repeated = tuple(sites[id(site)] for site in plan.repeated if id(site) in sites)
-                made._plans[training] = Plan(plan.taps, plan.skipped, repeated, plan.samples, plan.folded)
+                made._learn(bool(training), Plan(plan.taps, plan.skipped, repeated, plan.samples, plan.folded))
 
     def _like(self, model: nn.Module) -> Taps:
         return Taps(model, route=self.route, activations=self._own, neuron_dim=self.neuron_dim, sites=self._sites)
@@ -384,7 +389,8 @@ class Taps:
         return _observe_again, (self.model, self.route, self._own, self.neuron_dim, self._sites)
 
 
-_NEVER = float("inf")
+_keys = count()
+_handles: weakref.WeakValueDictionary[int, Taps] = weakref.WeakValueDictionary()  # by their keys
 
 
 def _observe_again(
@@ -455,6 +461,49 @@ def _hooked(model: nn.Module) -> bool:
     if registered._global_forward_hooks or registered._global_forward_pre_hooks:
         return True
     return any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+# ---- probing while the model is compiled ---
+
+
+def _probe_while_compiling(taps: Taps, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Probe with inputs of the same shapes; the compiler, which cannot trace a probe, sees a constant."""
+    positional = tuple([_described(value) for value in args])
+    named = tuple([(name, _described(value)) for name, value in kwargs.items()])
+    _probe_with_shapes(taps.key, positional, named)
+
+
+def _described(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return "tensor", tuple(value.shape), value.dtype, value.device.type, value.device.index
+    return "constant", value
+
+
+@torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]
+def _probe_with_shapes(key: int, positional: tuple[Any, ...], named: tuple[Any, ...]) -> bool:
+    taps = _handles[key]
+    args = tuple(_made(description) for description in positional)
+    kwargs = {name: _made(description) for name, description in named}
+    with torch._dynamo.config.patch(disable=True), _undone(taps.model):
+        compiling, torch.compiler._is_compiling_flag = torch.compiler._is_compiling_flag, False
+    try:
+        _run_in_both_modes(taps, args, kwargs)
+    finally:
+        torch.compiler._is_compiling_flag = compiling
+    return True
+
+
+def _made(description: Any) -> Any:
+    kind, *rest = description
+    if kind == "constant":
+        return rest[0]
+    shape, dtype, device, index = rest
+    device = torch.device(device, index) if index is not None else torch.device(device)
+    return (
+        torch.randn(shape, device=device).to(dtype)
+        if dtype.is_floating_point
+        else torch.zeros(shape, dtype=dtype, device=device)
+    )
 
 
 # ---- observe ---
@@ -612,17 +661,22 @@ def _run_example(taps: Taps, example: Any) -> None:
             "example: expected a tensor, a tuple of positional arguments or a dict of keyword arguments, got "
             f"{type(example).__name__}"
         )
+    _run_in_both_modes(taps, args, kwargs)
+    if not taps._plan.taps:
+        raise ValueError(NO_ACTIVATION + "".join(f"; {name}: {why}" for name, why in taps.skipped.items()))
+
+
+def _run_in_both_modes(taps: Taps, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Probe in the model's mode and then in the other one, which its first forward pass will probe if that fails."""
     model = taps.model
     modes = {module: module.training for module in model.modules()}
     with _undone(model), torch.no_grad():
         model(*args, **kwargs)
-    if not taps._plan.taps:
-        raise ValueError(NO_ACTIVATION + "".join(f"; {name}: {why}" for name, why in taps.skipped.items()))
     try:
         with _undone(model), torch.no_grad():
             model.train(not model.training)
             model(*args, **kwargs)
-    except Exception:  # that mode's first forward pass will probe it
+    except Exception:
         taps._run = None
     finally:
         for module, training in modes.items():
