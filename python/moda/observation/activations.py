@@ -1,8 +1,9 @@
 """What an activation is: hidden activations of the rectifier family, as modules, functions and methods.
 
 ReLU, ReLU6, LeakyReLU, PReLU, RReLU, ELU, SELU, CELU, GELU, SiLU, Mish, Hardswish, Softplus, and the activation classes
-of Hugging Face transformers. Gates and squashing functions (Sigmoid, Hardsigmoid, Tanh, Softmax) are none: what they
-put out are weights, not neurons that fire. Nor is arithmetic that happens to rectify (`x.clamp(min=0)`).
+of Hugging Face transformers and of timm that are made of arithmetic. Gates and squashing functions (Sigmoid,
+Hardsigmoid, Tanh, Softmax) are none: what they put out are weights, not neurons that fire. Nor is arithmetic that
+happens to rectify (`x.clamp(min=0)`).
 """
 
 from __future__ import annotations
@@ -54,6 +55,7 @@ FUNCTIONS: dict[object, ActivationFunction] = {
 """By the function or method itself."""
 
 _OF_TRANSFORMERS = "transformers.activations"
+_OF_ARITHMETIC = frozenset((("transformers", "BloomGelu"), ("timm", "QuickGELU")))  # which shows no call of a function
 _NONE_OF_TRANSFORMERS = ("LinearActivation", "ClassInstantier", "XIELUActivation")
 
 # Their forward pass may take a fused road that calls no activation function, and takes another one where calls of
@@ -91,6 +93,8 @@ class Known:
         plain = plain_class(type(module))
         if plain.__module__ == _OF_TRANSFORMERS:
             return plain.__name__.endswith("Activation") and plain.__name__ not in _NONE_OF_TRANSFORMERS
+        if (plain.__module__.split(".")[0], plain.__name__) in _OF_ARITHMETIC:
+            return True
         return isinstance(module, _MODULES) and plain.__module__.startswith("torch.")
 
 

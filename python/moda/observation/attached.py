@@ -49,6 +49,10 @@ class Root(Part):
             output = run.conduct(partial(self._within, module, call, args, kwargs))
             run.finish(output)
             return output
+        except BaseException:
+            if run.record is not None:
+                run.record.abandon()
+            raise
         finally:
             taps._run = None
 

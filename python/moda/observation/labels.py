@@ -15,6 +15,7 @@ from itertools import count
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 Kind = Literal["samples", "neurons"]
@@ -39,6 +40,7 @@ _MOVERS = frozenset((
     "swapaxes", "swapdims", "t", "tensor_split", "tile", "transpose", "unbind", "unflatten", "unfold", "unsafe_chunk",
     "unsafe_split", "unsqueeze", "view", "view_as", "vsplit", "T", "mT", "H", "mH",
 ))  # fmt: skip
+_INTO_SHAPES: dict[str, Callable[..., Any]] = {"view": Tensor.reshape, "view_as": Tensor.reshape_as}
 _REDUCTIONS = frozenset((
     "mean", "sum", "amax", "amin", "max", "min", "std", "var", "norm", "vector_norm", "linalg_vector_norm", "logsumexp",
     "prod", "nansum", "nanmean", "median", "argmax", "argmin", "any", "all", "std_mean", "var_mean", "count_nonzero",
@@ -182,6 +184,8 @@ def _follow(node: Node, kind: Kind) -> Along | None:
         return _of_join(node, kind)
     if node.name in _MOVERS:
         return _of_mover(node, kind)
+    if node.name == "fold":
+        return _of_fold(node, kind)
     if kind == "samples" and node.name in ("embedding", "one_hot"):
         return _of_lookup(node)
     if node.name in _REDUCTIONS:
@@ -204,6 +208,9 @@ def _labelled(refs: Iterable[Ref], kind: Kind) -> Iterator[tuple[Ref, Along]]:
 
 def _kept(refs: Iterable[Ref], shape: tuple[int, ...], kind: Kind) -> Along | None:
     """As in an operand, axes counted from the last one; in one of the result's shape, if there is one."""
+    refs = list(refs)
+    if all(len(ref.shape) != len(shape) for ref in refs):
+        return None  # no operation that broadcasts
     candidates = list(_labelled(refs, kind))
     candidates.sort(key=lambda pair: pair[0].shape != shape)
     for ref, label in candidates:
@@ -264,7 +271,10 @@ def _of_join(node: Node, kind: Kind) -> Along | None:
         return None
     first = next(iter(labels.values()))
     if first.axis != dim:
-        return first if all(label.axis == first.axis for label in labels.values()) else None
+        same = all(label.axis == first.axis for label in labels.values())
+        if kind == "samples":  # what is joined to a row has to be of the same sample
+            same = same and all(torch.equal(label.values, first.values) for label in labels.values())
+        return first if same else None
     parts = []
     for ref in refs:
         label = labels.get(ref)
@@ -277,6 +287,16 @@ def _of_join(node: Node, kind: Kind) -> Along | None:
 def _missing(size: int, kind: Kind) -> Tensor:
     first = next(_fresh) << 20
     return torch.arange(first, first + size) if kind == "neurons" else torch.full((size,), -1)
+
+
+def _of_fold(node: Node, kind: Kind) -> Along | None:
+    """Sums of patches, `(N, C * positions of a kernel, patches)`, laid over an image."""
+    for _, label in _labelled(node.refs(), kind):
+        if kind == "samples":
+            return label if label.axis == 0 and len(node.shape) == 4 else None
+        if label.axis == 1 and len(node.shape) == 4:
+            return Along(1, label.values.view(node.shape[1], -1)[:, 0])
+    return None
 
 
 def _of_lookup(node: Node) -> Along | None:
@@ -328,13 +348,20 @@ def _replayed(node: Node, labelled: Ref, labels: Tensor) -> Tensor | None:
             return labels
         return torch.empty(()).expand(ref.shape) if ref.value is None else ref.value.cpu()
 
+    # Labels are spread over memory of another layout than the tensor's, which a view need not fit.
+    function: Callable[..., Any] = _INTO_SHAPES.get(node.name, node.function)
+    patches = function is F.unfold
+    if patches:  # takes floating-point numbers alone, and pads with zeros: those become -1
+        labels = labels.double() + 1
     try:
         with torch.no_grad():
-            result = node.function(*map_refs(node.args, stand_in, Ref), **map_refs(node.kwargs, stand_in, Ref))
+            result = function(*map_refs(node.args, stand_in, Ref), **map_refs(node.kwargs, stand_in, Ref))
     except (RuntimeError, TypeError, ValueError, IndexError):
         return None
     if node.output is not None:
         result = result[node.output]
+    if patches:
+        result = result.long() - 1
     return result if isinstance(result, Tensor) else None
 
 
@@ -346,8 +373,9 @@ def _read(moved: Tensor, before: Along, shape: tuple[int, ...], kind: Kind) -> A
     if len(distinct) <= 1:
         return _read_single(moved, before, shape, kind)
     for axis in range(moved.dim()):
-        line = _line(moved, axis)
-        if moved.shape[axis] > 1 and bool((moved == _as_axis(line, axis, moved.dim())).all()):
+        line = moved.amax([dim for dim in range(moved.dim()) if dim != axis]) if moved.dim() > 1 else moved.clone()
+        same = (moved == _as_axis(line, axis, moved.dim())) | (moved == -1)
+        if moved.shape[axis] > 1 and bool(same.all()):
             return Along(axis, line)
     if kind == "samples":
         return None

@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 
 NO_ACTIVATION = (
     "model: found no call of an activation function to tap (ReLU, GELU, SiLU, Hardswish, ... as module, function "
     "or method; gates such as Sigmoid are not tapped)"
 )
+
+
+def nothing_tapped(skipped: Mapping[str, str]) -> str:
+    """What to say of a model without taps."""
+    if not skipped:
+        return NO_ACTIVATION
+    reasons = "; ".join(f"{name!r}: {reason}" for name, reason in list(skipped.items())[:3])
+    more = f", and {len(skipped) - 3} more" if len(skipped) > 3 else ""
+    return f"model: none of its activations could be tapped ({reasons}{more})"
 
 
 def unique_name(path: str, taken: set[str]) -> str:

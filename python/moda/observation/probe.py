@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C import _functorch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
@@ -363,7 +364,7 @@ class _ProbeMode(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         probe = self.probe
         kwargs = kwargs or {}
-        if probe._idle:
+        if probe._idle or _functorch.peek_interpreter_stack() is not None:  # inside vmap and the like nothing is known
             return func(*args, **kwargs)
         known = FUNCTIONS.get(func)
         if known is not None and not probe.inside and not probe.taps.known.sites:

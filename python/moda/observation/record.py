@@ -41,6 +41,10 @@ class Record:
         self.values[index] = value
         self.versions[index] = version
 
+    def abandon(self) -> None:
+        """The forward pass ended before its end: nothing of it is kept."""
+        self.values, self.versions, self.problem = {}, {}, ""
+
     def take(self, names: tuple[str, ...]) -> list[Tensor]:
         """The activations in execution order; forgets them."""
         if self.problem:

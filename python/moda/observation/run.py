@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch._C import _functorch
 from torch.nn.modules import module as nn_module
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import CheckpointFunction
@@ -243,10 +244,16 @@ class Run:
         if record is not None and (self.others or len(record.values) != len(plan.taps)):
             for site in plan.repeated:  # which of several calls was left out is not known
                 planned = site.planned[self.training]
-                if site.hits != len(planned):
+                if site.hits != len(planned) and not _alike(planned):
                     for tap in planned:
                         if tap is not None:
                             record.values.pop(tap.index, None)
+
+
+def _alike(planned: tuple[Tap | None, ...]) -> bool:
+    """Whether it is all the same to a loss which of these calls an activation is of."""
+    first = planned[0]
+    return first is not None and all(tap is not None and tap.layout == first.layout for tap in planned)
 
 
 class FunctionMode(TorchFunctionMode):
@@ -259,7 +266,7 @@ class FunctionMode(TorchFunctionMode):
         known = FUNCTIONS.get(func)
         if known is not None:
             run = self.taps._run
-            if run is not None and run.caller is not None:
+            if run is not None and run.caller is not None and _functorch.peek_interpreter_stack() is None:
                 return run.call_function(func, known, args, kwargs or {})
         return func(*args, **kwargs) if kwargs else func(*args)
 

@@ -34,7 +34,7 @@ from torch.utils._pytree import tree_map
 
 from moda.observation.activations import Known
 from moda.observation.attached import Caller, Part, Root, Site, Whole, attach, detach, part_of
-from moda.observation.names import NO_ACTIVATION
+from moda.observation.names import nothing_tapped
 from moda.observation.plan import Plan
 from moda.observation.probe import Probe, tensors_of
 from moda.observation.record import Record
@@ -150,7 +150,7 @@ class Taps:
         """
         plan = self._plan
         if not plan.taps:
-            raise RuntimeError(NO_ACTIVATION)
+            raise RuntimeError(nothing_tapped(plan.skipped))
         return self._record.take(tuple(tap.name for tap in plan.taps))
 
     @property
@@ -663,7 +663,7 @@ def _run_example(taps: Taps, example: Any) -> None:
         )
     _run_in_both_modes(taps, args, kwargs)
     if not taps._plan.taps:
-        raise ValueError(NO_ACTIVATION + "".join(f"; {name}: {why}" for name, why in taps.skipped.items()))
+        raise ValueError(nothing_tapped(taps.skipped))
 
 
 def _run_in_both_modes(taps: Taps, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
