@@ -14,6 +14,7 @@ from moda.bench.losses import LossInputs, Oracle, loss_case
 from moda.bench.pooling import pooling_case
 from moda.bench.results import MEASURED, SKIPPED, WRONG, Row
 from moda_kernels import ModularLoss, closed_form, modular_losses
+from moda_kernels.tally import Tally
 
 CPU = torch.device("cpu")
 TINY = Budget(least=2, most=2, seconds=0, warmups=0)
@@ -100,9 +101,9 @@ class _Right:
 def test_a_count_that_is_off_by_one_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     right = closed_form.count_firings
 
-    def wrong(activations: object, labels: object, threshold: object, counts: list[Tensor], *rest: object) -> None:
-        right(activations, labels, threshold, counts, *rest)  # type: ignore[arg-type]
-        counts[1][1, 2] += 1
+    def wrong(activations: object, labels: object, threshold: object, tally: Tally) -> None:
+        right(activations, labels, threshold, tally)  # type: ignore[arg-type]
+        tally.counts[1][1, 2] += 1
 
     monkeypatch.setattr(closed_form, "count_firings", wrong)
     rows = _rows(counting_case("tiny", CountInputs(SHAPES, 2, CPU), TINY))
