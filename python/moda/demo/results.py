@@ -33,6 +33,7 @@ class Trained:
         similarity: per layer the (K, K) mean cosine similarity between the test samples of two classes.
         rates: the firing rates on the training samples.
         module_sizes: per class the share of the model's parameters.
+        attribution_sizes: the same of modules by attribution.
         overlaps: the (K, K) overlaps in the published counting.
     """
 
@@ -42,12 +43,18 @@ class Trained:
     similarity: list[Tensor]
     rates: FiringRates
     module_sizes: list[float]
+    attribution_sizes: list[float]
     overlaps: Tensor
 
     @property
     def module_size(self) -> float:
         """The mean over classes."""
         return fmean(self.module_sizes)
+
+    @property
+    def attribution_size(self) -> float:
+        """The mean over classes."""
+        return fmean(self.attribution_sizes)
 
     @property
     def overlap(self) -> float:
@@ -89,6 +96,7 @@ class SeedResult:
         modular: the modular one.
         decomposition: the modules of the modular model.
         subtasks: one entry per size.
+        by_attribution: the same of modules by attribution.
         decompose_seconds: the time of counting firings and decomposing.
         compose_seconds: the time of composing and testing all sub-tasks.
     """
@@ -98,6 +106,7 @@ class SeedResult:
     modular: Trained
     decomposition: Decomposition
     subtasks: list[SubTasks]
+    by_attribution: list[SubTasks]
     decompose_seconds: float
     compose_seconds: float
 
@@ -124,9 +133,9 @@ class DemoResult:
         """Average over seeds a number of the standard or the modular training."""
         return fmean(getattr(getattr(seed, training), quantity) for seed in self.seeds)
 
-    def subtasks(self) -> list[SubTasks]:
-        """Average the sub-tasks over seeds."""
-        rows = zip(*(seed.subtasks for seed in self.seeds), strict=True)
+    def subtasks(self, modules: str = "subtasks") -> list[SubTasks]:
+        """Average the sub-tasks over seeds; of modules "by_attribution" if asked for."""
+        rows = zip(*(getattr(seed, modules) for seed in self.seeds), strict=True)
         return [_mean_subtasks(same_size) for same_size in rows]
 
 
@@ -147,6 +156,7 @@ def to_json(result: DemoResult) -> dict[str, Any]:
             "standard": _means(result, "standard"),
             "modular": _means(result, "modular"),
             "subtasks": [dataclasses.asdict(row) for row in result.subtasks()],
+            "by_attribution": [dataclasses.asdict(row) for row in result.subtasks("by_attribution")],
         },
         "seeds": [
             {
@@ -154,6 +164,7 @@ def to_json(result: DemoResult) -> dict[str, Any]:
                 "standard": _numbers(seed.standard),
                 "modular": _numbers(seed.modular),
                 "subtasks": [dataclasses.asdict(row) for row in seed.subtasks],
+                "by_attribution": [dataclasses.asdict(row) for row in seed.by_attribution],
                 "decompose_seconds": seed.decompose_seconds,
                 "compose_seconds": seed.compose_seconds,
             }
@@ -163,7 +174,8 @@ def to_json(result: DemoResult) -> dict[str, Any]:
 
 
 def _means(result: DemoResult, training: str) -> dict[str, float]:
-    return {name: result.mean(training, name) for name in ("accuracy", "module_size", "overlap", "seconds")}
+    names = ("accuracy", "module_size", "attribution_size", "overlap", "seconds")
+    return {name: result.mean(training, name) for name in names}
 
 
 def _numbers(trained: Trained) -> dict[str, Any]:
@@ -172,5 +184,6 @@ def _numbers(trained: Trained) -> dict[str, Any]:
         "seconds": trained.seconds,
         **{name: float(value) for name, value in trained.losses._asdict().items()},
         "module_sizes": trained.module_sizes,
+        "attribution_sizes": trained.attribution_sizes,
         "overlaps": trained.overlaps.tolist(),
     }

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from moda.composition.measure import module_sizes, overlap_matrix
 from moda.data import DataSplits
 from moda.data.batches import BatchLoader, EpochOrder
+from moda.decomposition.attribution import attribute
 from moda.decomposition.container import Decomposition
 from moda.decomposition.counting import count_firings
 from moda.decomposition.rule import decompose
@@ -100,17 +101,19 @@ def _run_seed(folder: Path, seed: int, settings: DemoSettings, console: Console)
     start = time.perf_counter()
     examined = {name: _examine(result.model, result.seconds, data, settings) for name, result in results.items()}
     decompose_seconds = time.perf_counter() - start
-    decomposition = examined["modular"][1]
+    _, decomposition, by_attribution = examined["modular"]
     decomposition.save(results["modular"].run.decomposition)
     start = time.perf_counter()
     models = {name: result.model for name, result in results.items()}
     subtasks = _subtasks(models, decomposition, data, settings, random.Random(seed))
+    attributed = _subtasks(models, by_attribution, data, settings, random.Random(seed))
     return SeedResult(
         seed,
         examined["standard"][0],
         examined["modular"][0],
         decomposition,
         subtasks,
+        attributed,
         decompose_seconds,
         time.perf_counter() - start,
     )
@@ -118,14 +121,16 @@ def _run_seed(folder: Path, seed: int, settings: DemoSettings, console: Console)
 
 def _examine(
     model: nn.Module, seconds: float, data: DataSplits, settings: DemoSettings
-) -> tuple[Trained, Decomposition]:
+) -> tuple[Trained, Decomposition, Decomposition]:
+    """Test a trained model, and decompose it by firing rates and by attribution."""
+    loader = BatchLoader(data.train_eval, EpochOrder(len(data.train_eval), 128, None))  # type: ignore[arg-type]
+    by_attribution = decompose(attribute(model, loader, data.num_classes, progress=False))
     model = _instrumented(model)
     images, labels = _tensors(data.test)
     model.eval()
     with torch.no_grad(), model.recording():
         logits = model(images)
         activations = model.activations()
-    loader = BatchLoader(data.train_eval, EpochOrder(len(data.train_eval), 128, None))  # type: ignore[arg-type]
     rates = count_firings(model, loader, data.num_classes, progress=False)
     decomposition = decompose(rates, settings.threshold)
     trained = Trained(
@@ -135,9 +140,10 @@ def _examine(
         similarity=class_similarity(activations, labels, data.num_classes),
         rates=rates,
         module_sizes=module_sizes(model, decomposition).tolist(),
+        attribution_sizes=module_sizes(model, by_attribution).tolist(),
         overlaps=overlap_matrix(model, decomposition),
     )
-    return trained, decomposition
+    return trained, decomposition, by_attribution
 
 
 def _instrumented(model: nn.Module) -> InstrumentedModel:

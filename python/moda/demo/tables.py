@@ -7,7 +7,7 @@ from statistics import fmean
 from rich.console import Console
 from rich.table import Table
 
-from moda.demo.results import DemoResult
+from moda.demo.results import DemoResult, SubTasks
 
 
 def print_tables(result: DemoResult, console: Console) -> None:
@@ -50,6 +50,7 @@ def comparison(result: DemoResult) -> list[tuple[str, str, str]]:
     return [
         row("test accuracy", "{:.2f} %", both("accuracy", 100)),
         row("module size, share of parameters", "{:.1f} %", both("module_size", 100)),
+        row("module size by attribution", "{:.1f} %", both("attribution_size", 100)),
         row("overlap of two modules", "{:.1f} %", both("overlap", 100)),
         row("similarity of samples of one class", "{:.3f}", same),
         row("similarity of samples of two classes", "{:.3f}", different),
@@ -100,13 +101,22 @@ def _subtask_table(result: DemoResult) -> Table:
 def reading(result: DemoResult) -> list[str]:
     """Say what the numbers mean, in sentences that hold for the numbers at hand."""
     size, plain = result.mean("modular", "module_size"), result.mean("standard", "module_size")
-    smallest = result.subtasks()[0]
-    difference = 100 * (smallest.composed - smallest.modular)
-    more = "more" if difference > 0 else "less"
-    against = "is as accurate as" if abs(difference) < 0.005 else f"scores {abs(difference):.2f} points {more} than"
+    smallest, fewer = result.subtasks()[0], result.subtasks("by_attribution")[0]
+    by, plainly = result.mean("modular", "attribution_size"), result.mean("standard", "attribution_size")
     return [
         f"A module of the modular model takes {100 * size:.0f} % of the parameters; decomposed alike, one of the "
         f"standard model takes {100 * plain:.0f} %.",
         f"A composed model of {smallest.classes} classes has {100 * smallest.size:.0f} % of the parameters and "
-        f"{against} the whole modular model on the same samples, with no fine-tuning.",
+        f"{_against(smallest)} the whole modular model on the same samples, with no fine-tuning.",
+        f"Decomposed by attribution instead of firing rates, modules take {100 * by:.0f} % and {100 * plainly:.0f} %; "
+        f"then a composed model of {fewer.classes} classes has {100 * fewer.size:.0f} % of the parameters and "
+        f"{_against(fewer)} the whole modular model.",
     ]
+
+
+def _against(row: SubTasks) -> str:
+    """Compare composed models with the whole one."""
+    difference = 100 * (row.composed - row.modular)
+    if abs(difference) < 0.005:
+        return "is as accurate as"
+    return f"scores {abs(difference):.2f} points {'more' if difference > 0 else 'less'} than"

@@ -16,6 +16,7 @@ from PIL import Image
 from rich.console import Console
 from torch.utils.data import DataLoader, Subset
 
+import moda
 from moda.composition import measure
 from moda.composition.compose import compose
 from moda.decomposition.container import Decomposition
@@ -67,6 +68,11 @@ def test_numbers_are_those_of_the_models(made: tuple[Path, DemoResult, str]) -> 
     loader = DataLoader(data.test, batch_size=100)
     assert seed.modular.accuracy == pytest.approx(measure.accuracy(model, loader))
     assert seed.modular.module_sizes[3] == pytest.approx(measure.size(model, seed.decomposition, [3]))
+    by_attribution = moda.decompose(moda.attribute(run.load_model(data), DataLoader(data.train_eval, 128), 10))
+    sizes = measure.module_sizes(model, by_attribution)
+    assert seed.modular.attribution_sizes == pytest.approx(sizes.tolist(), abs=0.01)  # batches of other sizes round
+    assert seed.modular.attribution_size < seed.modular.module_size
+    assert seed.by_attribution[0].size < seed.subtasks[0].size
     pairs = [measure.overlap(model, seed.decomposition, a, b) for a in range(10) for b in range(a)]
     assert seed.modular.overlap == pytest.approx(sum(pairs) / 45)
     expected = [measured(model, seed.decomposition, loader, classes) for classes in chosen_for(1)]
@@ -119,6 +125,10 @@ def test_results_file_and_tables(made: tuple[Path, DemoResult, str]) -> None:
     standard, modular = (100 * result.mean(name, "accuracy") for name in ("standard", "modular"))
     assert re.search(rf"test accuracy +│ +{standard:.2f} % │ +{modular:.2f} % │", printed)
     assert "mean of 2 seeds" in printed
+    assert f"module size by attribution │ {100 * result.mean('standard', 'attribution_size'):.1f} %" in re.sub(
+        " +", " ", printed
+    )
+    assert "Decomposed by attribution instead of firing rates, modules take" in printed
     row = numbers["mean"]["subtasks"][1]
     assert re.search(rf"10 │ +1 │ +{100 * row['composed']:.2f} %", printed)
     ten = result.subtasks()[1]
