@@ -7,8 +7,10 @@ import hashlib
 import io
 import json
 import os
+import pickle
 import secrets
 import stat
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -35,6 +37,7 @@ __all__ = [
     "is_temporary",
     "parse_json",
     "parse_tensors",
+    "parse_torch",
     "read_bytes",
     "read_csv",
     "read_tensors",
@@ -407,6 +410,54 @@ def _most_bytes(shapes: Mapping[str, tuple[int, ...]]) -> int:
             count *= extent
         elements += count
     return min(LARGEST_TENSORS, 16 * elements + (1 << 20) + sum(len(name) + 200 for name in shapes))
+
+
+def parse_torch(path: Path, data: bytes) -> Any:
+    """The value in `data`, which the file `path` of PyTorch's own format holds: tensors and plain values, on the CPU.
+
+    Nothing in it is run, and it takes no more memory than the file does: PyTorch stores tensors as they are, so that
+    compressed entries, and tensors that repeat a few stored numbers, are not its work.
+
+    Raises:
+        FormatError: it is malformed, or holds anything else.
+    """
+    try:
+        _refuse_compressed(data)
+        value = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        _refuse_expanded(value)
+    except Exception as error:  # a malformed file makes the reader stumble in many ways
+        # PyTorch's own words advise to switch the protection off.
+        unsafe = isinstance(error, pickle.UnpicklingError) and "weights_only" in str(error).lower()
+        reason = "it holds more than tensors and plain values" if unsafe else str(error).strip().partition("\n")[0]
+        raise FormatError(
+            f"{path}: not a file of tensors alone, and so not read: {reason or type(error).__name__}"
+        ) from None
+    return value
+
+
+def _refuse_compressed(data: bytes) -> None:
+    if data[:2] != b"PK":  # older files are no archives
+        return
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+            raise ValueError("it holds compressed entries")
+
+
+def _refuse_expanded(value: Any) -> None:
+    """Go through lists and mappings, each once, without recursion: they may hold themselves."""
+    waiting, seen, total = [value], set(), 0
+    storages: dict[int, int] = {}
+    while waiting:
+        item = waiting.pop()
+        if isinstance(item, Tensor):
+            stored = item.untyped_storage()
+            storages[stored.data_ptr()] = stored.nbytes()
+            total += item.numel() * item.element_size()
+        elif id(item) not in seen and isinstance(item, Mapping | list | tuple):
+            seen.add(id(item))
+            waiting += [*item.keys(), *item.values()] if isinstance(item, Mapping) else item
+    if total > 4 * sum(storages.values()):  # shared weights count once for each name
+        raise ValueError(f"its tensors have {total} bytes, of which {sum(storages.values())} are stored")
 
 
 def check_tensors(

@@ -10,6 +10,7 @@ import json
 import os
 import random
 import shutil
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import pytest
 import torch
 
 import moda
+from moda.composition.export import EXPORT, read_provenance
 from moda.composition.files import load_composed, save_composed
 from moda.decomposition.container import Decomposition
 from moda.decomposition.files import load_rates, rates_metadata, save_rates
@@ -26,6 +28,7 @@ from moda.files import FormatError, read_bytes, sha256_of
 from moda.runs.config import TrainingConfig
 from moda.runs.folder import RunFolder
 from moda.runs.metrics import MetricsFile, read_metrics
+from moda.runs.published import load_published_weights
 from moda.study.analysis_files import read_analysis, write_analysis
 from moda.study.digits import DESCRIPTION, STUDY
 from moda.study.replacement import ReplacementResult, read_replacements, write_replacements
@@ -252,3 +255,59 @@ def test_a_composed_folder_is_refused_by_name_too(tmp_path):
             else:
                 assert str(tmp_path) in error
         (tmp_path / name).write_bytes(original)
+
+
+def test_tensors_that_repeat_a_few_numbers_are_refused(tmp_path):
+    """2 KB that would become gigabytes."""
+    path = tmp_path / "model.pt"
+    torch.save({"fc.weight": torch.zeros(1).expand(1 << 20, 1 << 10)}, path)
+    assert path.stat().st_size < 3000
+    with pytest.raises(
+        FormatError,
+        match=r"model\.pt: not a file of tensors alone, and so not read: its tensors have 4294967296 bytes, of which 4 are",
+    ):
+        load_published_weights(path)
+    shared = torch.rand(3)
+    torch.save({"a": shared, "b": shared, "c": shared[:2]}, path)
+    assert torch.equal(load_published_weights(path)["b"], shared)
+
+
+def test_compressed_entries_are_refused(tmp_path):
+    torch.save({"a": torch.zeros(1000)}, tmp_path / "plain.pt")
+    with zipfile.ZipFile(tmp_path / "plain.pt") as plain, zipfile.ZipFile(tmp_path / "bomb.pt", "w") as bomb:
+        for entry in plain.infolist():
+            bomb.writestr(entry.filename, plain.read(entry), zipfile.ZIP_DEFLATED)
+    with pytest.raises(
+        FormatError, match=r"bomb\.pt: not a file of tensors alone, and so not read: it holds compressed entries"
+    ):
+        load_published_weights(tmp_path / "bomb.pt")
+    with zipfile.ZipFile(tmp_path / "bomb.pt2", "w", zipfile.ZIP_DEFLATED) as bomb:
+        bomb.writestr("x/moda.json", b" " * (1 << 24))
+    with pytest.raises(FormatError, match=r"bomb\.pt2: expected a note of at most 1048576 bytes"):
+        read_provenance(tmp_path / "bomb.pt2")
+
+
+def test_lists_that_hold_themselves_are_no_trap(tmp_path):
+    endless: list[Any] = [torch.zeros(2)]
+    endless.append(endless)
+    torch.save(endless, tmp_path / "model.pt")
+    with pytest.raises(FormatError, match="expected a state_dict"):
+        load_published_weights(tmp_path / "model.pt")
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".pt2"])
+def test_mutated_archives_are_refused_by_name(tmp_path, suffix):
+    path = tmp_path / f"model{suffix}"
+    if suffix == ".pt":
+        torch.save({"fc.weight": torch.rand(3, 4)}, path)
+    else:
+        with zipfile.ZipFile(path, "w") as archive:
+            entries = {"classes": [1], "class_names": ["b"], "input_shape": [3, 8, 8], "source_run": "r", "source": {}}
+            archive.writestr("m/moda.json", EXPORT.to_bytes(entries))
+    original, random_ = path.read_bytes(), random.Random(suffix)
+    read = load_published_weights if suffix == ".pt" else read_provenance
+    read(path)
+    for _ in range(150):
+        path.write_bytes(mutate(original, random_))
+        error = refusal(lambda: read(path))
+        assert error is None or str(path) in error

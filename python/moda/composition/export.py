@@ -34,6 +34,7 @@ EXPORT = Format(
 )
 FORMATS = (".pt2", ".onnx")
 ENTRY = "moda"
+LONGEST_NOTE = 1 << 20
 TOLERANCE = 1e-4
 """Largest difference of a logit, relative to the largest one, between the model and the file read back."""
 
@@ -116,8 +117,10 @@ def read_provenance(path: str | Path) -> dict[str, Any]:
         raise FormatError(f"{path}: no such file")
     try:
         note = _note_of_pt2(path) if path.suffix == ".pt2" else _note_of_onnx(path)
-    except (zipfile.BadZipFile, UnicodeDecodeError) as error:
-        raise FormatError(f"{path}: not an exported model: {error}") from None
+    except (FormatError, ImportError):
+        raise
+    except Exception as error:  # a malformed file makes the readers stumble in many ways
+        raise FormatError(f"{path}: not an exported model: {' '.join(str(error).split())}") from None
     if note is None:
         raise FormatError(f"{path}: was not written by moda export: it has no {EXPORT.name} entry")
     return EXPORT.parse(path, note)
@@ -126,15 +129,14 @@ def read_provenance(path: str | Path) -> dict[str, Any]:
 def _note_of_pt2(path: Path) -> bytes | None:
     with zipfile.ZipFile(path) as archive:
         names = [name for name in archive.namelist() if Path(name).name == f"{ENTRY}.json"]
+        if names and archive.getinfo(names[0]).file_size > LONGEST_NOTE:
+            # Compressed, it may be of any size.
+            raise FormatError(f"{path}: expected a note of at most {LONGEST_NOTE} bytes")
         return archive.read(names[0]) if names else None
 
 
 def _note_of_onnx(path: Path) -> bytes | None:
-    onnx = _required("onnx")
-    try:
-        model = onnx.load(str(path))
-    except Exception as error:  # the parser's own class is of another package
-        raise FormatError(f"{path}: not an exported model: {' '.join(str(error).split())}") from None
+    model = _required("onnx").load(str(path), load_external_data=False)
     return next((entry.value.encode() for entry in model.metadata_props if entry.key == ENTRY), None)
 
 

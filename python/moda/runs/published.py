@@ -17,7 +17,7 @@ from torch import Tensor
 
 from moda.decomposition.container import Decomposition
 from moda.decomposition.settings import FiringRule
-from moda.files import FormatError
+from moda.files import LARGEST_TENSORS, FormatError, parse_torch, read_bytes
 from moda.runs.config import TrainingConfig
 from moda.runs.folder import RunFolder, create_model, load_data
 
@@ -140,7 +140,7 @@ def load_published_weights(path: str | Path) -> dict[str, Tensor]:
     Raises:
         FormatError (a ValueError): it is missing, holds anything that would have to be run, or is no state_dict.
     """
-    value = _load(Path(path))
+    value = parse_torch(Path(path), read_bytes(Path(path), LARGEST_TENSORS))
     if not isinstance(value, Mapping) or not value or not all(isinstance(tensor, Tensor) for tensor in value.values()):
         raise FormatError(f"{path}: expected a state_dict (names and tensors), got {_kind(value)}")
     return {str(name): tensor for name, tensor in value.items()}
@@ -157,7 +157,7 @@ def load_published_masks(path: str | Path, taps: Sequence[str]) -> Decomposition
         FormatError (a ValueError): it is missing, holds anything that would have to be run, or is no such file, or has
             another number of layers.
     """
-    value = _load(Path(path))
+    value = parse_torch(Path(path), read_bytes(Path(path), LARGEST_TENSORS))
     if not isinstance(value, Mapping) or sorted(value) != list(range(len(value))) or not value:
         raise FormatError(f"{path}: expected a mask per class 0, 1, ..., got {_kind(value)}")
     for k in range(len(value)):
@@ -173,16 +173,6 @@ def load_published_masks(path: str | Path, taps: Sequence[str]) -> Decomposition
         return Decomposition(masks, settings=rule.settings(), metadata={"published": Path(path).name})
     except (TypeError, ValueError, RuntimeError) as error:
         raise FormatError(f"{path}: {' '.join(str(error).split())}") from None
-
-
-def _load(path: Path) -> Any:
-    if not path.is_file():
-        raise FormatError(f"{path}: no such file")
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a malformed file makes the reader stumble in many ways
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise FormatError(f"{path}: not a file of tensors alone, and so not read: {reason}") from None
 
 
 def _kind(value: Any) -> str:

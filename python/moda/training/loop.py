@@ -13,7 +13,6 @@ from __future__ import annotations
 import copy
 import io
 import logging
-import pickle
 import signal
 import threading
 import time
@@ -33,7 +32,7 @@ from torch.utils.data import DataLoader, Dataset
 from moda.checks import number
 from moda.data import DataSplits
 from moda.data.batches import Batch, BatchLoader, EpochOrder
-from moda.files import FormatError, format_errors, remove_partial_files
+from moda.files import FormatError, format_errors, parse_torch, remove_partial_files
 from moda.observation.taps import Route, observe, taps_of
 from moda.runs.checksums import read_checked, write_checked
 from moda.runs.config import RUNTIME_SETTINGS, TrainingConfig
@@ -330,14 +329,7 @@ def _read_checkpoint(run: RunFolder, path: Path) -> dict[str, Any]:
     Raises:
         FormatError: it is not the one that was written, or holds anything but tensors and plain values.
     """
-    data = read_checked(run.path, path)
-    try:
-        checkpoint = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except Exception as error:  # a malformed file makes the reader stumble in many ways
-        # PyTorch's own words advise to switch the protection off.
-        unsafe = isinstance(error, pickle.UnpicklingError) and "weights_only" in str(error).lower()
-        reason = "it holds more than tensors and plain values" if unsafe else f"{error}".partition("\n")[0]
-        raise FormatError(f"{path}: not a checkpoint that can be read: {reason or type(error).__name__}") from None
+    checkpoint = parse_torch(path, read_checked(run.path, path))
     if not isinstance(checkpoint, dict):
         raise FormatError(f"{path}: not a checkpoint: it holds a {type(checkpoint).__name__}")
     return checkpoint

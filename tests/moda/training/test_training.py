@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import math
 import os
+import random
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -537,7 +539,7 @@ def test_checkpoint_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.Monk
         torch.save({"state_dict": Exploit()}, last)
     else:
         torch.save([1, 2], last)
-    for message in ("last.ckpt: its SHA-256 is", "last.ckpt: not a checkpoint"):
+    for message in ("last.ckpt: its SHA-256 is", "last.ckpt: (not a file of tensors alone|not a checkpoint)"):
         with pytest.raises(FormatError, match=message) as caught:
             tiny_train(tmp_path / "run", resume=True)
         assert "weights_only" not in str(caught.value)  # PyTorch advises to switch it off
@@ -591,6 +593,36 @@ def test_an_edited_checkpoint_is_refused(tmp_path: Path, edit: Callable[[dict[st
     (tmp_path / "run" / "checksums.json").unlink()  # the edit may have been made there too
     with pytest.raises(FormatError, match=message):
         tiny_train(tmp_path / "run", resume=True)
+
+
+class Slow(TrainingProgress):
+    def step(self) -> None:
+        time.sleep(0.04)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+def test_twenty_kills_change_nothing(tmp_path: Path) -> None:
+    """Killed at twenty random moments, begun or resumed by the same call each time, it ends as one that never stopped."""
+    options = {"checkpoint_every_steps": 1, "epochs": 25}
+    moments, ended = random.Random(0), []
+    for _ in range(20):
+        child = os.fork()
+        if child == 0:
+            status = 1
+            try:
+                tiny_train(tmp_path / "run", resume="auto", progress=Slow(shown=False), **options)
+                status = 0
+            finally:
+                os._exit(status)
+        time.sleep(moments.uniform(0.05, 0.6))
+        os.kill(child, signal.SIGKILL)
+        ended.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    assert set(ended) <= {0, -signal.SIGKILL}
+    assert ended.count(-signal.SIGKILL) >= 8  # on the fastest machine it is finished some time
+    resumed = tiny_train(tmp_path / "run", resume="auto", **options)
+    assert_same_weights(weights(resumed), weights(tiny_train(tmp_path / "whole", **options)))
+    assert [row["step"] for row in read_metrics(resumed.run.metrics)] == list(range(3, 76, 3))
+    assert not [path for path in resumed.run.path.rglob("*") if is_temporary(path)]
 
 
 def test_resume_auto_begins_or_goes_on(tmp_path: Path, uninterrupted: TrainingResult) -> None:
