@@ -9,6 +9,7 @@ happens to rectify (`x.clamp(min=0)`).
 from __future__ import annotations
 
 from collections.abc import Iterable
+from types import FunctionType
 from typing import Any, NamedTuple
 
 import torch
@@ -99,7 +100,7 @@ class Known:
 
 
 def _is_function(kind: object) -> bool:
-    return callable(kind) and hasattr(kind, "__code__") and hasattr(kind, "__globals__")
+    return isinstance(kind, FunctionType)
 
 
 def plain_class(kind: type) -> type:

@@ -35,6 +35,7 @@ from torch.utils._pytree import tree_map
 from moda.observation.activations import Known
 from moda.observation.attached import Caller, Part, Root, Site, Whole, attach, detach, part_of
 from moda.observation.names import nothing_tapped
+from moda.observation.own import look_at, look_away
 from moda.observation.plan import Plan
 from moda.observation.probe import Probe, tensors_of
 from moda.observation.record import Record
@@ -243,6 +244,7 @@ class Taps:
             if part is not None and part.taps is self:
                 detach(module)
         self._attached = weakref.WeakSet()
+        look_away(self.known.functions, self)
         self._record.clear()
 
     def _pause(self) -> None:
@@ -251,6 +253,7 @@ class Taps:
         self.remove()
 
     def _resume(self) -> None:
+        look_at(self.known.functions, self)
         for module, part in self._paused:
             self._attach(module, part)
 
@@ -364,6 +367,7 @@ class Taps:
         """A deep copy of the model was made: it gets taps of its own."""
         made = self._like(model)
         memo[id(self)] = made
+        look_at(made.known.functions, made)
         made.example = self.example
         sites: dict[int, Site] = {}
         for module, twin in zip(self.model.modules(), model.modules(), strict=True):
@@ -549,6 +553,7 @@ def observe(
     _check_sites(model, sites)
     taps = Taps(model, route=route, activations=tuple(activations), neuron_dim=neuron_dim, sites=tuple(sites))
     taps._attach(model, Root(taps))
+    look_at(taps.known.functions, taps)
     if example is not None:
         try:
             _run_example(taps, example)

@@ -116,3 +116,39 @@ def test_an_example_leaves_no_trace_but_the_plan() -> None:
     assert torch.equal(torch.get_rng_state(), random)
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in state.items())
     assert taps.names == ("2", "4", "8")
+
+
+def swish(x: Tensor, beta: float = 1.0) -> Tensor:
+    return x * torch.sigmoid(beta * F.softplus(x))
+
+
+class Rectifier(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(x) - 0.1 * F.relu(-x)
+
+
+class WithOwn(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.act, self.b = nn.Linear(3, 4), Rectifier(), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(swish(self.act(self.a(x)), beta=2.0))
+
+
+def test_activations_of_the_users_own_are_tapped_as_wholes() -> None:
+    model, x, code = WithOwn(), torch.randn(5, 3), swish.__code__
+    y, hidden = model(x), model.act(model.a(x))
+    expected = [hidden, swish(hidden, beta=2.0)]
+    with moda.observe(model, activations=(Rectifier, swish)) as taps:
+        for _ in range(2):
+            assert torch.equal(model(x), y)
+            assert taps.names == ("act", "swish")
+            assert all(torch.equal(a, b) for a, b in zip(taps.activations(), expected, strict=True))
+        with taps.replacing(lambda index, value: value * (index == 0)):
+            assert torch.equal(model(x), model.b.bias.expand(5, 2))
+        assert torch.equal(swish(hidden, beta=2.0), expected[1])  # outside of the model
+    assert swish.__code__ is code
+    assert torch.equal(swish(hidden, beta=2.0), expected[1])
+    with pytest.raises(TypeError, match="activations: expected classes of modules and functions written in Python"):
+        moda.observe(model, activations=(torch.sigmoid,))
