@@ -18,7 +18,7 @@ def assert_same_weights(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
         assert torch.equal(a[name], b[name]), name
 
 
-def wait_for(condition: Any, process: subprocess.Popen[Any], seconds: float = 120) -> None:
+def wait_for(condition: Any, process: subprocess.Popen[Any], seconds: float = 600) -> None:
     """Until `condition()`; fails if the process ends before."""
     end = time.monotonic() + seconds
     while not condition():
