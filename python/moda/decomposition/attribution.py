@@ -132,7 +132,7 @@ class _Gradients:
     def together(self, taps: Taps, group: Group | None) -> AttributionSums:
         """The sums of all taps, and of all ranks; a tap that no gradient reached has zeros."""
         totals = self._make()
-        if taps.probed:
+        if int(self._sizes.sum()):  # a rank without samples says nothing of dtypes
             sums = [
                 self._sums[index].sums[0]
                 if index in self._sums

@@ -90,3 +90,38 @@ def test_with_a_group(tmp_path):
     for tap in expected.taps:
         assert torch.equal(got.counts[tap], expected.counts[tap])
         assert torch.equal(got.rates[tap], expected.rates[tap])
+
+
+def rank_scores(rank, folder):
+    """Attributions and shares of a rank's part of 5 samples; the last of three ranks has none of its own."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=3)
+    model, dataset = make_model().double(), make_data(5)
+    dataset = TensorDataset(dataset.tensors[0].double(), dataset.tensors[1])
+    loader = share(dataset, 3, rank) if rank < 2 else []
+    made = [
+        score(model, loader, 3, group="world", progress=False) for score in (moda.attribute, moda.activation_shares)
+    ]
+    torch.save([(each.scores, each.class_sizes) for each in made], f"{folder}/{rank}")
+    dist.destroy_process_group()
+
+
+def test_scores_over_ranks_one_of_which_has_no_batch(tmp_path):
+    torch.multiprocessing.start_processes(rank_scores, (str(tmp_path),), nprocs=3, start_method="spawn")
+    model, data = make_model().double(), make_data(5)
+    counted = [0, 1, 3, 4]  # of ranks 0 and 1 of 3; sample 2 is the third's, which has no loader
+    loader = [(data.tensors[0][counted].double(), data.tensors[1][counted])]
+    alone = [score(model, loader, 3, progress=False) for score in (moda.attribute, moda.activation_shares)]
+    for rank in range(3):
+        for (scores, sizes), expected in zip(torch.load(tmp_path / str(rank)), alone, strict=True):
+            assert torch.equal(sizes, expected.class_sizes)
+            for tap, given in scores.items():
+                torch.testing.assert_close(given, expected.scores[tap], rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("score", [moda.attribute, moda.activation_shares])
+def test_a_process_with_repeated_samples_alone_has_none(score):
+    model, dataset = make_model(), make_data(3)
+    assert score(model, share(dataset, 7, 2), 3, progress=False).class_sizes.sum() == 1
+    with pytest.raises(ValueError, match="loader: expected at least one batch"):
+        score(model, share(dataset, 7, 5), 3, progress=False)
