@@ -123,6 +123,8 @@ class _Attached:
     """Mixed into the class of a module that has a part; nothing of that is copied or saved."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(self, _Attached):  # a method bound before remove(), which torch.compile keeps
+            return type(self).__call__(self, *args, **kwargs)
         return self._moda_part.call(self, super().__call__, args, kwargs)  # type: ignore[attr-defined, misc]
 
     def __reduce_ex__(self, protocol: Any) -> Any:

@@ -250,6 +250,11 @@ class Run:
                             record.values.pop(tap.index, None)
 
 
+def _transformed() -> bool:
+    """Whether this is inside vmap or the like, entered by the model itself; compilers see through those."""
+    return not torch.compiler.is_compiling() and _functorch.peek_interpreter_stack() is not None
+
+
 def _alike(planned: tuple[Tap | None, ...]) -> bool:
     """Whether it is all the same to a loss which of these calls an activation is of."""
     first = planned[0]
@@ -266,7 +271,7 @@ class FunctionMode(TorchFunctionMode):
         known = FUNCTIONS.get(func)
         if known is not None:
             run = self.taps._run
-            if run is not None and run.caller is not None and _functorch.peek_interpreter_stack() is None:
+            if run is not None and run.caller is not None and not _transformed():
                 return run.call_function(func, known, args, kwargs or {})
         return func(*args, **kwargs) if kwargs else func(*args)
 
