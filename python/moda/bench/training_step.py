@@ -6,7 +6,7 @@ import copy
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,7 @@ from moda.bench.case import Case, Contender
 from moda.bench.clock import Budget, Timed
 from moda.bench.compiled import compile_problem, compiled
 from moda.bench.memory import held_bytes, peak_bytes
-from moda.observation.taps import instrument
+from moda.observation.taps import observe
 from moda_kernels import BackendUnavailableError, ModularLoss
 from moda_kernels.backends import select
 
@@ -143,7 +143,8 @@ class Step:
         self.images = inputs.images(batch, about.image_size, about.device)
         self.labels = inputs.labels(batch, about.classes, about.device)
         model.train()
-        self.model: Any = model if recipe.loss is None else instrument(model, route=recipe.route)
+        self.model = model
+        self.taps = None if recipe.loss is None else observe(model, route=recipe.route)
         # Small steps keep the weights near where they began: a diverged model would time arithmetic on NaN.
         self.optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
         self.loss = compiled(self._loss) if recipe.compiled else self._loss
@@ -152,8 +153,8 @@ class Step:
         with torch.autocast(self.about.device.type, self.about.autocast, enabled=self.about.autocast is not None):
             logits = self.model(self.images)
             loss = F.cross_entropy(logits, self.labels)
-        if self.modular_loss is not None:
-            loss = loss + self.modular_loss(self.model.activations(), self.labels)
+        if self.modular_loss is not None and self.taps is not None:
+            loss = loss + self.modular_loss(self.taps.activations(), self.labels)
         return loss
 
     def __call__(self) -> None:

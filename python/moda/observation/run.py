@@ -19,6 +19,8 @@ from moda.observation.handle import Handle
 from moda.observation.plan import Plan, Tap
 from moda.observation.record import Record, version_of
 from moda_kernels import relu_pool
+from moda_kernels.backends import select
+from moda_kernels.pooling import mark_pooled
 
 Receiver: TypeAlias = "Callable[[int, Tensor], None]"  # of an activation's place in execution order, and the activation
 Function: TypeAlias = "Callable[[int, Tensor], Tensor]"  # what it gives takes the activation's place in the model
@@ -71,6 +73,8 @@ class Run:
         self.changes = function is not None or marking
         self.gradients = torch.is_grad_enabled()
         self.plainly = not (self.changes or receiver is not None)
+        self.only_records = self.plainly and fuse_from == NEVER and not overwriting
+        self.pooling: dict[tuple[torch.dtype, torch.device], Any] = {}  # backends that pool, found once a pass
         self.caller: Caller | None = None  # whose calls of functions are looked at
         self.watching = False  # whether the function mode is entered
         self.inside = False  # of an activation made of others
@@ -86,6 +90,8 @@ class Run:
     def call_module(self, site: Site, module: nn.Module, call: Call, args: tuple[Any, ...], kwargs: Any) -> Any:
         """An activation module is called."""
         tap = self.next(site)
+        if tap is not None and self.only_records and self.caller is None and not site.opaque:
+            return self.deliver(tap, call(*args, **kwargs))  # the short way, for the sake of its cost
         if tap is not None and self._may_compute(tap, args, kwargs) and not (has_hooks(module) or any_global_hooks()):
             if self._fuses(tap, args[0]):
                 return self._fused(tap, args[0], bool(module.inplace))
@@ -110,6 +116,8 @@ class Run:
         if tap is None:
             self.others = self.others or site is None
             return function(*args, **kwargs)
+        if self.only_records:
+            return self.deliver(tap, function(*args, **kwargs))
         inplace = known.overwrites(args, kwargs)
         if self._may_compute(tap, args, kwargs):
             if self._fuses(tap, args[0]):
@@ -208,13 +216,20 @@ class Run:
         if x.numel() * x.element_size() < max(self.fuse_from, 1):
             return False
         dense = x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last))
-        return dense and torch.is_grad_enabled() and type(x) is Tensor
+        return dense and torch.is_grad_enabled() and type(x) is Tensor and not x.is_neg()
 
     def _fused(self, tap: Tap, x: Tensor, inplace: bool) -> Tensor:
         record = self.record
         assert record is not None
-        y, pooled = relu_pool(x, inplace=inplace)
-        pooled._moda_pooled = True  # type: ignore[attr-defined]
+        if torch.compiler.is_compiling() or (inplace and (x._is_view() or x.is_leaf)):
+            y, pooled = relu_pool(x, inplace=inplace)
+        else:  # the same without the checks, which the tap's layout makes needless
+            key = x.dtype, x.device
+            backend = self.pooling.get(key)
+            if backend is None:
+                backend = self.pooling[key] = select("relu_pool", "auto", (x,))
+            y, pooled = backend.relu_pool(x, inplace)
+            mark_pooled(pooled)
         if tap.index in record.values:
             self.others = True
         record.values[tap.index] = pooled

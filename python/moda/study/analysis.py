@@ -7,13 +7,14 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from moda.composition.measure import mean_over_pairs, module_sizes, overlap_matrix
+from moda.data.unpacking import unpacked
 from moda.decomposition.container import Decomposition
 from moda.decomposition.rates import FiringRates
 from moda.inference import device_of, evaluating
-from moda.observation.taps import InstrumentedModel
+from moda.observation.taps import InstrumentedModel, Taps, observing
 from moda_kernels import ClassSimilarity
 
 __all__ = ["Analysis", "LayerAnalysis", "analyze", "class_similarities"]
@@ -118,12 +119,12 @@ def _layer(tap: str, mask: Tensor, counts: Mapping[str, Tensor]) -> LayerAnalysi
     )
 
 
-def class_similarities(model: InstrumentedModel, loader: Iterable[Any], num_classes: int) -> dict[str, Tensor]:
+def class_similarities(model: nn.Module | Taps, loader: Iterable[Any], num_classes: int) -> dict[str, Tensor]:
     """Compute per tap the (K, K) mean cosine similarity between the samples of two classes, in evaluation mode.
 
     Args:
-        model: an instrumented model.
-        loader: batches (inputs, labels).
+        model: any module, observed or not, or its taps.
+        loader: batches (inputs, labels), or of another form that `count_firings` takes.
         num_classes: the number of classes K.
 
     Raises:
@@ -131,9 +132,13 @@ def class_similarities(model: InstrumentedModel, loader: Iterable[Any], num_clas
         RuntimeError: the loader is empty.
     """
     similarity = ClassSimilarity(num_classes)
-    device = device_of(model)
-    with evaluating(model), model.recording(), torch.no_grad():
+    with observing(model) as taps, evaluating(taps.model), torch.no_grad():
+        device = device_of(taps.model)
         for batch in loader:
-            model(batch[0].to(device))
-            similarity.update(model.activations(), batch[1].to(device))
-    return dict(zip(model.taps, (matrix.cpu() for matrix in similarity.result()), strict=True))
+            inputs, labels = unpacked(batch)
+            activations: dict[int, Tensor] = {}
+            with taps.recording(activations.__setitem__):
+                inputs.to(device).into(taps.model)
+            similarity.update(list(activations.values()), labels.to(device))
+        matrices = similarity.result()
+        return dict(zip(taps.names, (matrix.cpu() for matrix in matrices), strict=True))
