@@ -31,7 +31,13 @@ from moda.runs.folder import create_model, load_data
 commands = group()
 
 
-@commands.command(epilog=example("moda decompose runs/digits", "moda decompose runs/digits --threshold 0.8"))
+@commands.command(
+    epilog=example(
+        "moda decompose runs/digits",
+        "moda decompose runs/digits --threshold 0.8",
+        "moda decompose runs/digits --rule attribution --epsilon auto",
+    )
+)
 @takes(DecompositionSettings, "decompose")
 def decompose(
     folder: RunArgument,
@@ -39,13 +45,17 @@ def decompose(
 ) -> None:
     """Decompose a trained model into one module per class.
 
-    The command counts, on the training data, for which share of each class's samples every neuron fires, and writes
-    the modules to the run's folder decomposition/.
+    By default the command counts, on the training data, for which share of each class's samples every neuron fires, as
+    published. The rule `attribution` keeps the neurons through which a class's margin goes, which are far fewer. The
+    modules are written to the run's folder decomposition/.
     """
     settings = DecompositionSettings(**given)
     finished = FinishedRun.open(folder)
     check_result_folder(finished.run.decomposition, METADATA_FILE, force=True)  # the run's own: it is made again
-    decomposition = decompose_run(finished, **settings.to_dict())
+    try:
+        decomposition = decompose_run(finished, **{name: getattr(settings, name) for name in given})
+    except TypeError as error:  # an option that does not go with the rule
+        raise typer.BadParameter(f"--{error}") from None
     run = finished.run
     _print_modules(finished.model, decomposition, finished.data)
     say(f"Modules: {run.decomposition}/")

@@ -19,13 +19,14 @@ from moda.cli.commands import example, group
 from moda.cli.module_table import show_modules
 from moda.cli.options import takes
 from moda.cli.printing import percent, say, show, table
+from moda.decomposition.settings import BudgetRule
 from moda.runs.finished import FinishedRun
 from moda.study.analysis_files import analyze_run, write_analysis
 from moda.study.digits import StudySettings, run_study
 from moda.study.reuse import ReuseResult, by_size, reuse_accuracy
 from moda.study.reuse_run import run_reuse
 from moda.study.subtasks import choose
-from moda.study.sweep import GRIDS, SweepPoint, SweepSettings, sweep_threshold, sweep_weight
+from moda.study.sweep import GRIDS, SweepPoint, SweepSettings, sweep_epsilon, sweep_threshold, sweep_weight
 
 commands = group()
 
@@ -135,6 +136,7 @@ def _print_layers(analysis: dict[str, Any]) -> None:
     epilog=example(
         "moda sweep runs/digits",
         "moda sweep runs/digits --threshold 0.5,0.7,0.9,0.95 --per-size 50",
+        "moda sweep runs/digits --threshold paper --attribution usual --share usual",
         "moda sweep runs/digits --affinity paper --dispersion paper --compactness 0,0.3,1",
     )
 )
@@ -146,10 +148,10 @@ def sweep(
     per_size: Annotated[int, typer.Option(help=PER_SIZE, min=1)] = 20,
     device: DeviceOption = "auto",
 ) -> None:
-    """Vary the threshold or a weight, and measure module size, overlap and reuse accuracy.
+    """Vary the threshold, an epsilon or a weight, and measure module size, overlap and reuse accuracy.
 
-    Without options the paper's thresholds are taken. A threshold costs no training and no counting, since the run has
-    its firing rates. A weight costs a training, which is kept in the run's folder sweeps/. After Ctrl-C the same
+    Without options the paper's thresholds are taken. A threshold or an epsilon costs no training, since the run has its
+    firing rates and scores. A weight costs a training, which is kept in the run's folder sweeps/. After Ctrl-C the same
     command goes on.
     """
     settings = SweepSettings(**(given or {"threshold": GRIDS["threshold"]}))
@@ -160,6 +162,8 @@ def sweep(
             continue
         if name == "threshold":
             points = sweep_threshold(finished, values, chosen)
+        elif name in BudgetRule.NAMES:
+            points = sweep_epsilon(finished, name, values, chosen)
         else:
             points = sweep_weight(finished, name, values, chosen, device=device)
         _print_sweep(name, points)

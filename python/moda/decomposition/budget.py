@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from moda.decomposition.scores import NeuronScores
+from moda.decomposition.scores import NeuronScores, check_scores
 from moda.decomposition.settings import check_fraction
 
 _ROUNDING = 1e-12
@@ -25,7 +25,7 @@ def masks_from_scores(scores: NeuronScores, epsilon: float = 0.05) -> dict[str, 
     Raises:
         TypeError, ValueError: a score is not finite or below 0, or `epsilon` is not in [0, 1].
     """
-    _check_shares(scores.scores)
+    check_scores(scores.scores)
     return masks_from_shares(scores.shares, epsilon)
 
 
@@ -46,7 +46,7 @@ def masks_from_shares(shares: Mapping[str, Tensor], epsilon: float = 0.05) -> di
         TypeError, ValueError: an argument is not as above.
     """
     check_fraction("epsilon", epsilon)
-    _check_shares(shares)
+    check_scores(shares)
     together = torch.cat([given.double() for given in shares.values()], dim=1)
     ordered, order = together.sort(dim=1, descending=True, stable=True)
     running = ordered.cumsum(1)
@@ -59,18 +59,3 @@ def masks_from_shares(shares: Mapping[str, Tensor], epsilon: float = 0.05) -> di
         tap: mask.scatter(1, given.argmax(1, keepdim=True), True)
         for (tap, given), mask in zip(shares.items(), kept.split(widths, dim=1), strict=True)
     }
-
-
-def _check_shares(shares: Mapping[str, Tensor]) -> None:
-    if not shares:
-        raise ValueError("scores: expected at least one tap, got none")
-    for tap, given in shares.items():
-        if not isinstance(given, Tensor) or not given.dtype.is_floating_point:
-            found = getattr(given, "dtype", type(given).__name__)
-            raise TypeError(f"scores[{tap!r}]: expected a floating-point tensor, got {found}")
-        if given.dim() != 2 or 0 in given.shape:
-            raise ValueError(f"scores[{tap!r}]: expected shape (classes, neurons), got {tuple(given.shape)}")
-        if not bool(given.isfinite().all()):
-            raise ValueError(f"scores[{tap!r}]: expected finite numbers, got NaN or infinity")
-        if bool((given < 0).any()):
-            raise ValueError(f"scores[{tap!r}]: expected numbers of at least 0, got {given.min().item():g}")

@@ -11,12 +11,15 @@ from torch import Tensor
 
 from moda.checks import Check, digest, integer, items, json_value, mapping, number, record, text
 from moda.decomposition.rates import FiringRates
+from moda.decomposition.scores import ActivationShares, Attributions, NeuronScores, check_scores
 from moda.files import Format, FormatError, check_own_folder, check_tensors, format_errors, read_tensors, write_tensors
 
 MASKS_FILE = "masks.safetensors"
 METADATA_FILE = "decomposition.json"
 COUNTS_FILE = "counts.safetensors"
 RATES_FILE = "rates.json"
+SCORES_FILE = "scores.safetensors"
+SCORES_DESCRIPTION_FILE = "scores.json"
 
 MOST_CLASSES = 1 << 20
 MOST_NEURONS = 1 << 24
@@ -72,6 +75,20 @@ RATES = Format(
         "metadata": _free,
     },
 )
+
+
+_scores_entries: dict[str, Check] = {
+    "num_classes": check_num_classes,
+    "class_sizes": items(integer(0), least=1, most=MOST_CLASSES),
+    "taps": check_sites,
+    "scores_sha256": digest,
+    "metadata": _free,
+}
+SCORES: dict[str, Format] = {
+    "attribution": Format("moda-attributions", {**_scores_entries, "target": text()}),
+    "share": Format("moda-activation-shares", _scores_entries),
+}
+"""By the rule that the scores are for."""
 
 
 def write_decomposition(folder: str | Path, masks: Mapping[str, Tensor], entries: Mapping[str, Any]) -> None:
@@ -160,3 +177,49 @@ def rates_metadata(folder: str | Path) -> dict[str, Any]:
     """
     metadata: dict[str, Any] = RATES.read(Path(folder) / RATES_FILE)["metadata"]
     return metadata
+
+
+def save_scores(scores: NeuronScores, folder: str | Path, metadata: Mapping[str, Any] | None = None) -> None:
+    """Write attributions or activation shares to a folder, made if need be; the description comes last.
+
+    Args:
+        scores: what `attribute` or `activation_shares` gave.
+        folder: where to.
+        metadata: what else is worth keeping, anything that JSON can hold.
+    """
+    folder = Path(folder)
+    check_own_folder(folder, SCORES_DESCRIPTION_FILE)
+    folder.mkdir(parents=True, exist_ok=True)
+    described = {
+        "num_classes": scores.num_classes,
+        "class_sizes": scores.class_sizes.tolist(),
+        **scores.described(),
+        "taps": described_sites(scores.scores),
+        "scores_sha256": write_tensors(folder / SCORES_FILE, scores.scores),
+        "metadata": dict(metadata or {}),
+    }
+    SCORES[scores.rule].write(folder / SCORES_DESCRIPTION_FILE, described)
+
+
+def load_scores(folder: str | Path, rule: str) -> tuple[NeuronScores, dict[str, Any]]:
+    """What `save_scores` wrote for a rule, "attribution" or "share": the scores and the metadata.
+
+    Raises:
+        FormatError (a ValueError): a file is missing, malformed, of another kind or version, or does not match the
+            other.
+    """
+    folder = Path(folder)
+    described = SCORES[rule].read(folder / SCORES_DESCRIPTION_FILE)
+    num_classes, class_sizes = described["num_classes"], torch.tensor(described["class_sizes"], dtype=torch.int64)
+    with format_errors(folder / SCORES_DESCRIPTION_FILE):
+        if len(class_sizes) != num_classes:
+            raise ValueError(f"class_sizes: expected one of each of {num_classes} classes, got {len(class_sizes)}")
+    shapes = {tap["name"]: (num_classes, tap["neurons"]) for tap in described["taps"]}
+    stored = read_tensors(folder / SCORES_FILE, described["scores_sha256"], shapes)
+    check_tensors(folder / SCORES_FILE, stored, shapes, torch.float32)
+    with format_errors(folder / SCORES_FILE):
+        check_scores(stored)
+    scores = {tap: stored[tap] for tap in shapes}
+    if rule == "share":
+        return ActivationShares(scores, class_sizes), described["metadata"]
+    return Attributions(scores, class_sizes, described["target"]), described["metadata"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -96,3 +97,23 @@ class ActivationShares(NeuronScores):
 
     rule: ClassVar[str] = "share"
     noun: ClassVar[str] = "activation shares"
+
+
+def check_scores(scores: Mapping[str, Tensor]) -> None:
+    """Per tap (K, C) floating point, finite and at least 0.
+
+    Raises:
+        TypeError, ValueError: they are not.
+    """
+    if not scores:
+        raise ValueError("scores: expected at least one tap, got none")
+    for tap, given in scores.items():
+        if not isinstance(given, Tensor) or not given.dtype.is_floating_point:
+            found = getattr(given, "dtype", type(given).__name__)
+            raise TypeError(f"scores[{tap!r}]: expected a floating-point tensor, got {found}")
+        if given.dim() != 2 or 0 in given.shape:
+            raise ValueError(f"scores[{tap!r}]: expected shape (classes, neurons), got {tuple(given.shape)}")
+        if not bool(given.isfinite().all()):
+            raise ValueError(f"scores[{tap!r}]: expected finite numbers, got NaN or infinity")
+        if bool((given < 0).any()):
+            raise ValueError(f"scores[{tap!r}]: expected numbers of at least 0, got {given.min().item():g}")

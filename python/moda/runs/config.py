@@ -8,7 +8,8 @@ from typing import Any
 
 from moda import data as datasets
 from moda import models
-from moda.decomposition.settings import FiringRule
+from moda.decomposition.settings import RULES, BudgetRule, FiringRule
+from moda.decomposition.targets import TARGETS
 from moda.settings import Settings, setting, settings_of
 
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "64-true")
@@ -198,13 +199,28 @@ RUNTIME_SETTINGS = frozenset(name for name, declared in settings_of(TrainingConf
 class DecompositionSettings(Settings, command="decompose"):
     """How a run is decomposed into modules. The defaults are the paper's."""
 
+    rule: str = setting(
+        FiringRule.NAME,
+        help="What neurons are chosen by: the published firing rates, shares of activation, or attributions.",
+        choices=RULES,
+    )
+
     threshold: float = setting(
         FiringRule.threshold, help="The firing rate from which a class keeps a neuron.", at_least=0, at_most=1
     )
     min_fraction: float = setting(
         FiringRule.min_fraction, help="The least share of a layer's neurons that a class keeps.", at_least=0, at_most=1
     )
-    backend: str = setting("auto", help="The backend that counts firings, see moda doctor.")
+    epsilon: str = setting(
+        f"{BudgetRule.epsilon:g}",
+        help="With shares or attributions: the share of a class's scores that is dropped, or `auto` for the largest "
+        "that training data which is kept apart allows.",
+    )
+    tolerance: float = setting(
+        0.5, help="With --epsilon auto: the percentage points that modules of two classes may lose.", at_least=0
+    )
+    target: str = setting("margin", help="With attributions: what is attributed.", choices=tuple(TARGETS))
+    backend: str = setting("auto", help="The backend that counts, see moda doctor.")
     augmented: bool = setting(
-        False, help="Count firings on augmented images, as the published code does.", option="--augmented"
+        False, help="Count on augmented images, as the published code does.", option="--augmented"
     )

@@ -2,30 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import Dataset
+from torch import nn
+from torch.utils.data import Dataset, Subset
 
+from moda.checks import one_of
 from moda.data import DataSplits
 from moda.data.batches import BatchLoader, EpochOrder
+from moda.decomposition.attribution import attribute
 from moda.decomposition.container import Decomposition
-from moda.decomposition.counting import count_firings
-from moda.decomposition.files import MASKS_FILE, METADATA_FILE, load_rates, rates_metadata, save_rates
+from moda.decomposition.counting import activation_shares, count_firings
+from moda.decomposition.files import (
+    MASKS_FILE,
+    METADATA_FILE,
+    load_rates,
+    load_scores,
+    rates_metadata,
+    save_rates,
+    save_scores,
+)
 from moda.decomposition.rates import FiringRates
 from moda.decomposition.rule import decompose
+from moda.decomposition.scores import Attributions, NeuronScores
+from moda.decomposition.settings import RULES, FiringRule
 from moda.files import FormatError, sha256_of
+from moda.inference import device_of
 from moda.observation.taps import InstrumentedModel, instrument
 from moda.runs.config import DecompositionSettings
 from moda.runs.folder import RunFolder, load_data
 from moda.runs.lock import locked
 
-__all__ = ["FinishedRun", "checked_device", "decompose_run"]
+__all__ = ["FinishedRun", "checked_device", "decompose_run", "run_scores"]
 
 WEIGHTS = "weights_sha256"
+HELD_OUT = 5
+"""One training sample in so many is kept apart where epsilon is chosen."""
+_SCORES_FOLDERS = {"attribution": "attributions", "share": "shares"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,6 +78,14 @@ class FinishedRun:
         """The folder of the firing rates."""
         return self.run.path / "rates"
 
+    def scores_folder(self, rule: str) -> Path:
+        """Folder of the attributions, or of the activation shares."""
+        return self.run.path / _SCORES_FOLDERS[rule]
+
+    def plain_model(self) -> nn.Module:
+        """The trained model on the same device, in evaluation mode, as its class made it."""
+        return self.run.load_model(self.data).to(device_of(self.model)).eval()
+
     @property
     def weights_sha256(self) -> str:
         """The SHA-256 of the weights file, in hex."""
@@ -76,6 +101,21 @@ class FinishedRun:
             raise FormatError(f"{self.run.path}: holds no firing rates; make them with: moda decompose {self.run.path}")
         self._check_weights(self.rates_folder, rates_metadata(self.rates_folder))
         return load_rates(self.rates_folder)
+
+    def scores(self, rule: str) -> NeuronScores:
+        """The attributions (rule "attribution") or activation shares ("share") that `moda decompose` wrote.
+
+        Raises:
+            FormatError: there are none, or they are of other weights.
+        """
+        folder = self.scores_folder(rule)
+        if not folder.exists():
+            raise FormatError(
+                f"{self.run.path}: holds no {folder.name}; make them with: moda decompose {self.run.path} --rule {rule}"
+            )
+        scores, metadata = load_scores(folder, rule)
+        self._check_weights(folder, metadata)
+        return scores
 
     def decomposition(self) -> Decomposition:
         """Read the modules that `moda decompose` wrote.
@@ -117,35 +157,116 @@ class FinishedRun:
 
 def decompose_run(
     finished: FinishedRun,
-    threshold: float = DecompositionSettings.threshold,
-    min_fraction: float = DecompositionSettings.min_fraction,
+    threshold: float | None = None,
+    min_fraction: float | None = None,
     *,
+    rule: str = DecompositionSettings.rule,
+    epsilon: float | str | None = None,
+    tolerance: float | None = None,
+    target: str | None = None,
     backend: str = "auto",
     augmented: bool = False,
     progress: bool = True,
 ) -> Decomposition:
-    """Count firings on the training data, decompose the model, and write both to the run's folder.
+    """Count or score neurons on the training data, decompose the model, and write both to the run's folder.
+
+    With epsilon="auto" one training sample in `HELD_OUT` is kept apart: the scores are of the others, and epsilon is
+    chosen on those kept apart. (The training saw them all.)
 
     Args:
         finished: the run.
-        threshold: the firing rate from which a neuron is kept.
-        min_fraction: the least share of a layer's neurons that a class keeps.
-        backend: the backend that counts firings.
+        threshold: with rule="firing" the firing rate from which a neuron is kept; 0.9 unless given.
+        min_fraction: with rule="firing" the least share of a layer's neurons that a class keeps; 0.005 unless given.
+        rule: "firing", "share" or "attribution".
+        epsilon: with the other rules the share of the scores that is dropped, 0.05 unless given, or "auto".
+        tolerance: with epsilon="auto" the percentage points that modules of two classes may lose, 0.5 unless given.
+        target: with rule="attribution" a name of `moda.decomposition.targets.TARGETS`, "margin" unless given.
+        backend: the backend that counts.
         augmented: whether to count on augmented images, as the published code does.
         progress: whether to show a progress bar.
 
     Raises:
+        TypeError: an argument does not go with the rule.
         ValueError: an argument is out of range, or a class has no sample.
     """
-    loader = finished.loader(finished.data.for_firing_rates(augmented=augmented))
-    rates = count_firings(finished.model, loader, finished.data.num_classes, backend=backend, progress=progress)
-    made = decompose(rates, threshold, min_fraction)
+    one_of(RULES)("rule", rule)
+    if target is not None and rule != Attributions.rule:
+        raise TypeError(f"target: goes with rule={Attributions.rule!r}, got it with rule={rule!r}")
     origin = {WEIGHTS: finished.weights_sha256, "augmented": augmented}
+    samples = finished.data.for_firing_rates(augmented=augmented)
+    held_out = None
+    if epsilon == "auto" and rule != FiringRule.NAME:
+        samples, held_out = _apart(samples)
+    scores = _scored(finished, rule, finished.loader(samples), target or "margin", backend, progress)
+    made = decompose(
+        scores,
+        threshold,
+        min_fraction,
+        epsilon=_epsilon(epsilon),
+        model=None if held_out is None else finished.plain_model(),
+        loader=None if held_out is None else finished.loader(held_out),
+        tolerance=tolerance,
+        progress=progress,
+    )
     decomposition = replace(made, metadata={**made.metadata, **origin})
     with locked(finished.run.path):
-        save_rates(rates, finished.rates_folder, origin)
+        _save_scored(finished, scores, origin)
         decomposition.save(finished.run.decomposition)
     return decomposition
+
+
+def run_scores(finished: FinishedRun, rule: str, *, progress: bool = True) -> NeuronScores:
+    """The attributions or activation shares in the run's folder; made and kept there if there are none.
+
+    Raises:
+        FormatError: those in the folder are malformed, or of other weights.
+    """
+    if not finished.scores_folder(rule).exists():
+        loader = finished.loader(finished.data.for_firing_rates())
+        made = _scored(finished, rule, loader, "margin", "auto", progress)
+        with locked(finished.run.path):
+            _save_scored(finished, made, {WEIGHTS: finished.weights_sha256, "augmented": False})
+    return finished.scores(rule)
+
+
+def _save_scored(finished: FinishedRun, scores: FiringRates | NeuronScores, origin: Mapping[str, Any]) -> None:
+    if isinstance(scores, FiringRates):
+        save_rates(scores, finished.rates_folder, origin)
+    else:
+        save_scores(scores, finished.scores_folder(scores.rule), origin)
+
+
+def _scored(
+    finished: FinishedRun, rule: str, loader: Iterable[Any], target: str, backend: str, progress: bool
+) -> FiringRates | NeuronScores:
+    classes = finished.data.num_classes
+    if rule == FiringRule.NAME:
+        return count_firings(finished.model, loader, classes, backend=backend, progress=progress)
+    model = finished.plain_model()
+    if rule == Attributions.rule:
+        return attribute(model, loader, classes, target=target, backend=backend, progress=progress)
+    return activation_shares(model, loader, classes, backend=backend, progress=progress)
+
+
+def _apart(samples: Dataset[Any]) -> tuple[Dataset[Any], Dataset[Any]]:
+    """The samples that are scored, and those kept apart."""
+    indices = range(len(samples))  # type: ignore[arg-type]
+    scored = [index for index in indices if index % HELD_OUT]
+    return Subset(samples, scored), Subset(samples, list(indices[::HELD_OUT]))
+
+
+def _epsilon(given: float | str | None) -> Any:
+    """A number, "auto" or None.
+
+    Raises:
+        ValueError: text that is neither.
+    """
+    if not isinstance(given, str) or given == "auto":
+        return given
+    try:
+        return float(given)
+    except ValueError:
+        raise ValueError(f"epsilon: expected a number in [0, 1] or 'auto', got {given!r}") from None
 
 
 def checked_device(name: str) -> torch.device:

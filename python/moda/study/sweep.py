@@ -9,21 +9,31 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from moda.checks import integer, number
+from moda.checks import integer, number, one_of
 from moda.composition.measure import accuracy, mean_over_pairs, module_sizes, overlap_matrix
 from moda.decomposition.container import Decomposition
 from moda.decomposition.rule import decompose
-from moda.decomposition.settings import FiringRule
+from moda.decomposition.settings import BudgetRule, FiringRule, rule_of
 from moda.files import format_errors
 from moda.runs.config import TERMS
-from moda.runs.finished import FinishedRun, decompose_run
+from moda.runs.finished import FinishedRun, decompose_run, run_scores
 from moda.runs.metrics import read_metrics
 from moda.settings import Settings, check_setting, setting
 from moda.study.results_file import ResultsFile, read_rows
 from moda.study.reuse import TestSet, evaluate_subtasks, reuse_accuracy
 from moda.study.trainings import trained
 
-__all__ = ["GRIDS", "SweepPoint", "SweepSettings", "read_sweep", "sweep_threshold", "sweep_weight"]
+__all__ = [
+    "EPSILONS",
+    "GRIDS",
+    "SWEPT",
+    "SweepPoint",
+    "SweepSettings",
+    "read_sweep",
+    "sweep_epsilon",
+    "sweep_threshold",
+    "sweep_weight",
+]
 
 KIND = "moda-sweep"
 GRIDS: dict[str, tuple[float, ...]] = {
@@ -33,6 +43,9 @@ GRIDS: dict[str, tuple[float, ...]] = {
     "compactness": (0.0, 0.1, 0.3, 0.5, 1.0, 2.0),
 }
 """The paper's grids."""
+EPSILONS = (0.01, 0.02, 0.05, 0.1, 0.2)
+SWEPT: tuple[str, ...] = (*GRIDS, *BudgetRule.NAMES)
+"""What may be varied: threshold, weights of the terms, and epsilon of each rule that has one, by the rule's name."""
 
 
 def _weights(term: str) -> Any:
@@ -41,6 +54,17 @@ def _weights(term: str) -> Any:
         help=f"The weights of the {term} term, separated by commas, or `paper` for the paper's.",
         at_least=0,
         words={"paper": GRIDS[term]},
+    )
+
+
+def _epsilons(scores: str) -> Any:
+    return setting(
+        None,
+        help=f"The epsilons for modules by {scores}, separated by commas, or `usual` for {EPSILONS[0]:g} to "
+        f"{EPSILONS[-1]:g}.",
+        at_least=0,
+        at_most=1,
+        words={"usual": EPSILONS},
     )
 
 
@@ -55,6 +79,8 @@ class SweepSettings(Settings, command="sweep"):
         at_most=1,
         words={"paper": GRIDS["threshold"]},
     )
+    attribution: tuple[float, ...] | None = _epsilons("attributions")
+    share: tuple[float, ...] | None = _epsilons("shares of activation")
     affinity: tuple[float, ...] | None = _weights("affinity")
     dispersion: tuple[float, ...] | None = _weights("dispersion")
     compactness: tuple[float, ...] | None = _weights("compactness")
@@ -65,7 +91,7 @@ class SweepPoint:
     """What was measured at one value of the parameter. Shares are in [0, 1].
 
     Attributes:
-        value: the threshold, or the weight of the term.
+        value: the threshold, the epsilon, or the weight of the term.
         module_size: the mean over classes of the module's parameters over the model's.
         overlap: the mean over pairs of classes, in the published counting.
         reuse_accuracy: the accuracy of the composed models: the mean over sub-task sizes of each size's mean.
@@ -121,6 +147,35 @@ def sweep_threshold(
         return _close(table, values)
 
 
+def sweep_epsilon(
+    finished: FinishedRun, rule: str, values: Sequence[float], tasks: Sequence[Sequence[int]], *, progress: bool = True
+) -> list[SweepPoint]:
+    """Decompose the model anew at every epsilon, by attributions or activation shares, and measure.
+
+    The scores in the run's folder are used, or made and kept there. The table is `sweep_<rule>.csv`; points that it
+    has are not measured again.
+
+    Args:
+        finished: a run.
+        rule: "attribution" or "share".
+        values: epsilons in [0, 1].
+        tasks: sub-tasks to score.
+        progress: show progress bars.
+
+    Raises:
+        ValueError: an argument is not as above, or the table is of other weights or sub-tasks.
+    """
+    one_of(BudgetRule.NAMES)("rule", rule)
+    values = check_setting(SweepSettings, rule, values)
+    scores = run_scores(finished, rule, progress=progress)
+    with _table(finished, rule, tasks, {}) as table:
+        test = TestSet.of(finished.data.test)
+        for value in _missing(table, values):
+            decomposition = decompose(scores, epsilon=value)
+            table.append(asdict(_measure(finished, decomposition, value, tasks, test, progress)))
+        return _close(table, values)
+
+
 def sweep_weight(
     finished: FinishedRun,
     weight: str,
@@ -150,7 +205,7 @@ def sweep_weight(
         raise ValueError(f"weight: expected one of {', '.join(TERMS)}, got {weight!r}")
     values = check_setting(SweepSettings, weight, values)
     example = finished.decomposition()
-    with _table(finished, weight, tasks, asdict(FiringRule.of(example.settings))) as table:
+    with _table(finished, weight, tasks, asdict(rule_of(example.settings))) as table:
         test = TestSet.of(finished.data.test)
         for value in _missing(table, values):
             point = finished
@@ -166,8 +221,8 @@ def _decomposed_alike(finished: FinishedRun, example: Decomposition, progress: b
     if finished.run.decomposition.exists():
         return finished.decomposition()
     augmented = bool(example.metadata.get("augmented", False))
-    rule = FiringRule.of(example.settings)
-    return decompose_run(finished, rule.threshold, rule.min_fraction, augmented=augmented, progress=progress)
+    rule = {"rule": FiringRule.NAME, **asdict(rule_of(example.settings))}
+    return decompose_run(finished, **rule, augmented=augmented, progress=progress)
 
 
 def _measure(
@@ -196,7 +251,7 @@ def _measure(
 
 
 def _table(
-    finished: FinishedRun, parameter: str, tasks: Sequence[Sequence[int]], settings: dict[str, float]
+    finished: FinishedRun, parameter: str, tasks: Sequence[Sequence[int]], settings: dict[str, Any]
 ) -> AbstractContextManager[ResultsFile]:
     listed = ";".join(" ".join(map(str, task)) for task in tasks)
     source = {

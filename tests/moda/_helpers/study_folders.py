@@ -19,7 +19,7 @@ from moda.study.results_file import ResultsFile
 from moda.study.reuse import COLUMNS, ReuseResult, to_row
 from moda.study.reuse_run import KIND
 from moda.study.sweep import COLUMNS as SWEEP_COLUMNS
-from moda.study.sweep import GRIDS, SweepPoint
+from moda.study.sweep import EPSILONS, GRIDS, SweepPoint
 
 STANDARD = {"affinity": 0.0, "dispersion": 0.0, "compactness": 0.0}
 METRICS = (
@@ -135,11 +135,11 @@ def write_analyses(
 
 
 def write_sweep(folder: Path, parameter: str) -> list[SweepPoint]:
-    """sweep_<parameter>.csv over the paper's grid."""
+    """sweep_<parameter>.csv over the paper's grid, or the usual epsilons."""
     settings = RunFolder.open(folder).config
     table = ResultsFile.open(folder / f"sweep_{parameter}.csv", "moda-sweep", SWEEP_COLUMNS, source(settings))
     points = []
-    for value in GRIDS[parameter]:
+    for value in GRIDS.get(parameter, EPSILONS):
         points.append(
             SweepPoint(
                 value, 0.8 - 0.4 * value, 0.6 - 0.3 * value, 0.97 - 0.02 * value, 0.975, 0.8, 100, 0.98, 0.1, 0.5, 0.2

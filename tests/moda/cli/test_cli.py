@@ -104,6 +104,20 @@ def test_threshold_is_used(moda: Moda, run: Path) -> None:
     )
 
 
+def test_other_rules(moda: Moda, run: Path) -> None:
+    try:
+        status, out, _ = moda("decompose", run, "--rule", "attribution", "--epsilon", "0.1")
+        assert status == 0
+        assert Decomposition.load(run / "decomposition").settings == {"rule": "attribution", "epsilon": 0.1}
+        assert "Mean module:" in out
+        status, _, err = moda("decompose", run, "--rule", "share", "--threshold", "0.5")
+        assert status == 2
+        assert "--threshold: goes with firing rates, got it with activation shares" in " ".join(err.split())
+    finally:
+        assert moda("decompose", run)[0] == 0
+    assert Decomposition.load(run / "decomposition").settings["rule"] == "firing"
+
+
 def test_compose_and_evaluate(moda: Moda, run: Path, tmp_path: Path) -> None:
     status, out, _ = moda("compose", run, "--classes", "7, 1,3", "--output", tmp_path / "small")
     assert status == 0

@@ -366,6 +366,23 @@ def test_page_of_the_papers_setting(tmp_path: Path) -> None:
     assert "paper: 98 at 2, 91.9 at 10" in panel
 
 
+def test_rules_are_in_one_figure(tmp_path: Path) -> None:
+    """Accuracy by the size of a module, a line for each rule that was swept; one rule alone has no such figure."""
+    write_run(tmp_path / "run", config())
+    write_sweep(tmp_path / "run", "threshold")
+    assert not [
+        label for label in Outline(study_page(read_inputs([tmp_path / "run"]))).labels if "module size, %" in label
+    ]
+    write_sweep(tmp_path / "run", "attribution")
+    write_sweep(tmp_path / "run", "share")
+    page = study_page(read_inputs([tmp_path / "run"]))
+    [label] = [label for label in Outline(page).labels if "module size, %" in label]
+    for rule in ("firing rates", "attributions", "shares of activation"):
+        assert f"{rule}: " in label
+    assert "epsilon of attributions" in page
+    assert [row[0] for row in Outline(page).rows].count("reuse accuracy") == 3
+
+
 def test_page_leaves_out_what_is_not_there_and_says_how_to_make_it(tmp_path: Path) -> None:
     write_run(tmp_path / "run", config())
     page = study_page(read_inputs([tmp_path / "run"]))

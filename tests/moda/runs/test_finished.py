@@ -58,3 +58,44 @@ def test_what_is_missing_is_named(tmp_path):
 def test_devices_that_are_not_there(name):
     with pytest.raises(ValueError, match=f"device: '{name}' cannot be used here: "):
         checked_device(name)
+
+
+@pytest.mark.parametrize("rule", ["attribution", "share"])
+def test_runs_by_other_rules(tmp_path, rule):
+    finished = make_run(tmp_path / "run", decomposed=False)
+    with pytest.raises(FormatError, match=f"holds no .*; make them with: moda decompose .* --rule {rule}"):
+        finished.scores(rule)
+    made = decompose_run(finished, rule=rule, epsilon="0.1", progress=False)
+    assert made.settings == finished.decomposition().settings == {"rule": rule, "epsilon": 0.1}
+    assert finished.provenance()["epsilon"] == 0.1
+    fresh = moda.decompose(finished.scores(rule), epsilon=0.1)
+    assert all(torch.equal(mask, made.masks[tap]) for tap, mask in fresh.masks.items())
+    composed = moda.compose(finished.model, made, [0, 1])
+    assert sum(p.numel() for p in composed.parameters()) < sum(p.numel() for p in finished.model.parameters())
+
+
+def test_epsilon_is_chosen_on_samples_that_are_not_scored(tmp_path):
+    finished = make_run(tmp_path / "run", decomposed=False)
+    made = decompose_run(finished, rule="attribution", epsilon="auto", tolerance=50, progress=False)
+    told = made.metadata["epsilon_auto"]
+    samples = len(finished.data.train_eval)
+    assert told["samples"] == -(-samples // 5)
+    assert int(finished.scores("attribution").class_sizes.sum()) == samples - told["samples"]
+    assert made.settings["epsilon"] == told["epsilon"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"rule": "taste"}, ValueError, "rule: expected one of firing, share, attribution, got 'taste'"),
+        ({"epsilon": 0.1}, TypeError, "epsilon: goes with attributions or activation shares"),
+        ({"epsilon": "auto"}, TypeError, "epsilon: goes with attributions or activation shares"),
+        ({"rule": "share", "threshold": 0.5}, TypeError, "threshold: goes with firing rates"),
+        ({"rule": "share", "target": "logit"}, TypeError, "target: goes with rule='attribution'"),
+        ({"rule": "share", "epsilon": "small"}, ValueError, "epsilon: expected a number in .0, 1. or 'auto', got 'small'"),
+        ({"rule": "share", "tolerance": 1}, TypeError, "tolerance: goes with epsilon"),
+    ],
+)  # fmt: skip
+def test_arguments_that_do_not_go_with_the_rule(finished, arguments, error, message):
+    with pytest.raises(error, match=message):
+        decompose_run(finished, **arguments, progress=False)

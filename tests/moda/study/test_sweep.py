@@ -12,7 +12,7 @@ from moda.runs.metrics import read_metrics
 from moda.study import sweep
 from moda.study.analysis import analyze
 from moda.study.reuse import TestSet, evaluate_subtasks, reuse_accuracy
-from moda.study.sweep import read_sweep, sweep_threshold, sweep_weight
+from moda.study.sweep import read_sweep, sweep_epsilon, sweep_threshold, sweep_weight
 from tests.moda._helpers.studying import make_run
 
 TASKS = [(0, 1), (4, 7), (2, 3, 8)]
@@ -41,6 +41,21 @@ def test_thresholds_are_cut_from_the_stored_rates(finished, monkeypatch):
         loader = finished.loader(finished.data.test)
         assert point.test_accuracy == moda.measure.accuracy(finished.model, loader)
     assert points[0].module_size > points[1].module_size
+
+
+@pytest.mark.parametrize("rule", ["attribution", "share"])
+def test_epsilons_are_of_scores_made_once(finished, rule, monkeypatch):
+    points = sweep_epsilon(finished, rule, [0.3, 0.02], TASKS, progress=False)
+    assert [point.value for point in points] == [0.02, 0.3]
+    monkeypatch.setattr("moda.runs.finished.attribute", None)  # scoring again would fail
+    monkeypatch.setattr("moda.runs.finished.activation_shares", None)
+    assert sweep_epsilon(finished, rule, [0.02, 0.1, 0.3], TASKS, progress=False)[::2] == points
+    for point in points:
+        modules = moda.decompose(finished.scores(rule), epsilon=point.value)
+        sizes = moda.measure.module_sizes(finished.model, modules)
+        assert point.module_size == pytest.approx(float(sizes.mean()), rel=1e-12)
+    assert points[0].module_size > points[1].module_size
+    assert finished.decomposition().settings["rule"] == "firing"  # the run's own modules are left alone
 
 
 def test_a_sweep_goes_on(finished, monkeypatch):
@@ -77,6 +92,8 @@ def test_weights_are_trained_in_folders_of_their_own(finished):
     ("call", "message"),
     [
         (lambda f: sweep_threshold(f, [0.5, 1.5], TASKS), "threshold: expected numbers in [0, 1], got 1.5"),
+        (lambda f: sweep_epsilon(f, "share", [2], TASKS), "share: expected numbers in [0, 1], got 2"),
+        (lambda f: sweep_epsilon(f, "firing", [0.1], TASKS), "rule: expected one of share, attribution, got 'firing'"),
         (lambda f: sweep_weight(f, "momentum", [1], TASKS), "weight: expected one of affinity, dispersion, compactness, got 'momentum'"),
         (lambda f: sweep_weight(f, "affinity", [-1], TASKS), "affinity: expected finite numbers of at least 0, got -1"),
     ],

@@ -20,7 +20,7 @@ from moda.study.replacement import RESULTS, ReplacementResult, read_replacements
 from moda.study.results_file import read_note
 from moda.study.reuse import ReuseResult, read_results
 from moda.study.reuse_run import KIND as REUSE_KIND
-from moda.study.sweep import GRIDS, SweepPoint, read_sweep
+from moda.study.sweep import SWEPT, SweepPoint, read_sweep
 
 __all__ = ["Inputs", "Replacement", "RunResults", "Setting", "read_inputs"]
 
@@ -77,7 +77,7 @@ class RunResults:
                 f"{folder}: reuse.csv and analysis.json are of different modules; "
                 f"make both again: moda analyze {folder}, and moda reuse {folder} after removing reuse.csv"
             )
-        tables = {name: folder / f"sweep_{name}.csv" for name in GRIDS}
+        tables = {name: folder / f"sweep_{name}.csv" for name in SWEPT}
         return cls(
             folder=folder,
             label=label,

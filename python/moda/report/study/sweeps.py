@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from moda.decomposition.settings import BudgetRule
 from moda.report.curves import Line, Scale, lines
 from moda.report.page import Block, Panel, Panels, Row, Section, Table, Words
 from moda.report.spread import Spread
@@ -11,7 +12,7 @@ from moda.report.study.inputs import Setting
 from moda.report.study.references import Match, find_sweep
 from moda.report.study.words import DASH, missing
 from moda.runs.config import TERMS
-from moda.study.sweep import GRIDS, SweepPoint
+from moda.study.sweep import SWEPT, SweepPoint
 
 __all__ = ["sweeps"]
 
@@ -22,11 +23,14 @@ def sweeps(settings: Sequence[Setting]) -> Section:
     """Show curves and a table for every setting that was varied."""
     intro = (
         "Reuse accuracy is the mean over sub-task sizes of composed models\u2019 accuracy, on a random choice of "
-        "sub-tasks. The threshold is the firing rate from which a neuron is kept; a sweep of it trains nothing. A "
+        "sub-tasks. The threshold is the firing rate from which a neuron is kept, epsilon the share of a class\u2019s "
+        "attributions or activations that is dropped; a sweep of either trains nothing. A "
         "sweep of a weight trains the model anew for each value and decomposes it at the same threshold."
     )
     blocks: list[Block] = [Words(intro)]
-    for parameter in GRIDS:
+    for setting in settings:
+        blocks += _rules(setting)
+    for parameter in SWEPT:
         for setting in settings:
             points = _points(setting, parameter)
             if points:
@@ -40,6 +44,32 @@ def sweeps(settings: Sequence[Setting]) -> Section:
     return Section("sweeps", "Threshold and weights", tuple(blocks))
 
 
+_RULES = {"threshold": "firing rates", "attribution": "attributions", "share": "shares of activation"}
+_OF_RULES = ("threshold", *BudgetRule.NAMES)
+"""Parameters that choose neurons of one trained model: its weights and terms are the same at every value."""
+
+
+def _rules(setting: Setting) -> list[Block]:
+    """Show what composed models keep in accuracy at each size, all rules in one figure."""
+    drawn = []
+    colours = dict(zip(_RULES, ("standard", "composed", "modular"), strict=True))
+    for parameter, name in _RULES.items():
+        points = sorted(_points(setting, parameter).values(), key=_mean_size)
+        if points:
+            accuracies = [Spread.of(p.reuse_accuracy for p in each) for each in points]
+            sizes = [100 * _mean_size(each) for each in points]
+            drawn.append(Line(name, sizes, accuracies, colours[parameter], points=True))
+    if len(drawn) < 2:  # one rule has its own figure
+        return []
+    key, along = f"{setting.key}-rules", "module size, % of the parameters"
+    panel = lines(key, "Reuse accuracy by size of a module", drawn, Scale("accuracy, %", 100), along)
+    return [Panels((panel,), f"{setting.name}: what modules are chosen by")]
+
+
+def _mean_size(points: Sequence[SweepPoint]) -> float:
+    return sum(point.module_size for point in points) / len(points)
+
+
 def _points(setting: Setting, parameter: str) -> Points:
     """Return the points of all runs by value, for the values that every run with this sweep has."""
     tables = [{p.value: p for p in run.sweeps[parameter]} for run in setting.modular if run.sweeps.get(parameter)]
@@ -50,7 +80,7 @@ def _points(setting: Setting, parameter: str) -> Points:
 
 def _sweep(setting: Setting, parameter: str, points: Points) -> list[Block]:
     matches = find_sweep(setting.config, parameter)
-    along = "threshold" if parameter == "threshold" else f"weight of {parameter}"
+    along = _along(parameter)
     prefix = f"{setting.key}-sweep-{parameter}"
     title = f"{setting.name}: {along}"
     accuracy = [
@@ -58,8 +88,8 @@ def _sweep(setting: Setting, parameter: str, points: Points) -> list[Block]:
         _line(points, "modular_accuracy", "whole", "modular"),
         _line(points, "reuse_accuracy", "composed", "composed"),
     ]
-    if parameter == "threshold":
-        accuracy = accuracy[1:]  # the whole model is the same at every threshold
+    if parameter in _OF_RULES:
+        accuracy = accuracy[1:]  # the whole model is the same at every value
     cost = [_line(points, "module_size", "module size", "modular"), _line(points, "overlap", "overlap", "composed")]
     for match in matches:
         accuracy += _reference(match, "reuse_accuracy", "composed") + _reference(match, "test_accuracy", "standard")
@@ -69,9 +99,15 @@ def _sweep(setting: Setting, parameter: str, points: Points) -> list[Block]:
         lines(f"{prefix}-size", "Size and overlap of modules", cost, Scale("% of the parameters", 100, low=0), along),
     ]
     terms = _terms(points)
-    if parameter != "threshold" and terms:
+    if parameter not in _OF_RULES and terms:
         panels.append(_terms_panel(prefix, terms, along))
     return [Panels(tuple(panels), title), _table(title, parameter, points, matches)]
+
+
+def _along(parameter: str) -> str:
+    if parameter in BudgetRule.NAMES:
+        return f"epsilon of {_RULES[parameter]}"
+    return "threshold" if parameter == "threshold" else f"weight of {parameter}"
 
 
 def _line(points: Points, figure: str, name: str, colour: str) -> Line:
@@ -117,7 +153,7 @@ _SHARES = {
 def _table(title: str, parameter: str, points: Points, matches: Sequence[Match]) -> Table:
     rows = []
     for name, figure in _SHARES.items():
-        if parameter == "threshold" and figure == "test_accuracy":
+        if parameter in _OF_RULES and figure == "test_accuracy":
             continue
         digits = 1 if figure in ("module_size", "overlap") else 2
         rows.append(
@@ -128,7 +164,7 @@ def _table(title: str, parameter: str, points: Points, matches: Sequence[Match])
             for match in matches
             if figure in match.numbers
         ]
-    for line in _terms(points) if parameter != "threshold" else []:
+    for line in _terms(points) if parameter not in _OF_RULES else []:
         known = dict(zip(line.x, line.y, strict=True))
         rows.append(Row((line.name, *(known[value].number(3) if value in known else DASH for value in points))))
         rows += [
@@ -137,9 +173,14 @@ def _table(title: str, parameter: str, points: Points, matches: Sequence[Match])
             if line.name in match.numbers
         ]
     said = "".join(f" {match.statement[0].upper()}{match.statement[1:]}" for match in matches)
-    terms = "" if parameter == "threshold" else ", terms as they are"
+    terms = "" if parameter in _OF_RULES else ", terms as they are"
     caption = f"{title}. Accuracies, size and overlap in per cent{terms}.{said}"
-    return Table(caption, (parameter, *(f"{value:g}" for value in points)), tuple(rows), emphasis="reuse accuracy")
+    return Table(
+        caption,
+        ("epsilon" if parameter in BudgetRule.NAMES else parameter, *(f"{value:g}" for value in points)),
+        tuple(rows),
+        emphasis="reuse accuracy",
+    )
 
 
 def _reference_row(match: Match, name: str, figure: str, values: Sequence[float], factor: float, digits: int) -> Row:
