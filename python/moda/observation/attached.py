@@ -122,6 +122,9 @@ class Whole(Part):
 class _Attached:
     """Mixed into the class of a module that has a part; nothing of that is copied or saved."""
 
+    def __init_subclass__(cls, **_settings: Any) -> None:
+        """What a class of the user's does when a subclass of it is made is not done for ours."""
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not isinstance(self, _Attached):  # a method bound before remove(), which torch.compile keeps
             return type(self).__call__(self, *args, **kwargs)
@@ -144,7 +147,7 @@ class _Attached:
         inherited = getattr(super(), "__deepcopy__", None)
         made = _plain_copy(self, memo) if inherited is None else inherited(memo)
         if type(made) is type(self):
-            made.__class__ = plain_class(type(self))
+            _reclass(made, plain_class(type(self)))
         made.__dict__.pop(PART, None)
         memo[id(self)] = made
         part = self.__dict__[PART]
@@ -166,7 +169,7 @@ def attach(module: nn.Module, part: Part) -> None:
     if not isinstance(module, _Attached):
         kind = type(module)
         names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__, PLAIN: kind}
-        module.__class__ = type(kind.__name__, (_Attached, kind), names)
+        _reclass(module, type(kind.__name__, (_Attached, kind), names))
     if isinstance(part, Root) and present is not None:
         part.inner = present
     module.__dict__[PART] = part
@@ -177,7 +180,11 @@ def detach(module: nn.Module) -> None:
     module.__dict__.pop(PART, None)
     kind = _without(type(module))
     if kind is not type(module):
-        module.__class__ = kind
+        _reclass(module, kind)
+
+
+def _reclass(module: nn.Module, kind: type) -> None:
+    object.__setattr__(module, "__class__", kind)  # the user's class may let no attribute be set
 
 
 def _without(kind: type) -> type:

@@ -98,7 +98,7 @@ class Taps:
         self._marking = False
         self._overwriting = False
         self._paused: list[tuple[nn.Module, Part]] = []
-        self._attached: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+        self._attached: dict[int, weakref.ref[nn.Module]] = {}  # by id: classes may say that all modules are equal
 
     # ---- what is known ---
 
@@ -239,17 +239,20 @@ class Taps:
 
     def remove(self) -> None:
         """Make the model again exactly what it was; a second call does nothing."""
-        for module in list(self._attached):
-            part = part_of(module)
-            if part is not None and part.taps is self:
+        for module, part in self._parts():
+            if part.taps is self:
                 detach(module)
-        self._attached = weakref.WeakSet()
+        self._attached = {}
         look_away(self.known.functions, self)
         self._record.clear()
 
+    def _parts(self) -> list[tuple[nn.Module, Part]]:
+        modules = [module for reference in self._attached.values() if (module := reference()) is not None]
+        return [(module, part) for module in modules if (part := part_of(module)) is not None]
+
     def _pause(self) -> None:
         """Detach from the model until `_resume`."""
-        self._paused = [(module, part) for module in self._attached if (part := part_of(module)) is not None]
+        self._paused = self._parts()
         self.remove()
 
     def _resume(self) -> None:
@@ -359,7 +362,7 @@ class Taps:
 
     def _attach(self, module: nn.Module, part: Part) -> None:
         attach(module, part)
-        self._attached.add(module)
+        self._attached[id(module)] = weakref.ref(module)
 
     # ---- copies ---
 
