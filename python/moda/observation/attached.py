@@ -183,7 +183,7 @@ def detach(module: nn.Module) -> None:
         _reclass(module, kind)
 
 
-def _reclass(module: nn.Module, kind: type) -> None:
+def _reclass(module: object, kind: type) -> None:
     object.__setattr__(module, "__class__", kind)  # the user's class may let no attribute be set
 
 
