@@ -33,7 +33,7 @@ _PRODUCTS = frozenset(("matmul", "mm", "bmm", "__matmul__"))
 _SUMMED_PRODUCTS = frozenset(("addmm", "baddbmm", "addbmm"))
 _JOINS = frozenset(("cat", "concat", "concatenate", "hstack", "vstack", "dstack", "stack"))
 _MOVERS = frozenset((
-    "__getitem__", "broadcast_to", "channel_shuffle", "chunk", "contiguous", "detach", "diagonal", "dsplit", "expand",
+    "__getitem__", "broadcast_to", "channel_shuffle", "chunk", "diagonal", "dsplit", "expand",
     "expand_as", "flatten", "flip", "fliplr", "flipud", "gather", "hsplit", "index_select", "movedim", "moveaxis",
     "narrow", "native_channel_shuffle", "permute", "pixel_shuffle", "pixel_unshuffle", "ravel", "repeat",
     "repeat_interleave", "reshape", "reshape_as", "roll", "rot90", "select", "split", "split_with_sizes", "squeeze",
@@ -372,6 +372,7 @@ def _read(moved: Tensor, before: Along, shape: tuple[int, ...], kind: Kind) -> A
     distinct = before.values[before.values >= 0].unique()
     if len(distinct) <= 1:
         return _read_single(moved, before, shape, kind)
+    moved = _compact(moved)
     for axis in range(moved.dim()):
         line = moved.amax([dim for dim in range(moved.dim()) if dim != axis]) if moved.dim() > 1 else moved.clone()
         same = (moved == _as_axis(line, axis, moved.dim())) | (moved == -1)
@@ -382,6 +383,14 @@ def _read(moved: Tensor, before: Along, shape: tuple[int, ...], kind: Kind) -> A
     return next(
         (Along(axis, values) for axis in range(moved.dim()) if (values := _separated(moved, axis)) is not None), None
     )
+
+
+def _compact(moved: Tensor) -> Tensor:
+    """The same with one position of every axis along which a view repeats itself."""
+    for axis in range(moved.dim()):
+        if moved.stride(axis) == 0 and moved.shape[axis] > 1:
+            moved = moved.narrow(axis, 0, 1)
+    return moved
 
 
 def _line(moved: Tensor, axis: int) -> Tensor:

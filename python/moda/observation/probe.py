@@ -195,7 +195,7 @@ class Probe(Run):
         """The tap of a ReLU of `x`, if this pass pools as later ones will: numbers then do not depend on the pass."""
         if self.record is None or self.fuse_from == NEVER:
             return None
-        layout = self._layout(name, x)
+        layout = self._unwatched_layout(name, x)
         if isinstance(layout, str):
             return None
         found = _Found(name, layout, x.shape[layout.neurons], len(self.found), True)
@@ -242,13 +242,18 @@ class Probe(Run):
             self._idle = before
 
     def _found(self, name: str, value: Any, relu: bool) -> _Found | None:
-        layout = self._layout(name, value)
+        layout = self._unwatched_layout(name, value)
         if isinstance(layout, str):
             self.skipped[name] = layout
             return None
         found = _Found(name, layout, value.shape[layout.neurons], len(self.found), relu)
         self.found.append(found)
         return found
+
+    def _unwatched_layout(self, name: str, value: Any) -> Layout | str:
+        """As `_layout`, whose own operations are none of the model's."""
+        with torch._C.DisableTorchFunction():
+            return self._layout(name, value)
 
     def _layout(self, name: str, value: Any) -> Layout | str:
         """Where samples and neurons are, or why that is not known."""
