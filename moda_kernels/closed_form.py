@@ -17,14 +17,16 @@ Run to run: bitwise equal on the CPU; on CUDA `index_add` sums in no fixed order
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moda_kernels._segment_add import segment_add
+from moda_kernels._opaque import apart, segment_add
 from moda_kernels.batch_norm import BatchNorm
+from moda_kernels.plain import is_traced, is_transformed
 from moda_kernels.precision import accumulation
 from moda_kernels.segments import Segments
 from moda_kernels.tally import Tally
@@ -51,7 +53,7 @@ def pooled_activation(activation: Tensor) -> Tensor:
     dtype = accumulation(activation.dtype)
     if activation.dim() == 2:
         return activation.to(dtype)
-    return activation.abs().mean(dim=tuple(range(2, activation.dim())), dtype=dtype)
+    return _mean_over_positions(activation.abs())
 
 
 def pool(activations: Sequence[Tensor]) -> list[Tensor]:
@@ -70,7 +72,20 @@ def _pooled_relu(y: Tensor) -> Tensor:
     if y.dim() == 2:
         return pooled_activation(y)
     # y is its own absolute value, and the ReLU's gradient is 0 where that of |y| would be.
-    return y.mean(dim=tuple(range(2, y.dim())), dtype=accumulation(y.dtype))
+    return _mean_over_positions(y)
+
+
+def _mean_over_positions(magnitude: Tensor) -> Tensor:
+    """Means of numbers of at least 0 over all axes behind the second, in the accumulation dtype; finite if they are."""
+    dtype, positions = accumulation(magnitude.dtype), tuple(range(2, magnitude.dim()))
+    if magnitude.dtype == torch.float16:  # no sum of those leaves float32
+        return magnitude.mean(positions, dtype=dtype)
+    if magnitude.device.type == "cpu" and not (is_traced() or is_transformed()):
+        mean = magnitude.mean(positions, dtype=dtype)
+        if mean.detach().amax() <= torch.finfo(dtype).max:
+            return mean
+    # A sum of shares is finite. Where values may be looked at, as above, it is taken only if it is needed.
+    return twice((magnitude.to(dtype) * (0.5 / math.prod(magnitude.shape[2:]))).sum(positions))
 
 
 def norm_relu_pool(x: Tensor, norm: BatchNorm) -> tuple[Tensor, Tensor]:
@@ -84,10 +99,29 @@ def norm_relu_pool(x: Tensor, norm: BatchNorm) -> tuple[Tensor, Tensor]:
 
 
 def normalized_rows(pooled: Tensor) -> Tensor:
-    """Rows divided by max(L2 norm, 1e-12). An all-zero row stays zero and passes gradient 0 (published: g / 1e-12)."""
-    squares = pooled.square().sum(1, keepdim=True)
-    scale = squares.clamp_min(EPS * EPS).rsqrt()
-    return pooled * torch.where(squares > 0, scale, 0)
+    """Rows divided by max(L2 norm, 1e-12), whatever finite numbers they hold; NaN in a row makes all of it NaN.
+
+    An all-zero row stays zero and passes gradient 0 (published: g / 1e-12).
+    """
+    # Divided by the largest magnitude before they are squared: no square leaves the dtype's range. It cancels out, so
+    # that the derivative may take it for a constant.
+    largest = pooled.detach().abs().amax(1, keepdim=True)
+    zero = largest == 0
+    scaled = pooled / torch.where(zero, 1, largest)
+    squares = torch.where(zero, 1, scaled.square().sum(1, keepdim=True))
+    floored = squares.detach().sqrt() * largest < EPS
+    return torch.where(floored, torch.where(zero, 0, pooled / EPS), scaled * squares.rsqrt())
+
+
+def mean_magnitude(layers: Sequence[Tensor]) -> Tensor:
+    """The mean of |a| over all elements of a layer, and over layers; 0-d. Finite for finite numbers."""
+    halves = [(rows.abs() / (2 * rows.numel())).sum() / len(layers) for rows in layers]
+    return twice(torch.stack(halves).sum())
+
+
+def twice(half: Tensor) -> Tensor:
+    """Twice a mean's half. Rounding makes no mean of finite numbers infinite."""
+    return torch.where(half.isinf(), half, (2 * half).clamp_max(torch.finfo(half.dtype).max))
 
 
 def class_sums(pooled: Sequence[Tensor], labels: Tensor, num_classes: int, *, normalize: bool = True) -> list[Tensor]:
@@ -97,8 +131,12 @@ def class_sums(pooled: Sequence[Tensor], labels: Tensor, num_classes: int, *, no
     return [layer.new_zeros(num_classes, layer.shape[1]).index_add(0, index, layer) for layer in rows]
 
 
+def _is_compiled_for_cpu(rows: Tensor) -> bool:
+    return rows.device.type == "cpu" and torch.compiler.is_compiling()
+
+
 def _segment_add(rows: Tensor, segment: Tensor) -> Tensor:
-    if rows.device.type == "cpu" and torch.compiler.is_compiling():
+    if _is_compiled_for_cpu(rows):
         summed: Tensor = segment_add(rows, segment)
         return summed
     return torch.zeros_like(rows).index_add(0, segment, rows)
@@ -121,13 +159,12 @@ def mean_over_pairs(pair_sum: Tensor, pairs: Tensor) -> Tensor:
 
 def grouped_losses(activations: Sequence[Tensor], segments: Segments) -> tuple[Tensor, Tensor, Tensor]:
     """(affinity, dispersion, compactness) over all layers; 0-d, in the accumulation dtype of the widest layer."""
-    pooled = pool(activations)
+    pooled = [apart(rows) if _is_compiled_for_cpu(rows) else rows for rows in pool(activations)]
     sums = [pair_sums(rows, segments) for rows in pooled]
     same = torch.stack([same for same, _ in sums]).mean()
     different = torch.stack([different for _, different in sums]).mean()
-    compactness = torch.stack([rows.abs().mean() for rows in pooled]).mean()
     affinity = torch.where(segments.same_pairs > 0, 1 - mean_over_pairs(same, segments.same_pairs), 0)
-    return affinity, mean_over_pairs(different, segments.diff_pairs), compactness
+    return affinity, mean_over_pairs(different, segments.diff_pairs), mean_magnitude(pooled)
 
 
 @torch.no_grad()

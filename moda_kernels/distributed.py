@@ -49,7 +49,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 from weakref import WeakKeyDictionary
@@ -65,6 +65,9 @@ from moda_kernels.plain import is_traced
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+MAGNITUDE_UNIT = 2.0**-24
+"""What A is counted in on its way: a sum over 2^24 samples of numbers near the dtype's largest is finite in it."""
 
 Group: TypeAlias = "ProcessGroup | Literal['world']"
 """A process group that this process is in, or "world": the default group, looked up at each use."""
@@ -135,7 +138,7 @@ def _pool(layers: Sequence[Tensor], labels: Tensor, backend: str) -> list[Tensor
 class _GlobalLosses(torch.autograd.Function):
     """The three terms from local rows, with the collective in the middle; formulas in the module's docstring.
 
-    Written out rather than left to autograd so that no operation but the sums over a layer's neurons is launched once
+    Written out rather than left to autograd so that no operations but those over a layer's neurons are launched once
     per layer.
     """
 
@@ -146,13 +149,19 @@ class _GlobalLosses(torch.autograd.Function):
         widths = [rows.shape[1] for rows in pooled]
         values = torch.cat(pooled, 1)
         columns, column_weight = _columns(tuple(widths), values)
-        squares = _sum_layers(values.square(), widths)
-        inverse = torch.where(squares > 0, squares.clamp_min(EPS * EPS).rsqrt(), 0)
+        # As in closed_form.normalized_rows: divided by the largest magnitude before they are squared.
+        largest = _reduce_layers(values.abs(), widths, torch.amax)
+        divisor = torch.where(largest == 0, 1, largest)
+        scaled = values / divisor.index_select(1, columns)
+        squares = _reduce_layers(scaled.square(), widths, torch.sum)
+        floored = squares.sqrt() * largest < EPS
+        inverse = torch.where(floored, largest / EPS, squares.rsqrt())
+        rows = scaled * inverse.index_select(1, columns)
         local = _Local(
             index,
-            rows=values * inverse.index_select(1, columns),
+            rows=rows,
             own=(squares * inverse.square()).sum(1),
-            magnitude=(values.abs().sum(0) * column_weight).sum(),
+            magnitude=(values.abs() * (column_weight * MAGNITUDE_UNIT)).sum(),
         )
         total = _all_reduced(local, classes, group) if owners is None else _by_owner(local, classes, owners, group)
 
@@ -161,10 +170,10 @@ class _GlobalLosses(torch.autograd.Function):
         different = total.different / (2 * layers * total.diff_pairs.clamp_min(1))
         affinity = torch.where(total.same_pairs > 0, 1 - same, 0)
         dispersion = torch.where(total.diff_pairs > 0, different, 0)
-        compactness = total.magnitude / total.samples.clamp_min(1)
+        compactness = closed_form.twice(total.magnitude / total.samples.clamp_min(1) * (0.5 / MAGNITUDE_UNIT))
 
         counts = (total.samples, total.same_pairs, total.diff_pairs)
-        ctx.save_for_backward(values, squares, inverse, index, total.sums, total.others, *counts)
+        ctx.save_for_backward(values, rows, floored, inverse / divisor, index, total.sums, total.others, *counts)
         ctx.widths, ctx.dtypes, ctx.ranks = widths, [rows.dtype for rows in pooled], dist.get_world_size(group)
         return affinity, dispersion, compactness
 
@@ -175,7 +184,7 @@ class _GlobalLosses(torch.autograd.Function):
                 "the losses of a group are differentiable once: a second derivative needs the other ranks' gradients; "
                 'without group, backend="torch" is differentiable twice'
             )
-        values, squares, inverse, index, sums, others, samples, same_pairs, diff_pairs = ctx.saved_tensors
+        values, rows, floored, inverse, index, sums, others, samples, same_pairs, diff_pairs = ctx.saved_tensors
         columns, column_weight = _columns(tuple(ctx.widths), values)
         # W dF/dx, not dF/dx: the gradients are going to be averaged over the W ranks (module's docstring).
         scale = ctx.ranks / len(ctx.widths)
@@ -184,10 +193,9 @@ class _GlobalLosses(torch.autograd.Function):
         of_magnitude = compactness * ctx.ranks / samples.clamp_min(1)
 
         expanded = inverse.index_select(1, columns)
-        rows = values * expanded
         gradient = (sums.index_select(0, index) - rows) * of_same + others.index_select(0, index) * of_diff
         # A row shorter than EPS is scaled by the constant 1 / EPS: no projection, as in closed_form.normalized_rows.
-        along = torch.where(squares >= EPS * EPS, _sum_layers(gradient * rows, ctx.widths), 0)
+        along = torch.where(floored, 0, _reduce_layers(gradient * rows, ctx.widths, torch.sum))
         gradient = (gradient - along.index_select(1, columns) * rows) * expanded + values.sign() * (
             column_weight * of_magnitude
         )
@@ -228,7 +236,7 @@ class _Total(NamedTuple):
         others: (classes, D) S - S_k.
         same: () sum over all classes of |S_k|^2 - Q_k.
         different: () sum over all classes of S_k . (S - S_k).
-        magnitude: () A.
+        magnitude: () A, in units of MAGNITUDE_UNIT.
         samples, same_pairs, diff_pairs: () int64.
     """
 
@@ -302,9 +310,9 @@ def _add_rows(sums: Tensor, index: Tensor, rows: Tensor) -> None:
         sums.index_put_((index,), rows, accumulate=True)
 
 
-def _sum_layers(values: Tensor, widths: Sequence[int]) -> Tensor:
-    """(N, D) -> (N, L): sums over each layer's neurons."""
-    return torch.stack([part.sum(1) for part in torch.split(values, list(widths), 1)], 1)
+def _reduce_layers(values: Tensor, widths: Sequence[int], reduce: Callable[[Tensor, int], Tensor]) -> Tensor:
+    """(N, D) -> (N, L): a sum or the largest over each layer's neurons."""
+    return torch.stack([reduce(part, 1) for part in torch.split(values, list(widths), 1)], 1)
 
 
 def _pair_counts(sizes: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from moda_kernels.backends import select
 from moda_kernels.class_totals import COUNTS, SUMS, ClassTotals, names_of
+from moda_kernels.plain import holds_numbers
 from moda_kernels.pooling import is_pooled
 from moda_kernels.precision import accumulation
 from moda_kernels.validation import check_batch, check_label_range, check_magnitude
@@ -74,6 +75,9 @@ class FiringCounter(ClassTotals):
                 neurons or, with sums, between float64 and narrower; nothing is counted.
         """
         layers = check_batch(activations, labels)
+        for index, layer in enumerate(layers):
+            if not holds_numbers(layer):
+                raise TypeError(f"activations[{index}]: expected numbers to count, got a {type(layer).__name__}")
         self._check_unpooled(layers)
         widths = [layer.shape[1] for layer in layers]
         dtypes = [accumulation(layer.dtype) for layer in layers] if self.with_sums else []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from moda_kernels import distributed
 from moda_kernels.backends import select
 from moda_kernels.distributed import Group
+from moda_kernels.plain import is_traced, is_transformed
 from moda_kernels.segments import Segments
 from moda_kernels.validation import check_batch, check_label_range, check_magnitude, check_num_classes
 
@@ -71,17 +73,41 @@ def modular_losses(
             With a group, also if its ranks disagree on layers or dtypes.
         BackendUnavailableError: the backend asked for cannot run.
 
+    Warns:
+        UserWarning: the batch is one sample, or (looked at on the CPU only) every label is negative, as labels to be
+            ignored are.
+
     Example:
         >>> layer = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])  # two samples of class 4, one of class 9
         >>> losses = modular_losses([layer], torch.tensor([4, 4, 9]))
         >>> losses.affinity.item(), losses.dispersion.item(), losses.compactness.item()
         (0.0, 0.0, 0.5)
     """
+    losses = _losses(activations, labels, backend, group, num_classes)
+    if group is None and (useless := _why_useless(labels)):
+        warnings.warn(useless, stacklevel=2)
+    return losses
+
+
+def _losses(
+    activations: Sequence[Tensor], labels: Tensor, backend: str, group: Group | None, num_classes: int | None
+) -> ModularLosses:
     if group is not None:
         return _global_losses(activations, labels, backend, group, num_classes)
     layers = check_batch(activations, labels)
     implementation = select("grouped_losses", backend, layers, (labels,))
     return ModularLosses(*implementation.grouped_losses(layers, Segments.from_labels(labels)))
+
+
+def _why_useless(labels: Tensor) -> str | None:
+    """Why affinity and dispersion say nothing about this batch; None if they do. Cheap: it is asked in every step."""
+    if is_traced() or is_transformed() or labels.is_meta:
+        return None
+    if labels.shape[0] == 1:
+        return "labels: one sample makes no pair, so that affinity and dispersion are 0; use batches of two and more"
+    if type(labels) is Tensor and labels.device.type == "cpu" and labels[0] < 0 and bool((labels < 0).all()):
+        return f"labels: all of them are negative (such as {int(labels[0])}, to be ignored), and are taken for classes"
+    return None
 
 
 def _global_losses(
@@ -148,12 +174,14 @@ class ModularLoss(nn.Module):
         self.group = group
         self.num_classes = num_classes
         self.last: ModularLosses | None = None
+        self._warned = False
 
     def forward(self, activations: Sequence[Tensor], labels: Tensor) -> Tensor:
-        """The weighted sum, a 0-d tensor. Arguments and errors as in `modular_losses`."""
-        losses = modular_losses(
-            activations, labels, backend=self.backend, group=self.group, num_classes=self.num_classes
-        )
+        """The weighted sum, a 0-d tensor. Arguments, errors and warnings (once) as in `modular_losses`."""
+        losses = _losses(activations, labels, self.backend, self.group, self.num_classes)
+        if self.group is None and not self._warned and (useless := _why_useless(labels)):
+            self._warned = True
+            warnings.warn(useless, stacklevel=2)
         self.last = ModularLosses(*(term.detach() for term in losses))
         # A term of weight 0 is left out, not multiplied: 0 * inf would poison the sum.
         terms = [weight * term for weight, term in zip(self.weights, losses, strict=True) if weight != 0]

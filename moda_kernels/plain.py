@@ -10,6 +10,7 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 
@@ -78,6 +79,11 @@ def is_freed(tensor: Tensor) -> bool:
 def _dispatches(kind: type[Tensor]) -> bool:
     """Whether a subclass stands for something else than its memory; one that only replaces functions does not."""
     return kind.__torch_dispatch__ is not Tensor.__torch_dispatch__
+
+
+def holds_numbers(tensor: Tensor) -> bool:
+    """Whether there are numbers to be counted: a fake tensor has shape and dtype alone."""
+    return type(tensor) in _TYPES or not isinstance(tensor, FakeTensor)
 
 
 def resolved(tensor: Tensor) -> Tensor:

@@ -33,13 +33,19 @@ def unavailable(device: torch.device | None = None) -> str | None:
 
 
 def normalized_rows(pooled: Tensor) -> Tensor:
-    """Rows over max(L2 norm, 1e-12), as the published code has them."""
-    return F.normalize(pooled, dim=1, eps=closed_form.EPS)
+    """Rows over max(L2 norm, 1e-12), as the published code has them.
+
+    Two rules are ours: rows whose squares might leave the dtype's range are divided by their largest magnitude before,
+    and an all-zero row gets gradient 0 (published: g / 1e-12).
+    """
+    largest = pooled.detach().abs().amax(1, keepdim=True)
+    rows = F.normalize(pooled / torch.where(largest > 1e9, largest, 1), dim=1, eps=closed_form.EPS)
+    return torch.where(largest == 0, 0, rows)
 
 
 def published_losses(activations: Sequence[Tensor], labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(affinity, dispersion, compactness) of (N, C) or (N, C, *spatial) activations; NaN where a kind has no pair."""
-    affinities, dispersions, compactnesses = [], [], []
+    affinities, dispersions, pools = [], [], []
     for activation in activations:
         pooled = closed_form.pooled_activation(activation)
         rows = normalized_rows(pooled)
@@ -49,9 +55,9 @@ def published_losses(activations: Sequence[Tensor], labels: Tensor) -> tuple[Ten
         same = labels[i] == labels[j]
         affinities.append(similarity[i[same], j[same]].mean())
         dispersions.append(similarity[i[~same], j[~same]].mean())
-        compactnesses.append(pooled.abs().sum() / pooled.numel())
+        pools.append(pooled)
     affinity = 1 - torch.stack(affinities).mean()
-    return affinity, torch.stack(dispersions).mean(), torch.stack(compactnesses).mean()
+    return affinity, torch.stack(dispersions).mean(), closed_form.mean_magnitude(pools)
 
 
 def grouped_losses(activations: Sequence[Tensor], segments: Segments) -> tuple[Tensor, Tensor, Tensor]:

@@ -23,6 +23,8 @@ from functools import lru_cache
 from typing import cast
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 TILE = 2048
@@ -38,6 +40,23 @@ COLUMN_POSITIONS = TILE // COLUMN_NEURONS
 SPAN = 32 * COLUMN_POSITIONS  # positions per program in COLUMNS: 32 tiles hide the cost of the final reduction
 
 VECTOR_BYTES = 16
+
+
+LARGEST = tl.constexpr(torch.finfo(torch.float32).max)
+
+
+@triton.jit
+def unit_of(positions):
+    """The power of two by which 1/2 <= positions * unit < 1: a sum of as many numbers in this unit is finite."""
+    exponent = positions.to(tl.float32).to(tl.int32, bitcast=True) >> 23
+    return ((253 - exponent) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def mean_of(total, positions, unit):
+    """The mean from a sum in that unit; rounding makes no mean of finite numbers infinite."""
+    mean = total / (positions * unit)
+    return tl.where(mean > LARGEST, tl.where(total > LARGEST, total, LARGEST), mean)
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moda_kernels.segments import Segments
+from moda_kernels.triton_kernels.layouts import LARGEST
 from moda_kernels.triton_kernels.rows import BLOCK, NEURONS, WARPS, Rows, load_rows, segment_bounds
 from moda_kernels.triton_kernels.tables import find_layer
 
@@ -64,7 +65,9 @@ def pair_terms_kernel(
     first, last, _, _ = segment_bounds(order, offsets, segment, block, samples)
 
     values = load_rows(rows, sample, inside, neurons, neuron, aligned)
-    magnitude = tl.sum(tl.sum(tl.abs(values), 1), 0) / neurons
+    # In a unit in which as many numbers as a tile has can be added, whatever they are.
+    magnitude = tl.sum(tl.sum(tl.abs(values) * (1.0 / (BLOCK * NEURONS)), 1), 0)
+    magnitude *= (BLOCK * NEURONS) / (2.0 * neurons * samples)
     values *= tl.load(inverse + layer * samples + sample, mask=inside, other=0.0)[:, None]
 
     everything = tl.load(total + column)
@@ -93,10 +96,10 @@ def _mean_over_pairs(pair_sum, pairs, layers):
     return tl.where(pairs > 0, pair_sum / (2.0 * layers * tl.maximum(pairs, 1)), 0.0)
 
 
-@triton.jit(do_not_specialize=["count", "layers", "samples"])
+@triton.jit(do_not_specialize=["count", "layers"])
 def losses_kernel(
     partials, same_pairs, diff_pairs, affinity, dispersion, compactness,
-    count: tl.int64, layers: tl.int64, samples: tl.int64, WIDTH: tl.constexpr,
+    count: tl.int64, layers: tl.int64, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """One program: adds `count` partial sums of each kind, writes the three losses."""
     same = tl.zeros([WIDTH], tl.float64)
@@ -112,7 +115,8 @@ def losses_kernel(
     similar = _mean_over_pairs(tl.sum(same, 0), pairs, layers)
     tl.store(affinity, tl.where(pairs > 0, 1.0 - similar, 0.0))
     tl.store(dispersion, _mean_over_pairs(tl.sum(different, 0), tl.load(diff_pairs), layers))
-    tl.store(compactness, tl.sum(magnitude, 0) / (1.0 * layers * samples))
+    mean = 2.0 * tl.sum(magnitude, 0) / layers
+    tl.store(compactness, tl.where((mean > LARGEST) & (mean < float("inf")), LARGEST, mean))
 
 
 # Block, tile and warps of the first launch and their reasons: rows.py. The second is one program, or its order would
@@ -134,7 +138,7 @@ def launch_pair_terms(
         partials, layers, rows.samples, rows.width, num_warps=WARPS,
     )  # fmt: skip
     losses_kernel[(1,)](
-        partials, segments.same_pairs, segments.diff_pairs, *losses, programs, layers, rows.samples, PARTIALS,
+        partials, segments.same_pairs, segments.diff_pairs, *losses, programs, layers, PARTIALS,
         num_warps=WARPS,
     )  # fmt: skip
     return losses, terms  # type: ignore[return-value]

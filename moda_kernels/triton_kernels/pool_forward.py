@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moda_kernels.triton_kernels import layouts
-from moda_kernels.triton_kernels.layouts import Layout, address_after
+from moda_kernels.triton_kernels.layouts import Layout, address_after, mean_of, unit_of
 from moda_kernels.triton_kernels.tables import device_table, find_layer, on_device_of
 
 TILE = tl.constexpr(layouts.TILE)
@@ -44,14 +44,15 @@ def _flat(x, out, tile, rows, signed, VEC: tl.constexpr):
 @triton.jit
 def _rows(x, out, tile, rows, positions, ROWS: tl.constexpr, WIDTH: tl.constexpr, VEC: tl.constexpr):
     row = tile * ROWS + tl.arange(0, ROWS)
+    unit = unit_of(positions)
     total = tl.zeros([ROWS, WIDTH], tl.float32)
     for start in range(0, positions, WIDTH):
         position = start + tl.arange(0, WIDTH)
         pointers = x + row[:, None] * positions + position[None, :]
         pointers = tl.max_contiguous(tl.multiple_of(pointers, [1, 16 if VEC > 1 else 1]), [1, VEC])
         inside = tl.max_constancy((row < rows)[:, None] & (position < positions)[None, :], [1, VEC])
-        total += tl.abs(tl.load(pointers, mask=inside, other=0.0).to(tl.float32))
-    tl.store(out + row, tl.sum(total, 1) / positions, mask=row < rows)
+        total += tl.abs(tl.load(pointers, mask=inside, other=0.0).to(tl.float32)) * unit
+    tl.store(out + row, mean_of(tl.sum(total, 1), positions, unit), mask=row < rows)
 
 
 @triton.jit
@@ -60,14 +61,15 @@ def _columns(x, out, tile, rows, neurons, positions, splits, VEC: tl.constexpr):
     neuron = (tile % blocks) * COLUMN_NEURONS + tl.arange(0, COLUMN_NEURONS)
     split = (tile // blocks) % splits
     sample = tile // (blocks * splits)
+    unit = unit_of(positions)
     total = tl.zeros([COLUMN_POSITIONS, COLUMN_NEURONS], tl.float32)
     for start in range(split * SPAN, tl.minimum(split * SPAN + SPAN, positions), COLUMN_POSITIONS):
         position = start + tl.arange(0, COLUMN_POSITIONS)
         pointers = x + (sample * positions + position)[:, None] * neurons + neuron[None, :]
         pointers = tl.max_contiguous(tl.multiple_of(pointers, [1, 16 if VEC > 1 else 1]), [1, VEC])
         inside = tl.max_constancy((position < positions)[:, None] & (neuron < neurons)[None, :], [1, VEC])
-        total += tl.abs(tl.load(pointers, mask=inside, other=0.0).to(tl.float32))
-    mean = tl.sum(total, 0) / positions
+        total += tl.abs(tl.load(pointers, mask=inside, other=0.0).to(tl.float32)) * unit
+    mean = mean_of(tl.sum(total, 0), positions, unit)
     tl.store(out + split * rows + sample * neurons + neuron, mean, mask=neuron < neurons)
 
 

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moda_kernels.triton_kernels import layouts
-from moda_kernels.triton_kernels.layouts import Layout
+from moda_kernels.triton_kernels.layouts import Layout, mean_of, unit_of
 from moda_kernels.triton_kernels.tables import on_device_of
 
 
@@ -33,6 +33,7 @@ def relu_pool_rows_kernel(
 ):
     """2048 elements: ROWS rows of one (sample, neuron) each, walked to their end."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    unit = unit_of(positions)
     total = tl.zeros([ROWS, WIDTH], tl.float32)
     for start in range(0, positions, WIDTH):
         position = start + tl.arange(0, WIDTH)
@@ -42,8 +43,8 @@ def relu_pool_rows_kernel(
         value = _relu(tl.load(pointers, mask=inside, other=0.0).to(tl.float32))
         targets = tl.max_contiguous(tl.multiple_of(y + offsets, [1, 16 if VEC > 1 else 1]), [1, VEC])
         tl.store(targets, value.to(y.dtype.element_ty), mask=inside)
-        total += value
-    tl.store(pooled + row, tl.sum(total, 1) / positions, mask=row < rows)
+        total += value * unit
+    tl.store(pooled + row, mean_of(tl.sum(total, 1), positions, unit), mask=row < rows)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -70,6 +71,7 @@ def relu_pool_columns_kernel(
     neuron = (tile % blocks) * NEURONS + tl.arange(0, NEURONS)
     split = (tile // blocks) % splits
     sample = tile // (blocks * splits)
+    unit = unit_of(positions)
     total = tl.zeros([POSITIONS, NEURONS], tl.float32)
     for start in range(split * SPAN, tl.minimum(split * SPAN + SPAN, positions), POSITIONS):
         position = start + tl.arange(0, POSITIONS)
@@ -79,8 +81,8 @@ def relu_pool_columns_kernel(
         value = _relu(tl.load(pointers, mask=inside, other=0.0).to(tl.float32))
         targets = tl.max_contiguous(tl.multiple_of(y + offsets, [1, 16 if VEC > 1 else 1]), [1, VEC])
         tl.store(targets, value.to(y.dtype.element_ty), mask=inside)
-        total += value
-    mean = tl.sum(total, 0) / positions
+        total += value * unit
+    mean = mean_of(tl.sum(total, 0), positions, unit)
     tl.store(parts + split * rows + sample * neurons + neuron, mean, mask=neuron < neurons)
 
 

@@ -32,6 +32,7 @@ def row_norms_kernel(table, inverse, layers: tl.int64, samples: tl.int64, ROWS: 
     norm = tl.sqrt(tl.sum(squares, 1))
     floored = tl.where(norm < 1e-12, 1e-12, norm)  # NaN stays NaN
     result = tl.where(norm == 0, 0.0, 1.0 / floored)
+    result = tl.where(norm == float("inf"), float("nan"), result)  # as everywhere: one makes all of its row NaN
     tl.store(inverse + layer * samples + sample, result.to(tl.float32), mask=sample < samples)
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import inspect
 import re
 import subprocess
 import sys
@@ -7,8 +8,16 @@ import sys
 import pytest
 import torch
 
-from moda_kernels import BackendUnavailableError, FiringCounter, backends, modular_losses, relu_pool
-from moda_kernels.backends import NAMES, Status, select
+from moda_kernels import (
+    BackendUnavailableError,
+    FiringCounter,
+    backends,
+    class_means,
+    class_similarity,
+    modular_losses,
+    relu_pool,
+)
+from moda_kernels.backends import _MODULES, NAMES, Backend, Status, select
 
 BATCH = ([torch.ones(2, 3)], torch.tensor([0, 1]))
 
@@ -68,3 +77,35 @@ def test_environment_with_a_backend_that_cannot_run_is_an_error(monkeypatch):
 def test_import_needs_neither_triton_nor_lightning_nor_a_gpu():
     code = "import sys, moda_kernels; sys.exit(bool({'triton', 'lightning', 'moda'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_operations_have_the_signatures_of_the_protocol(name):
+    module = _MODULES[name]
+    for operation in module.OPS:
+        ours = inspect.signature(getattr(module, operation)).parameters
+        contract = inspect.signature(getattr(Backend, operation)).parameters
+        assert [(p.name, p.kind, p.default) for p in ours.values()] == [
+            (p.name, p.kind, p.default) for p in list(contract.values())[1:]
+        ]
+        assert operation in module.DTYPES
+
+
+def test_documented_modules_come_with_the_package():
+    code = "import moda_kernels; moda_kernels.native.unavailable(), moda_kernels.distributed, moda_kernels.closed_form"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_similarity_runs_the_backend_it_was_given(monkeypatch):
+    ran = []
+    for name in ("torch", "native"):
+        module = _MODULES[name]
+
+        def spy(*args, name=name, sums=module.class_sums, **kwargs):
+            ran.append(name)
+            return sums(*args, **kwargs)
+
+        monkeypatch.setattr(module, "class_sums", spy)
+    class_similarity(*BATCH, 2, backend="torch")
+    class_means(*BATCH, 2, backend="torch")
+    assert ran == ["torch", "torch"]

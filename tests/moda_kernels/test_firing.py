@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import copy
+import pickle
 import re
+import threading
 
 import numpy as np
 import pytest
@@ -8,8 +11,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moda_kernels import FiringCounter, class_means
+from moda_kernels import FiringCounter, class_means, pool, relu_pool
 from moda_kernels.reference import published_masks, published_rates
+from tests.moda_kernels._helpers.native_needed import needs_native
 
 BACKENDS = ["torch", "reference", "auto"]
 
@@ -284,3 +288,69 @@ def filled(**options):
     counter = FiringCounter(3, **options)
     counter.update(*random_batch())
     return counter
+
+
+@pytest.mark.parametrize("backend", [*BACKENDS, pytest.param("native", marks=needs_native)])
+def test_threads_share_a_counter(backend):
+    """None of their batches is lost; without the lock some were, in most runs."""
+    counter = FiringCounter(3, backend=backend, sums=True)
+    x, y = torch.rand(8, 300, 2, 2), torch.arange(8) % 3
+
+    def count() -> None:
+        for _ in range(40):
+            counter.update([x], y)
+
+    threads = [threading.Thread(target=count) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    once = FiringCounter(3, backend=backend)
+    once.update([x], y)
+    assert torch.equal(counter.class_sizes, 160 * once.class_sizes)
+    assert torch.equal(counter.counts[0], 160 * once.counts[0])
+
+
+def test_a_counter_can_be_copied_and_pickled():
+    counter = FiringCounter(2)
+    counter.update([torch.ones(2, 3)], torch.tensor([0, 1]))
+    for other in (copy.deepcopy(counter), pickle.loads(pickle.dumps(counter))):
+        other.update([torch.ones(2, 3)], torch.tensor([0, 1]))
+        assert other.class_sizes.tolist() == [2, 2]
+    assert counter.class_sizes.tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("backend", [*BACKENDS, pytest.param("native", marks=needs_native)])
+@pytest.mark.parametrize("sums", [False, True])
+def test_state_made_in_inference_mode_is_added_to_outside_of_it(backend, sums):
+    x, y = [torch.randn(4, 3), torch.randn(4, 2, 5, 5)], torch.tensor([0, 1, 0, 1])
+    with torch.inference_mode():
+        inside = FiringCounter(2, backend=backend, sums=sums)
+        inside.update(x, y)
+        loaded = FiringCounter(2, backend=backend, sums=sums)
+        loaded.load_state_dict(inside.state_dict())
+    merged = FiringCounter(2, backend=backend, sums=sums)
+    with torch.inference_mode():
+        merged.merge(inside)
+    for counter in (inside, loaded, merged):
+        counter.update(x, y)
+        assert counter.class_sizes.tolist() == [4, 4]
+        assert not any(tensor.is_inference() for tensor in [*counter.counts, counter.class_sizes])
+
+
+def test_pooled_rows_are_no_activations():
+    x, y = torch.rand(4, 3, 5, 5), torch.tensor([0, 1, 0, 1])
+    own = relu_pool(torch.rand(4, 3))[1]
+    for rows in (relu_pool(x)[1], pool([x])[0]):
+        counter = FiringCounter(2, threshold=0.5)
+        with pytest.raises(ValueError, match=r"activations\[1\]: .*threshold 0.5, got pooled rows"):
+            counter.update([x, rows], y)
+        assert counter.counts == []
+        FiringCounter(2).update([rows], y)  # a mean of magnitudes is above 0 where one of them is
+        counter.update([x, own], y)  # an (N, C) activation is its own pool
+
+
+@pytest.mark.parametrize("threshold", ["0", None, [0.5], True])
+def test_a_threshold_that_is_no_number(threshold):
+    with pytest.raises(TypeError, match="threshold: expected a number, got"):
+        FiringCounter(2, threshold=threshold)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 
 import numpy as np
 import pytest
@@ -241,7 +242,7 @@ def test_compiles_without_a_graph_break(backend):
 
 @pytest.mark.compiles
 def test_inductor_with_two_threads_on_the_cpu():
-    """Its own `index_add` of computed rows adds once per thread, for layers this wide (see _segment_add.py)."""
+    """Its own `index_add` of computed rows adds once per thread, for layers this wide (see _opaque.py)."""
     (act,), labels = make_batch([(1024, 2, 2)], samples=128, classes=10, dtype=torch.float32)
     act.requires_grad_()
     torch.set_num_threads(2)
@@ -304,3 +305,31 @@ def test_bad_weight_is_named(weight):
 
 def test_public_names_exist():
     assert {name for name in moda_kernels.__all__ if not hasattr(moda_kernels, name)} == set()
+
+
+@pytest.mark.parametrize("name", ["affinity", "dispersion", "compactness"])
+@pytest.mark.parametrize("weight", [None, "1", True])
+def test_a_weight_that_is_no_number(name, weight):
+    with pytest.raises(TypeError, match=f"{name}: expected a number, got {type(weight).__name__}"):
+        ModularLoss(**{name: weight})
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ([3], "one sample makes no pair"),
+        ([-100] * 4, r"all of them are negative \(such as -100"),
+        ([-1, -2], "negative"),
+    ],
+)
+def test_a_batch_that_says_nothing_warns_once(labels, message):
+    x, y = [torch.rand(len(labels), 3)], torch.tensor(labels)
+    with pytest.warns(UserWarning, match=message):
+        modular_losses(x, y)
+    loss = ModularLoss()
+    with pytest.warns(UserWarning, match=message):
+        loss(x, y)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loss(x, y)
+        modular_losses([torch.rand(2, 3)], torch.tensor([-100, 0]))
