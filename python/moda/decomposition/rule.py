@@ -110,7 +110,8 @@ def decompose(
         ValueError: a number is out of range, a score is not finite, or a class has no samples.
 
     Warns:
-        UserWarning: a whole layer has no score for a class, so that the neuron kept there is an arbitrary one.
+        UserWarning: a whole layer has no score for a class, so that the neuron kept there is an arbitrary one; or, with
+            firing rates, classes keep nearly all neurons.
     """
     if isinstance(scores, FiringRates):
         given = {"epsilon": epsilon, "model": model, "loader": loader, "tolerance": tolerance, "unpack": unpack}
@@ -134,6 +135,9 @@ def decompose(
     choice = choose_epsilon(scores, model, loader, tolerance=_or(tolerance, 0.5), unpack=unpack, progress=progress)
     return _by_budget(scores, choice.epsilon, choice.to_dict())
 
+
+_STRICT = 0.5  # a threshold from which on neurons are meant to be dropped
+_NEARLY_ALL = 0.95
 
 _NEEDED = {"model": "model that the scores are of", "loader": "batches of training data that are kept apart"}
 
@@ -159,6 +163,15 @@ def _check_seen(scores: FiringRates | NeuronScores, allow_empty_classes: bool) -
 
 def _by_threshold(rates: FiringRates, threshold: float, min_fraction: float) -> Decomposition:
     masks = {tap: masks_from_rates(rates.rates[tap], threshold, min_fraction) for tap in rates.taps}
+    share = sum(int(mask.sum()) for mask in masks.values()) / sum(mask.numel() for mask in masks.values())
+    if threshold >= _STRICT and share > _NEARLY_ALL:
+        warnings.warn(
+            f"rates: a class keeps {share:.1%} of the neurons on average, because nearly all of them fire for nearly "
+            "every sample: smooth activations (GELU, SiLU, ...) are hardly ever exactly 0, and on large images a ReLU "
+            "neuron fires somewhere for every sample. The rule for attributions tells neurons apart there: "
+            "moda.decompose(moda.attribute(model, loader, num_classes)), or --rule attribution",
+            stacklevel=3,
+        )
     metadata = {**_samples(rates), "firing_threshold": rates.threshold}
     return Decomposition(masks, settings=FiringRule(threshold, min_fraction).settings(), metadata=metadata)
 
