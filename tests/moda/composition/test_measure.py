@@ -10,18 +10,17 @@ from torch import Tensor, nn
 
 from moda import models
 from moda.composition import measure
-from moda.composition.compose import compose, mask
-from moda.composition.slicing import plan
+from moda.composition.compose import compose, plan
+from moda.composition.masking import mask
 from moda.decomposition.container import Decomposition
-from moda.observation.taps import InstrumentedModel, instrument
-from tests.moda._helpers.composing import lively, random_modules, widths
+from tests.moda._helpers.composing import lively, random_modules, watched, widths
 
 
-def small() -> tuple[InstrumentedModel, Decomposition]:
+def small() -> tuple[nn.Module, Decomposition]:
     """2 -> 3 (norm, relu) -> 3 classes; parameters 6 + 3 + 6 + 9 + 3 = 27, buffers 3 + 3 + 1."""
     model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.ReLU(), nn.Linear(3, 3))
     masks = torch.tensor([[True, True, False], [False, True, True], [True, True, True]])
-    return instrument(model), Decomposition({"2": masks})
+    return watched(model, torch.randn(2, 2)), Decomposition({"2": masks})
 
 
 def test_size_by_hand():
@@ -60,7 +59,7 @@ def kept_entries(model: nn.Module, decomposition: Decomposition, c: int) -> dict
 @pytest.mark.parametrize("name", ["small_vgg", "resnet18", "mobilenet"])
 def test_overlap_by_brute_force(name):
     side = 8 if name == "small_vgg" else 16
-    model = instrument(lively(models.create(name, num_classes=4, width=0.1)))
+    model = watched(lively(models.create(name, num_classes=4, width=0.1)))
     decomposition = random_modules(widths(model, torch.randn(1, 3, side, side, dtype=torch.float64)), 4, 0.4)
     entries = [kept_entries(model, decomposition, c) for c in range(4)]
     parameters = dict(model.named_parameters())
@@ -93,7 +92,7 @@ def test_tied_weights_and_unused_layers():
         def forward(self, x: Tensor) -> Tensor:
             return self.second(torch.relu(self.first(x)))
 
-    model = instrument(Tied())
+    model = watched(Tied(), torch.randn(2, 4))
     decomposition = Decomposition({"relu": torch.eye(4, dtype=torch.bool)})
     assert measure.size(model, decomposition, [0]) == 16 / 21
     assert measure.overlap(model, decomposition, 0, 1) == 16 / 21
@@ -103,7 +102,7 @@ def test_tied_weights_and_unused_layers():
 def test_a_hundred_classes_take_seconds():
     """Full-size VGG16 (34 million parameters) on the meta device: no weight is read."""
     with torch.device("meta"):
-        model = instrument(models.vgg16(num_classes=100))
+        model = watched(models.vgg16(num_classes=100))
     sizes = [64] * 2 + [128] * 2 + [256] * 3 + [512] * 6 + [4096] * 2
     decomposition = random_modules(dict(zip(model.taps, sizes, strict=True)), 100, 0.3)
     start = time.perf_counter()
