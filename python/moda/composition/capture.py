@@ -155,6 +155,8 @@ def _conditions(program: torch.export.ExportedProgram, tensors: Sequence[Tensor]
     """What sizes must meet for the graph to hold; None if that cannot be checked."""
     guards = [guard for guard in getattr(program, "_guards_code", []) if not _FIXED_SIZE.fullmatch(guard)]
     sizes = [tuple(x.shape) for x in tensors]
+    if any("==" in guard for guard in guards):  # sizes that determine each other: features of all positions, say
+        return None
     return tuple(guards) if all(is_readable(guard, sizes) for guard in guards) else None
 
 

@@ -94,6 +94,13 @@ def restore(description: Any) -> fx.Graph:
     """
     if not isinstance(description, list) or not description:
         raise ValueError("graph: expected a list of nodes")
+    try:
+        return _restored(description)
+    except (RuntimeError, TypeError, KeyError, AttributeError, IndexError, AssertionError) as error:
+        raise ValueError(f"graph: {error}") from None
+
+
+def _restored(description: list[Any]) -> fx.Graph:
     graph, made = fx.Graph(), dict[str, fx.Node]()
     for entry in description:
         if not isinstance(entry, dict) or not isinstance(entry.get("op"), str):

@@ -416,7 +416,7 @@ class Reader:
         stacked = packet == "stack"
         units = [1] * rank
         for part in parts:
-            if part not in self.activations or (not stacked and rank_of(part) != rank):
+            if part not in self.activations or (not stacked and rank_of(cast(fx.Node, part)) != rank):
                 continue
             own = list(self.units(part))  # type: ignore[arg-type]
             if stacked:
