@@ -81,7 +81,7 @@ class Move(Rule):
             mine = numbers[(numbers >= start) & (numbers < start + count)] - start
             asked = np.zeros(count, dtype=np.bool_)
             asked[mine] = True
-            asked[:1] |= len(self.of) > 1  # each is given, whatever of it is wanted
+            asked[:1] |= len(self.of) > 1 or not len(mine)  # each is given, whatever of it is wanted
             needs.ask(source, asked.reshape(units))
             start += count
 

@@ -398,8 +398,11 @@ class Reader:
         if packet in ("expand_as", "view_as", "reshape_as"):
             return None
         units = {source: self.units(source) for source in of}
-        if packet == "pad" and argument(node, "mode", "constant") != "constant":
-            return None
+        if packet in ("pad", "constant_pad_nd"):
+            padded = len(argument(node, "pad")) // 2
+            constant = packet != "pad" or argument(node, "mode", "constant") == "constant"
+            if not constant or all(unit == 1 for unit in self.units(of[0])[-padded:]):
+                return None  # it works along axes without neurons
         run = _runner(node, self)
         if not is_tensor(node):
             return Move(node, (), of=tuple(of), run=run)
