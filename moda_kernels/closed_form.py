@@ -82,7 +82,7 @@ def _mean_over_positions(magnitude: Tensor) -> Tensor:
         return magnitude.mean(positions, dtype=dtype)
     if magnitude.device.type == "cpu" and not (is_traced() or is_transformed()):
         mean = magnitude.mean(positions, dtype=dtype)
-        if mean.detach().amax() <= torch.finfo(dtype).max:
+        if not mean.numel() or mean.detach().amax() <= torch.finfo(dtype).max:
             return mean
     # A sum of shares is finite. Where values may be looked at, as above, it is taken only if it is needed.
     return twice((magnitude.to(dtype) * (0.5 / math.prod(magnitude.shape[2:]))).sum(positions))

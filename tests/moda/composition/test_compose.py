@@ -27,6 +27,11 @@ MODELS = {
     "small_vgg": (0.25, 8),
     "resnet18": (0.1, 16),
     "mobilenet": (0.1, 32),
+    "simcnn": (0.1, 32),
+    "rescnn": (0.1, 32),
+    "incecnn": (0.05, 8),
+    "vit_small": (0.05, 8),
+    "deit_small": (0.05, 8),
 }
 
 
