@@ -30,8 +30,8 @@ MODELS = {
     "simcnn": (0.1, 32),
     "rescnn": (0.1, 32),
     "incecnn": (0.05, 8),
-    "vit_small": (0.05, 8),
-    "deit_small": (0.05, 8),
+    "vit_small": (0.05, 32),
+    "deit_small": (0.05, 32),
 }
 
 
