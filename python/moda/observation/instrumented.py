@@ -52,14 +52,11 @@ from moda.observation.names import NO_ACTIVATION, unique_name
 from moda.observation.neuron_axis import neuron_dim
 from moda.observation.overwrites import is_spare, protect, users_after
 from moda.observation.recorder import Receiver, Recorder, neurons_second
+from moda.observation.run import FUSED_FROM_BYTES
 from moda.observation.tracing import TracingError, refusal, trace
 from moda_kernels import relu_pool
 
 Route = Literal["grouped", "fused", "auto"]
-# Activations of at least this many bytes are pooled by their tap under route="auto", by type of device. On the CPU all:
-# fused was the cheaper and the leaner route for every model measured (docs/benchmarks.md). Elsewhere a guess, to be
-# measured: from here on a pass over memory should cost more than a launch.
-FUSED_FROM_BYTES = {"cpu": 0, "cuda": 16 << 20}
 
 __all__ = ["HookedModel", "InstrumentedModel", "Recorder", "Tap", "TracingError", "instrument"]
 

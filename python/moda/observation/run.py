@@ -216,7 +216,8 @@ class Run:
         if x.numel() * x.element_size() < max(self.fuse_from, 1):
             return False
         dense = x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last))
-        return dense and torch.is_grad_enabled() and type(x) is Tensor and not x.is_neg()
+        plain = torch.compiler.is_compiling() or not x.is_neg()  # a compiler's tensors are plain, and cannot be asked
+        return dense and plain and torch.is_grad_enabled() and type(x) is Tensor
 
     def _fused(self, tap: Tap, x: Tensor, inplace: bool) -> Tensor:
         record = self.record
