@@ -121,7 +121,9 @@ def mean_magnitude(layers: Sequence[Tensor]) -> Tensor:
 
 def twice(half: Tensor) -> Tensor:
     """Twice a mean's half. Rounding makes no mean of finite numbers infinite."""
-    return torch.where(half.isinf(), half, (2 * half).clamp_max(torch.finfo(half.dtype).max))
+    doubled = 2 * half
+    rounded = doubled.isinf() & half.isfinite()
+    return torch.where(rounded, doubled.clamp_max(torch.finfo(half.dtype).max), doubled)
 
 
 def class_sums(pooled: Sequence[Tensor], labels: Tensor, num_classes: int, *, normalize: bool = True) -> list[Tensor]:

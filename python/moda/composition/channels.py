@@ -148,7 +148,7 @@ class Contraction(Rule):
         return self.layout.width
 
     def zero(self, inputs: list[Bools]) -> Bools:
-        """None: a sum is not known to be 0."""
+        """No channel: a sum is not known to be 0."""
         return np.zeros(self.outputs, dtype=np.bool_)
 
     def need(self, wanted: Bools) -> list[Bools]:

@@ -1,4 +1,4 @@
-"""Modular training of somebody's own LightningModule: a callback, and nothing else to change."""
+"""Trains somebody's own LightningModule modular through a callback, with nothing else to change."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["ModularCallback"]
 
 
 def labels_of(batch: Any) -> Tensor:
-    """The labels of a batch (inputs, labels), or of a dict with "labels"."""
+    """Return the labels of a batch (inputs, labels), or of a dict with "labels"."""
     return unpacked(batch)[1]
 
 

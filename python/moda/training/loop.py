@@ -1,4 +1,4 @@
-"""Modular and standard training, on Lightning: the paper's recipe, logged, checkpointed and resumable.
+"""Trains on Lightning by the paper's recipe, modular or standard; a run is logged, checkpointed and resumable.
 
 `train(config, folder)` runs a whole training into a run folder (`moda.runs`). `ModularModule` is the Lightning module
 behind it, for users who bring their own Trainer; without Lightning the loop is ten lines (see the README).
@@ -77,7 +77,7 @@ class TrainingInterrupted(KeyboardInterrupt):
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """What `train` gives back.
+    """The result of `train`.
 
     Attributes:
         run: the run folder.
@@ -93,7 +93,7 @@ class TrainingResult:
 
 
 class ModularModule(lightning.LightningModule):
-    """Cross-entropy plus the modular loss; SGD with cosine annealing as in the paper (arXiv 2411.01074).
+    """Trains with cross-entropy plus the modular loss, by SGD with cosine annealing as in the paper (arXiv 2411.01074).
 
     A step adds to sums on the device and synchronises nothing; the epoch's means are read once at its end. Logged
     per epoch under the names of `LOSSES` and as train_accuracy, test_accuracy, test_cross_entropy, learning_rate. Means
@@ -134,12 +134,12 @@ class ModularModule(lightning.LightningModule):
             self._sharded = True
 
     def forward(self, images: Tensor) -> Tensor:
-        """The model's logits."""
+        """Return the model's logits."""
         logits: Tensor = self.model(images)
         return logits
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Cross-entropy plus the weighted modular terms."""
+        """Return cross-entropy plus the weighted modular terms."""
         images, labels = batch
         logits = self.model(images)
         cross_entropy = F.cross_entropy(logits, labels)
@@ -158,12 +158,12 @@ class ModularModule(lightning.LightningModule):
         return objective
 
     def _weight(self, batch_idx: int) -> float:
-        """Of this process's cross-entropy: not 1 where processes have different numbers of a batch's samples."""
+        """Return the weight of this process's cross-entropy, not 1 where processes hold unequal shares of a batch."""
         order = getattr(self.trainer.train_dataloader, "order", None)
         return order.weight(batch_idx) if isinstance(order, EpochOrder) else 1.0
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Accuracy and cross-entropy on test samples."""
+        """Add up accuracy and cross-entropy on test samples."""
         images, labels = batch
         logits = self.model(images)
         correct = (logits.argmax(1) == labels).sum() / len(labels)
@@ -171,7 +171,7 @@ class ModularModule(lightning.LightningModule):
         self._test_sums = _add(self._test_sums, row, len(labels))
 
     def configure_optimizers(self) -> Any:
-        """SGD, cosine annealing to 0 over the epochs, stepped once per epoch."""
+        """Return SGD with cosine annealing to 0 over the epochs, stepped once per epoch."""
         optimizer = torch.optim.SGD(
             self.model.parameters(),
             lr=self.config.learning_rate,
@@ -199,7 +199,7 @@ class ModularModule(lightning.LightningModule):
         self._test_sums = None
 
     def on_train_epoch_end(self) -> None:
-        """Read the means of the epoch: its one synchronisation."""
+        """Read the means of the epoch, which is its one synchronisation."""
         metrics = dict(zip((*self.losses, "train_accuracy"), self._means(self._train_sums), strict=True))
         if self._test_sums is not None:
             names = ("test_cross_entropy", "test_accuracy")
@@ -260,7 +260,7 @@ def _row(values: list[Tensor]) -> Tensor:
 
 
 def _add(sums: Tensor | None, row: Tensor, samples: int) -> Tensor:
-    """Sums of values times samples, and of samples; float64 where the device has it."""
+    """Add values times samples, and samples, to sums; in float64 where the device has it."""
     if sums is None:
         dtype = torch.float32 if row.device.type == "mps" else torch.float64
         sums = torch.zeros(len(row) + 1, dtype=dtype, device=row.device)
@@ -270,7 +270,7 @@ def _add(sums: Tensor | None, row: Tensor, samples: int) -> Tensor:
 
 
 class _Data(lightning.LightningDataModule):
-    """Each process's share of the training and test samples."""
+    """Gives each process its share of the training and test samples."""
 
     def __init__(self, splits: DataSplits, config: TrainingConfig) -> None:
         super().__init__()
@@ -305,7 +305,7 @@ class _Data(lightning.LightningDataModule):
 
 
 class _SafeCheckpointIO(CheckpointIO):
-    """Checkpoints of a run that are whole or absent, the ones that were written, and run no code when read."""
+    """Keeps a run's checkpoints: whole or absent, the very ones that were written, and read without running code."""
 
     def __init__(self, run: RunFolder) -> None:
         self.run = run
@@ -324,7 +324,7 @@ class _SafeCheckpointIO(CheckpointIO):
 
 
 def _read_checkpoint(run: RunFolder, path: Path) -> dict[str, Any]:
-    """A checkpoint of a run, read without running anything in it.
+    """Read a checkpoint of a run without running anything in it.
 
     Raises:
         FormatError: it is not the one that was written, or holds anything but tensors and plain values.
@@ -336,7 +336,7 @@ def _read_checkpoint(run: RunFolder, path: Path) -> dict[str, Any]:
 
 
 def _check_checkpoint(run: RunFolder, names: Collection[str]) -> None:
-    """Look at the last checkpoint before Lightning does: some of its strategies would run what is in the file.
+    """Check the last checkpoint before Lightning reads it, as some of its strategies would run what is inside.
 
     Raises:
         FormatError: as `_read_checkpoint`, or it is not one of this run: entries are missing, its weights have other
@@ -360,7 +360,7 @@ def _check_checkpoint(run: RunFolder, names: Collection[str]) -> None:
 
 
 class _RunRecorder(Checkpoint):
-    """Writes the run folder: rows of metrics first, then the checkpoint that stands for them.
+    """Writes the run folder, the rows of metrics before the checkpoint that stands for them.
 
     (A `Checkpoint` to Lightning, so that it is called after the module has read its means.)
     """
@@ -416,7 +416,7 @@ class _RunRecorder(Checkpoint):
             trainer.logger.log_metrics({f"step/{name}": value for name, value in figures.items()}, trainer.global_step)
 
     def close(self) -> None:
-        """Nothing more will be written."""
+        """Close the files; nothing more will be written."""
         self.progress.stop()
         self._epochs.close()
         self._steps.close()
@@ -435,7 +435,7 @@ def train(
     data: DataSplits | None = None,
     progress: TrainingProgress | None = None,
 ) -> TrainingResult:
-    """A whole training, recorded in a run folder.
+    """Run a whole training, recorded in a run folder.
 
     Args:
         config: what to train and how.
@@ -478,7 +478,7 @@ def train(
 
 @contextmanager
 def _observed_while_training(model: nn.Module) -> Iterator[None]:
-    """Afterwards a plain model is plain again, also where training failed."""
+    """Observe a plain model inside; afterwards it is plain again, also where training failed."""
     plain = taps_of(model) is None
     try:
         yield
@@ -520,7 +520,7 @@ def _plain_copy(model: nn.Module) -> nn.Module:
 
 
 def _check_runnable(config: TrainingConfig) -> None:
-    """What only this machine can tell."""
+    """Check what only this machine can tell."""
     on_gpu = config.accelerator in ("gpu", "cuda") or (config.accelerator == "auto" and torch.cuda.is_available())
     if config.accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
         raise ValueError(f"accelerator: {config.accelerator!r} asked for, but PyTorch sees no GPU (see: moda doctor)")
@@ -547,7 +547,7 @@ def _check_resumable(made_with: TrainingConfig, config: TrainingConfig) -> None:
 
 
 def _fit(module: ModularModule, data: _Data, recorder: _RunRecorder, checkpoint: Path | None) -> None:
-    """Run Lightning's trainer, without its advertising; turn its ways of being interrupted into one."""
+    """Run Lightning's trainer without its advertising, and turn its ways of being interrupted into one."""
     interrupt = signal.getsignal(signal.SIGINT)
     try:
         with _quiet_lightning(), _deterministic_cudnn():
@@ -593,7 +593,7 @@ def _tensorboard(run: RunFolder) -> Any:
 
 @contextmanager
 def _quiet_lightning() -> Iterator[None]:
-    """Its hints (workers, checkpoints, cloud services) are not for our users; its errors are."""
+    """Hide Lightning's hints (workers, checkpoints, cloud services) and show its errors."""
     loggers = [logging.getLogger(name) for name in ("lightning", "lightning.pytorch", "lightning.fabric")]
     levels = [logger.level for logger in loggers]
     with warnings.catch_warnings():

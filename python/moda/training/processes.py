@@ -1,4 +1,4 @@
-"""Training over several processes: who they are, what joins them, and how weights are shared out among them."""
+"""Joins several processes in a training: finds out who they are, and shares weights out among them."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ SHARDED = "fsdp"
 """The strategy that shares out the weights: FSDP2 (`torch.distributed.fsdp.fully_shard`)."""
 
 SHARDED_PRECISIONS = ("32-true", "bf16-mixed")
-"""Those that Lightning has with it."""
+"""The precisions that Lightning offers with it."""
 
 SHARD_ALONE = 1 << 16
-"""Parameters from which a layer is gathered by itself, when it runs; smaller ones are gathered together, for all."""
+"""A layer of at least this many parameters is gathered by itself when it runs; smaller ones are gathered together."""
 
 
 def process_rank() -> int:
-    """Number of this process, as torchrun, Slurm or Lightning set it for the processes that they start."""
+    """Return the number of this process, as torchrun, Slurm or Lightning set it for the processes that they start."""
     names = ("RANK", "LOCAL_RANK", "SLURM_PROCID")
     return next((int(os.environ[name]) for name in names if os.environ.get(name, "").isdigit()), 0)
 
 
 def trainer_options(config: TrainingConfig) -> dict[str, Any]:
-    """What Lightning's Trainer has to know of the processes: `devices` (of a machine), `num_nodes` and `strategy`.
+    """Return the options of Lightning's Trainer: `devices` (of a machine), `num_nodes` and `strategy`.
 
     torchrun says how many there are and on how many machines, where it started this one. (Lightning, where it starts
     them, leaves some of the same variables behind.) "auto" is "ddp" where there are several.
@@ -73,7 +73,7 @@ def shard(model: nn.Module, mesh: DeviceMesh) -> None:
 
 
 def whole_weights(model: nn.Module) -> dict[str, Tensor]:
-    """The state_dict on the CPU, gathered where it is shared out: then all processes must call this."""
+    """Return the state_dict on the CPU, gathered where weights are shared out; then all processes must call this."""
     return {name: _whole(value) for name, value in model.state_dict().items()}
 
 

@@ -1,4 +1,4 @@
-"""What a person sees of a training that runs: a progress bar, or a few lines where there is no terminal."""
+"""Shows a person how a training goes: a progress bar, or a few lines where there is no terminal."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class TrainingProgress:
         self._epochs = 0
 
     def start(self, epochs: int, steps_per_epoch: int, steps_done: int) -> None:
-        """Training begins, or goes on after `steps_done` steps."""
+        """Note that training begins, or goes on after `steps_done` steps."""
         self._epochs = epochs
         if not (self.shown and self._console.is_terminal):
             return
@@ -48,12 +48,12 @@ class TrainingProgress:
         self._bar.start()
 
     def step(self) -> None:
-        """One more step is done."""
+        """Note that one more step is done."""
         if self._bar is not None:
             self._bar.advance(self._task)
 
     def epoch(self, epoch: int, figures: Mapping[str, float]) -> None:
-        """Epoch number `epoch`, from 1, is done."""
+        """Note that epoch number `epoch`, counted from 1, is done."""
         if self._bar is not None:
             text = f"epoch {epoch}/{self._epochs}  {_summary(figures, _SHORT)}"
             self._bar.update(self._task, figures=text)
@@ -62,7 +62,7 @@ class TrainingProgress:
             self._console.print(text, highlight=False, soft_wrap=True)
 
     def stop(self) -> None:
-        """Training is over, for whatever reason."""
+        """Note that training is over, for whatever reason."""
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
