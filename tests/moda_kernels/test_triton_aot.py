@@ -20,7 +20,6 @@ RECORDED = json.loads((ROOT / "benchmarks" / "results" / "aot.json").read_text()
 KERNELS = ROOT / "moda_kernels" / "triton_kernels"
 
 
-@pytest.mark.xfail(reason="pooling kernels changed; the table has to be made anew: python -m benchmarks.aot")
 def test_resources_are_as_recorded():
     """In a process of its own: this one has the interpreter."""
     run = subprocess.run(
