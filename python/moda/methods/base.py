@@ -7,6 +7,7 @@ and *extracts* one module per class. A method that searches after training has n
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeAlias, TypeVar, runtime_checkable
 
@@ -176,18 +177,16 @@ def step(
     return terms
 
 
-class _training_only:  # noqa: N801
+@contextmanager
+def _training_only(prepared: Prepared, trained: Sequence[nn.Parameter]) -> Iterator[None]:
     """Inside, of all the groups' parameters only those of a phase require gradients."""
-
-    def __init__(self, prepared: Prepared, trained: Sequence[nn.Parameter]) -> None:
-        every = {id(parameter): parameter for group in prepared.groups.values() for parameter in group}
-        chosen = {id(parameter) for parameter in trained}
-        self.still = [p for number, p in every.items() if number not in chosen and p.requires_grad]
-
-    def __enter__(self) -> None:
-        for parameter in self.still:
-            parameter.requires_grad_(False)
-
-    def __exit__(self, *_exception: Any) -> None:
-        for parameter in self.still:
+    chosen = {id(parameter) for parameter in trained}
+    every = {id(parameter): parameter for group in prepared.groups.values() for parameter in group}
+    still = [p for number, p in every.items() if number not in chosen and p.requires_grad]
+    for parameter in still:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in still:
             parameter.requires_grad_(True)

@@ -261,7 +261,7 @@ class Search:
             keep_first=self.generation > 0,
         )
         self._accuracy_before = joint.accuracy
-        self._note(joint, np.stack(outputs), np.stack(kernels))
+        self._note(joint, np.stack(outputs))
         return joint
 
     def _outputs(self, number: int, population: Genes, masks: Mapping[str, Bools]) -> npt.NDArray[np.float32]:
@@ -296,7 +296,7 @@ class Search:
         lack = 0.0 if before is None else max(0.0, self.settings.target_accuracy - before)
         return self.settings.alpha + lack
 
-    def _note(self, joint: JointFitness, outputs: npt.NDArray[np.float32], kernels: Bools) -> None:
+    def _note(self, joint: JointFitness, outputs: npt.NDArray[np.float32]) -> None:
         """Remember the ensemble of the fittest if it is the best so far."""
         rows = np.arange(len(joint.ensemble))
         chosen = outputs[rows, joint.ensemble]

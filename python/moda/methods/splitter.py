@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moda.inference import device_of
 from moda.observation.taps import Taps
 
 PUBLISHED_HIDDEN = 10
@@ -138,7 +139,7 @@ class Splitter(nn.Module):
         self.classes_at_once = min(num_classes, classes_at_once or num_classes)
         widths = chosen_widths(dict(zip(taps.names, taps.widths, strict=True)), sites)
         self.owners = owners_of(widths, shared or {})
-        device = next((parameter.device for parameter in taps.model.parameters()), torch.device("cpu"))
+        device = device_of(taps.model)
         self.masks = nn.ParameterList(
             nn.Parameter(torch.full((num_classes, widths[name]), initial, device=device))
             for name in dict.fromkeys(self.owners.values())
