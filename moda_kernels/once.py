@@ -23,7 +23,10 @@ def refuse_second_backward(ctx: Any, *gradients: Any) -> Any:
 
 
 def relu_pool_gradient(y: Tensor, dy: Tensor | None, dpooled: Tensor | None) -> Tensor:
-    """Dx = (y > 0) * (dy + dpooled / S) in operations of PyTorch, for a graph of the gradient (create_graph=True)."""
+    """Dx = (y > 0) * (dy + dpooled / S) in operations of PyTorch, for a graph of the gradient (create_graph=True).
+
+    The gradient passes where y is NaN, and is a function of y even where dy and dpooled are constants, as in PyTorch.
+    """
     gradient = dy
     if dpooled is not None:
         positions = y[0, 0].numel() if y.dim() > 2 and y.shape[0] and y.shape[1] else 1
@@ -31,7 +34,7 @@ def relu_pool_gradient(y: Tensor, dy: Tensor | None, dpooled: Tensor | None) -> 
         gradient = spread if gradient is None else gradient + spread
     if gradient is None:
         return torch.zeros_like(y)
-    return torch.where(y > 0, gradient, 0)
+    return torch.ops.aten.threshold_backward(gradient, y, 0)  # type: ignore[no-any-return]
 
 
 def once_only(gradients: Sequence[Tensor | None], depends_on: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:

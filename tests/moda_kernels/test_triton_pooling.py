@@ -183,12 +183,28 @@ def test_pool_takes_only_the_gradients_it_gets(device):
     torch.testing.assert_close(layers[1].grad, layers[1].detach().sign() / 3)
 
 
-def test_second_derivatives_are_a_clear_error(device):
+def test_second_derivatives_of_pooling_are_a_clear_error(device):
     (x,) = leaves([make("4 x 4", "contiguous", torch.float32, device)])
-    for outputs in (triton_kernels.pool([x]), triton_kernels.relu_pool(x, False)):
-        (gradient,) = torch.autograd.grad(outputs[-1].sum(), x, create_graph=True)
-        with pytest.raises(RuntimeError, match='backend="torch"'):
-            gradient.sum().backward()
+    (gradient,) = torch.autograd.grad(triton_kernels.pool([x])[0].sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match='backend="torch"'):
+        gradient.sum().backward()
+
+
+def test_second_derivatives_of_relu_and_pooling_are_those_of_pytorch(device):
+    """The gradient of a sum is a constant: its derivative is 0 and no error; that of a square is not."""
+    values = make("4 x 4", "contiguous", torch.float32, device)
+    values[0, 0, 0, 0] = torch.nan
+    for outer in (torch.sum, lambda y: y.square().sum()):
+        for output in (0, 1):
+            (x,), (expected,) = leaves([values]), leaves([values])
+            plain = torch.relu(expected)
+            reference = (plain, plain.mean((2, 3)))
+            pairs = []
+            for leaf, outputs in ((x, triton_kernels.relu_pool(x, False)), (expected, reference)):
+                (gradient,) = torch.autograd.grad(outer(outputs[output]), leaf, create_graph=True)
+                gradient.sum().backward()
+                pairs.append((gradient.detach(), leaf.grad))
+            torch.testing.assert_close(pairs[0], pairs[1], equal_nan=True)
 
 
 def test_front_doors_reach_the_kernels(device, monkeypatch):
