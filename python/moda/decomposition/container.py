@@ -13,6 +13,7 @@ from torch import Tensor
 
 from moda.checks import json_value
 from moda.decomposition.files import METADATA_FILE, read_decomposition, write_decomposition
+from moda.decomposition.heads import check_heads
 from moda.decomposition.settings import Combine, check_combine, check_settings
 from moda.files import format_errors
 
@@ -34,6 +35,8 @@ class Decomposition:
             not known.
         combine: how the outputs of modules become those of a composition, see `moda.decomposition.settings.Combine`.
         metadata: what else is worth knowing (class sizes, empty classes), anything that JSON can hold.
+        heads: where modules answer with a probability, the tensors of the classes' heads, see
+            `moda.decomposition.heads`; else none.
 
     Raises:
         TypeError, ValueError: an attribute is not as above.
@@ -44,10 +47,15 @@ class Decomposition:
     settings: Mapping[str, Any] = field(default_factory=dict)
     combine: Combine = "rows"
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    heads: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         _check_masks(self.masks)
         check_combine(self.combine)
+        if (self.combine == "probability") != bool(self.heads):
+            wanted = "heads" if self.combine == "probability" else "no heads"
+            raise ValueError(f"heads: expected {wanted} where outputs combine by {self.combine!r}")
+        object.__setattr__(self, "heads", check_heads(self.heads, self.num_classes) if self.heads else {})
         object.__setattr__(self, "masks", dict(self.masks))
         object.__setattr__(self, "settings", check_settings(self.method, self.settings))
         object.__setattr__(self, "metadata", _checked_metadata(self.metadata))
@@ -82,8 +90,8 @@ class Decomposition:
     def save(self, folder: str | Path) -> None:
         """Write the decomposition to a folder, made if need be: `masks.safetensors` and `decomposition.json`.
 
-        Each file is replaced as a whole, the masks first; the JSON holds the masks' SHA-256, so a crash between the
-        two is seen by `load`.
+        Heads, where there are any, go to `heads.safetensors`. Each file is replaced as a whole, the JSON last; it holds
+        the SHA-256 of the others, so a crash in between is seen by `load`.
         """
         description = {
             "method": self.method,
@@ -91,7 +99,7 @@ class Decomposition:
             "combine": self.combine,
             "metadata": self.metadata,
         }
-        write_decomposition(folder, self.masks, description)
+        write_decomposition(folder, self.masks, description, self.heads)
 
     @classmethod
     def load(cls, folder: str | Path) -> Decomposition:
@@ -101,10 +109,10 @@ class Decomposition:
             FormatError (a ValueError): a file is missing, malformed, of an unknown version, or does not match the
                 other; the message names the file and says what is wrong.
         """
-        masks, described = read_decomposition(folder)
+        masks, heads, described = read_decomposition(folder)
         with format_errors(Path(folder) / METADATA_FILE):
             names = ("method", "settings", "combine", "metadata")
-            return cls(masks, **{name: described[name] for name in names})
+            return cls(masks, **{name: described[name] for name in names}, heads=heads)
 
 
 def check_classes(classes: Iterable[int], num_classes: int) -> list[int]:

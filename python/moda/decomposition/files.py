@@ -16,6 +16,7 @@ from moda.files import Format, FormatError, check_own_folder, check_tensors, for
 
 MASKS_FILE = "masks.safetensors"
 METADATA_FILE = "decomposition.json"
+HEADS_FILE = "heads.safetensors"
 COUNTS_FILE = "counts.safetensors"
 RATES_FILE = "rates.json"
 SCORES_FILE = "scores.safetensors"
@@ -61,6 +62,7 @@ DECOMPOSITION = Format(
         "masks_sha256": digest,
         "metadata": _free,
     },
+    {"heads_sha256": digest},
     version=2,
     upgrades={1: _from_version_1},
 )
@@ -91,8 +93,10 @@ SCORES: dict[str, Format] = {
 """By the rule that the scores are for."""
 
 
-def write_decomposition(folder: str | Path, masks: Mapping[str, Tensor], entries: Mapping[str, Any]) -> None:
-    """Write masks, and with the entries what describes them, to a folder, made if need be."""
+def write_decomposition(
+    folder: str | Path, masks: Mapping[str, Tensor], entries: Mapping[str, Any], heads: Mapping[str, Tensor]
+) -> None:
+    """Write masks, heads if there are any, and with the entries what describes them, to a folder, made if need be."""
     folder = Path(folder)
     check_own_folder(folder, METADATA_FILE)
     folder.mkdir(parents=True, exist_ok=True)
@@ -102,11 +106,15 @@ def write_decomposition(folder: str | Path, masks: Mapping[str, Tensor], entries
         "sites": described_sites(masks),
         "masks_sha256": write_tensors(folder / MASKS_FILE, masks),
     }
+    if heads:
+        described["heads_sha256"] = write_tensors(folder / HEADS_FILE, heads)
     DECOMPOSITION.write(folder / METADATA_FILE, described)
+    if not heads:
+        (folder / HEADS_FILE).unlink(missing_ok=True)
 
 
-def read_decomposition(folder: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The masks in execution order and the entries that `write_decomposition` wrote.
+def read_decomposition(folder: str | Path) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
+    """The masks in execution order, the heads (none if there are none) and the entries that were written.
 
     Raises:
         FormatError: a file is missing, malformed, of an unknown version, or does not match the other.
@@ -116,7 +124,10 @@ def read_decomposition(folder: str | Path) -> tuple[dict[str, Tensor], dict[str,
     shapes = {site["name"]: (described["num_classes"], site["neurons"]) for site in described["sites"]}
     masks = read_tensors(folder / MASKS_FILE, described["masks_sha256"], shapes)
     check_tensors(folder / MASKS_FILE, masks, shapes, torch.bool)
-    return {site: masks[site] for site in shapes}, described
+    heads: dict[str, Tensor] = {}
+    if "heads_sha256" in described:
+        heads = read_tensors(folder / HEADS_FILE, described["heads_sha256"])
+    return {site: masks[site] for site in shapes}, heads, described
 
 
 def save_rates(rates: FiringRates, folder: str | Path, metadata: Mapping[str, Any] | None = None) -> None:

@@ -10,9 +10,10 @@ from moda.checks import json_value, one_of, text
 
 __all__ = ["BudgetRule", "Combine", "FiringRule", "check_combine", "check_fraction", "check_settings"]
 
-Combine: TypeAlias = Literal["rows"]
+Combine: TypeAlias = Literal["rows", "logit", "probability"]
 """How the outputs of modules become those of a composition. "rows": the union of the modules is one network, of whose
-logits the rows of the classes are taken."""
+logits the rows of the classes are taken. "logit": every class's module is a network of its own, of which the class's
+logit is taken. "probability": likewise, and the module's head makes a probability of all its logits."""
 
 
 @dataclass(frozen=True)

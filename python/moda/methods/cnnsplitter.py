@@ -326,6 +326,7 @@ class Search:
             {tap: torch.from_numpy(np.concatenate([mask[tap] for mask in masks])) for tap in self.prepared.owners},
             method=self.settings.name,
             settings=settings,
+            combine="logit",
             metadata={"generation": self.generation, "score": self.best_score, "sensitive": list(self.sensitive)},
         )
 

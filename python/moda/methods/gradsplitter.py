@@ -195,7 +195,9 @@ class GradSplitter:
             prepared.splitter.module_masks(),
             method=self.name,
             settings=settings,
+            combine="probability",
             metadata={"epoch": chosen.epoch, "validation_accuracy": chosen.accuracy},
+            heads=prepared.splitter.heads.tensors(),
         )
 
     def choose(self, prepared: PreparedSplitter) -> EpochModules:

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moda.decomposition.heads import HEAD_TENSORS
 from moda.inference import device_of
 from moda.observation.taps import Taps
 
@@ -85,6 +86,13 @@ class Heads(nn.Module):
             }
         )
         return head
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return a copy of the tensors of all heads, on the CPU, by the names that decompositions have for them."""
+        return {
+            name: parameter.detach().cpu().clone()
+            for name, parameter in zip(HEAD_TENSORS, self.parameters(), strict=True)
+        }
 
     def load_heads(self, states: Sequence[Mapping[str, Tensor]]) -> None:
         """Take over the heads of all classes, each with the published keys."""

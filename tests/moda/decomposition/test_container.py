@@ -97,7 +97,7 @@ def test_a_decomposition_of_another_method_carries_its_own_settings(tmp_path):
         ),
         ({"method": ""}, ValueError, "method: expected a non-empty string"),
         ({"method": 3}, TypeError, "method: expected a string, got int"),
-        ({"combine": "sum"}, ValueError, "combine: expected one of rows, got 'sum'"),
+        ({"combine": "sum"}, ValueError, "combine: expected one of rows, logit, probability, got 'sum'"),
     ],
 )
 def test_bad_settings_are_named(options, error, message):
