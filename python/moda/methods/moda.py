@@ -9,9 +9,12 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moda.checks import one_of
+from moda.decomposition.attribution import attribute
 from moda.decomposition.container import Decomposition
-from moda.decomposition.counting import count_firings
+from moda.decomposition.counting import activation_shares, count_firings
 from moda.decomposition.rule import decompose
+from moda.decomposition.settings import RULES, BudgetRule, FiringRule
 from moda.methods.base import TASK, Loader, Phase, Prepared
 from moda.methods.mwt import check_training, sgd_phase
 from moda.observation.taps import Taps, observe
@@ -42,11 +45,13 @@ class MODA:
         epochs: passes over the training data.
         learning_rate: of SGD with Nesterov momentum, annealed along a cosine to 0.
         momentum: of SGD.
-        threshold: firing rate from which a class keeps a neuron.
-        min_fraction: the least share of a layer's neurons that a class keeps.
+        rule: what a class keeps neurons by: "firing" (published), "share" or "attribution" (docs/attribution.md).
+        threshold: with "firing": rate from which a class keeps a neuron.
+        min_fraction: with "firing": the least share of a layer's neurons that a class keeps.
+        epsilon: with the others: the share of a class's scores that is dropped.
 
     Raises:
-        ValueError: a number is out of range.
+        ValueError: a number is out of range, or the rule is none of these.
     """
 
     affinity: float = 1.0
@@ -55,8 +60,10 @@ class MODA:
     epochs: int = 200
     learning_rate: float = 0.05
     momentum: float = 0.9
-    threshold: float = 0.9
-    min_fraction: float = 0.005
+    rule: str = FiringRule.NAME
+    threshold: float = FiringRule.threshold
+    min_fraction: float = FiringRule.min_fraction
+    epsilon: float = BudgetRule.epsilon
 
     name = "moda"
 
@@ -65,6 +72,9 @@ class MODA:
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name}: expected a number of at least 0, got {getattr(self, name)}")
         check_training(self.epochs, self.learning_rate, self.momentum)
+        one_of(RULES)("rule", self.rule)
+        FiringRule(self.threshold, self.min_fraction)  # which checks them, as the next one does
+        BudgetRule(epsilon=self.epsilon)
 
     def prepare(self, model: nn.Module, num_classes: int, example: Any) -> PreparedTaps:
         """Observe the network.
@@ -91,6 +101,10 @@ class MODA:
         """Nothing has to be noted."""
 
     def extract(self, prepared: PreparedTaps, loader: Loader) -> Decomposition:
-        """The neurons that fire for enough of a class's samples, by one pass over the training data."""
-        rates = count_firings(prepared.taps, loader, prepared.num_classes, progress=False)
-        return decompose(rates, threshold=self.threshold, min_fraction=self.min_fraction)
+        """The neurons that each class keeps by the rule, from one pass over the training data."""
+        taps, num_classes = prepared.taps, prepared.num_classes
+        if self.rule == FiringRule.NAME:
+            rates = count_firings(taps, loader, num_classes, progress=False)
+            return decompose(rates, threshold=self.threshold, min_fraction=self.min_fraction)
+        score = attribute if self.rule == "attribution" else activation_shares
+        return decompose(score(taps, loader, num_classes, progress=False), epsilon=self.epsilon)

@@ -88,6 +88,21 @@ def test_moda_s_loss_is_the_one_of_the_kernels():
         torch.testing.assert_close(terms[name], value, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("rule", ["firing", "share", "attribution"])
+def test_moda_extracts_by_every_rule(rule: str):
+    torch.manual_seed(0)
+    method, loader = MODA(epochs=1, learning_rate=0.02, rule=rule, epsilon=0.3, threshold=0.6), pictures(0)
+    made = modularize(Net(), method, loader, 3)
+    scores: Any = {"firing": moda.count_firings, "share": moda.activation_shares, "attribution": moda.attribute}[rule](
+        made.prepared.taps, loader, 3, progress=False
+    )
+    settings = {"threshold": 0.6} if rule == "firing" else {"epsilon": 0.3}
+    expected = moda.decompose(scores, **settings)
+    assert made.decomposition.settings == {"rule": rule, **expected.settings, **settings}
+    assert made.decomposition.masks.keys() == expected.masks.keys()
+    assert all(made.decomposition.masks[site].equal(mask) for site, mask in expected.masks.items())
+
+
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
@@ -99,6 +114,9 @@ def test_moda_s_loss_is_the_one_of_the_kernels():
         (lambda: modularize(Net(), MODA(), [], 3), ValueError, "loader: expected at least one batch, got none"),
         (lambda: modularize(Net(), MODA(), pictures(0), 1), ValueError, "num_classes: expected at least 2, got 1"),
         (lambda: MODA(affinity=-1), ValueError, "affinity: expected a number of at least 0, got -1"),
+        (lambda: MODA(rule="taylor"), ValueError, "rule: expected one of firing, share, attribution, got 'taylor'"),
+        (lambda: MODA(epsilon=1.5), ValueError, r"epsilon: expected a number in \[0, 1\], got 1.5"),
+        (lambda: MODA(threshold=-0.1), ValueError, r"threshold: expected a number in \[0, 1\], got -0.1"),
     ],
 )
 def test_bad_arguments_are_named(make: Callable[[], object], error: type[Exception], message: str):
