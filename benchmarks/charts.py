@@ -31,7 +31,7 @@ STYLE = {
 }
 _OTHER = ("#999999", "X")
 
-_SETTINGS: dict[Any, Any] = {
+SETTINGS: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "moda",
     "font.family": "sans-serif",
@@ -51,7 +51,7 @@ _SETTINGS: dict[Any, Any] = {
 
 def charts(results: Results) -> dict[str, tuple[str, Figure]]:
     """Name -> (what it shows, figure) of every chart that the results have data for."""
-    with mpl.rc_context(_SETTINGS):
+    with mpl.rc_context(SETTINGS):
         made = {
             "step": ("Training step over standard training", _step(results)),
             "loss": ("Speed-up of the losses, forward and backward, over the published formulas", _speed_up(results)),
@@ -64,7 +64,7 @@ def charts(results: Results) -> dict[str, tuple[str, Figure]]:
 def svg(figure: Figure) -> str:
     """The figure as SVG text, the same for the same data."""
     file = io.BytesIO()
-    with mpl.rc_context(_SETTINGS):
+    with mpl.rc_context(SETTINGS):
         figure.savefig(file, format="svg", transparent=True, bbox_inches="tight", metadata={"Date": None})
     return "\n".join(line.rstrip() for line in file.getvalue().decode().splitlines()) + "\n"
 

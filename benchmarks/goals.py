@@ -123,6 +123,8 @@ GOALS = (
         _of_copy("firing", "native", "update", "classes"),
     ),
     Goal("decomposition pass over plain inference", 1.05, True, CPU, _over_baseline("decomposition", "native", "pass")),
+    Goal("attribution pass over forward and backward", 1.1, True, CPU, _over_baseline("attribution", "native", "pass")),
+    Goal("attribution pass over forward and backward", 1.1, True, GPU, _over_baseline("attribution", "triton", "pass")),
 )
 
 

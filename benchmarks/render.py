@@ -50,6 +50,7 @@ _SUITES = {
     "relu_pool": "ReLU with pooling, against ReLU alone",
     "firing": "Firing counts of a batch, all layers, against the published loop",
     "decomposition": "A decomposition pass, against the same pass without counting",
+    "attribution": "A pass of attributions, against the forward and backward pass that it needs",
     "composition": "Composed models, against the full one",
     "scaling": "Scaling of the losses, forward and backward",
 }

@@ -1,48 +1,50 @@
-"""Rules compared on the digits: how small modules get, and what they lose (docs/attribution.md).
+"""Rules compared on the digits: how small modules get, and what they lose (docs/attribution/README.md).
 
-    python -m benchmarks.rules_study out/          train what is not trained, measure what is not measured
-    python -m benchmarks.rules_study out/ --seeds 0 --networks "CNN"
+    python -m benchmarks.rules_study OUT           train what is not trained, measure what is not measured
+    python -m benchmarks.rules_study OUT --seeds 0 --networks CNN "ViT, 8x8"
+    python -m benchmarks.rules_page OUT            the page, from what OUT holds
 
 Each network is trained twice, with the modular loss (1, 1, 0.3) and without. Scores are counted over the samples that
 it was trained on; epsilon is chosen on the held-out fifth of the training split; the test split is scored once, at the
-published threshold and at the epsilon chosen. A call that was stopped goes on. The results are out/results.json; what
-was run so far is docs/attribution/results.json.
+published threshold and at the epsilon chosen. A call that was stopped goes on, and several may
+work on one folder at the same time: each takes what no other has.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import random
-import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import combinations, product
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import moda
 from benchmarks.rules_networks import CLASSES, NETWORKS, Network, Parts, parts
-from moda.composition.measure import module_sizes
-from moda.decomposition.choice import EpsilonChoice, choose_epsilon
+from moda.decomposition.choice import choose_epsilon
 from moda.decomposition.container import Decomposition
+from moda.decomposition.files import save_rates, save_scores
+from moda.decomposition.scores import NeuronScores
+from moda.files import parse_json, read_bytes, read_tensors, write_json, write_tensors
+from moda.runs.lock import BusyError, locked
 from moda_kernels import ModularLoss
 
-CANDIDATES = (0.02, 0.05, 0.1, 0.2)
-TOLERANCE = 0.5
+EPSILONS = (0.02, 0.05, 0.1, 0.2, 0.3)
 SUBSETS = 50
-BATCH = 120
+BATCH = 360
+SCORES = {"share": moda.activation_shares, "attribution": moda.attribute}
 
 
 @dataclass(frozen=True)
-class Run:
-    """One trained network."""
+class Trained:
+    """One training: a network, with the modular loss or without, and a seed."""
 
     name: str
     modular: bool
@@ -52,34 +54,49 @@ class Run:
     def network(self) -> Network:
         return NETWORKS[self.name]
 
+    @property
+    def training(self) -> str:
+        return "modular" if self.modular else "standard"
+
     def folder(self, out: Path) -> Path:
-        return out / self.name / ("modular" if self.modular else "standard") / f"seed-{self.seed}"
+        """Where its files are: weights, scores and accuracies."""
+        slug = self.name.lower().replace(",", "").replace(" ", "-")
+        return out / slug / self.training / f"seed-{self.seed}"
+
+    def model(self, out: Path, data: Parts) -> nn.Module:
+        """The network with its weights, trained if there are none, in evaluation mode."""
+        torch.manual_seed(self.seed)
+        model = self.network.build()
+        file = self.folder(out) / "model.safetensors"
+        if not file.exists():
+            _train(model, self, data.training)
+            write_tensors(file, model.state_dict())
+        model.load_state_dict(read_tensors(file))
+        return model.eval()
+
+    def results(self, out: Path) -> dict[str, Any] | None:
+        """What `measured` gave; None if nothing did yet."""
+        file = self.folder(out) / "accuracies.json"
+        return parse_json(file, read_bytes(file, 1 << 20)) if file.exists() else None
 
 
-def trained(run: Run, out: Path, data: Parts) -> nn.Module:
-    """The network with its weights, trained if there are none."""
-    torch.manual_seed(run.seed)
-    model = run.network.make(run.network.image_size)
-    file = run.folder(out) / "model.safetensors"
-    if not file.exists():
-        _train(model, run, data.training)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        save_file({name: value.contiguous() for name, value in model.state_dict().items()}, file)
-    model.load_state_dict(load_file(file))
-    return model.eval()
+def trainings(networks: Sequence[str] = ("",), seeds: Sequence[int] = (0, 1, 2)) -> list[Trained]:
+    """All trainings of these seeds, seed by seed, of the networks whose name has one of these in it."""
+    names = dict.fromkeys(name for part in networks for name in NETWORKS if part in name)
+    return [Trained(name, modular, seed) for seed, name, modular in product(seeds, names, (True, False))]
 
 
-def _train(model: nn.Module, run: Run, samples: TensorDataset) -> None:
+def _train(model: nn.Module, run: Trained, samples: TensorDataset) -> None:
     images, labels = samples.tensors
     network = run.network
     weights = model.parameters()
-    optimiser = torch.optim.AdamW(weights, 1e-3) if network.adam else torch.optim.SGD(weights, 0.05, 0.9, nesterov=True)
+    optimiser = torch.optim.AdamW(weights, 3e-3) if network.adam else torch.optim.SGD(weights, 0.05, 0.9, nesterov=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, network.epochs)
     modular_loss = ModularLoss(1.0, 1.0, 0.3)
     taps = moda.observe(model) if run.modular else None
     model.train()
     for _ in range(network.epochs):
-        for chosen in torch.randperm(len(labels)).split(64):
+        for chosen in torch.randperm(len(labels)).split(network.batch):
             loss = F.cross_entropy(model(images[chosen]), labels[chosen])
             if taps is not None:
                 loss = loss + modular_loss(taps.activations(), labels[chosen])
@@ -91,72 +108,75 @@ def _train(model: nn.Module, run: Run, samples: TensorDataset) -> None:
         taps.remove()
 
 
-def measured(run: Run, out: Path) -> dict[str, Any]:
-    """Sizes and accuracies of one network's modules by every rule."""
+def measured(run: Trained, out: Path) -> dict[str, Any]:
+    """Accuracies of one network's modules by every rule; the scores are written beside them."""
     data = parts(run.network.image_size, run.seed)
-    model = trained(run, out, data)
-    scored, held_out = DataLoader(data.training, BATCH), DataLoader(data.held_out, BATCH)
-    rates = moda.count_firings(model, scored, CLASSES, progress=False)
-    rules: dict[str, Any] = {"firing": _scored(model, moda.decompose(rates), data.test)}
-    for name, score in (("share", moda.activation_shares), ("attribution", moda.attribute)):
-        start = time.perf_counter()
-        scores = score(model, scored, CLASSES, progress=False)
-        seconds = time.perf_counter() - start
-        choice = choose_epsilon(scores, model, held_out, tolerance=TOLERANCE, candidates=CANDIDATES, progress=False)
-        curve = _curve(model, scores, choice)
-        chosen = _scored(model, moda.decompose(scores, epsilon=choice.epsilon), data.test)
-        rules[name] = {"epsilon": choice.epsilon, "curve": curve, "seconds": seconds, **chosen}
-    images, labels = data.test.tensors
-    with torch.no_grad():
-        right = model(images).argmax(1) == labels
-    settings = {"network": run.name, "modular": run.modular, "seed": run.seed, "epochs": run.network.epochs}
-    return {**settings, "test_accuracy": _percent(right), "rules": rules}
+    model = run.model(out, data)
+    folder, scored = run.folder(out), DataLoader(data.training, BATCH)
+    with moda.observe(model):
+        test = _Test(model, data.test)
+        rates = moda.count_firings(model, scored, CLASSES, progress=False)
+        save_rates(rates, folder / "firing")
+        rules: dict[str, Any] = {"firing": {"accuracies": test.accuracies(moda.decompose(rates))}}
+        for name, score in SCORES.items():
+            scores = score(model, scored, CLASSES, progress=False)
+            save_scores(scores, folder / name)
+            rules[name] = _by_budget(test, scores, DataLoader(data.held_out, BATCH))
+    return {
+        "network": run.name,
+        "modular": run.modular,
+        "seed": run.seed,
+        "epochs": run.network.epochs,
+        "test_accuracy": test.accuracy,
+        "rules": rules,
+    }
 
 
-def _curve(model: nn.Module, scores: Any, choice: EpsilonChoice) -> list[dict[str, float]]:
-    """Per epsilon what pairs lose on the held-out samples, and the size of a one-class module."""
-    points = []
-    for point in choice.curve:
-        modules = moda.decompose(scores, epsilon=point.epsilon)
-        points.append({"epsilon": point.epsilon, "loss": point.loss, "size": _size(model, modules)})
-    return points
+def _by_budget(test: _Test, scores: NeuronScores, held_out: DataLoader[Any]) -> dict[str, Any]:
+    """The epsilon chosen on the held-out samples, the curve there, and what its modules lose on the test split."""
+    choice = choose_epsilon(scores, test.model, held_out, candidates=EPSILONS, progress=False)
+    accuracies = test.accuracies(moda.decompose(scores, epsilon=choice.epsilon))
+    return {"epsilon": choice.epsilon, "held_out": choice.to_dict()["curve"], "accuracies": accuracies}
 
 
-def _scored(model: nn.Module, modules: Decomposition, test: TensorDataset) -> dict[str, Any]:
-    """Size of a one-class module, of the composition of two, and accuracies on the test split, in percent."""
-    subsets = {2: list(combinations(range(CLASSES), 2)), 5: _subsets_of_five(), 10: [tuple(range(CLASSES))]}
-    accuracies = {}
-    for classes, chosen in subsets.items():
-        whole, part = (
-            sum(values) / len(chosen) for values in zip(*_accuracies(model, modules, chosen, test), strict=True)
-        )
-        accuracies[str(classes)] = {"model": whole, "modules": part}
-    return {"size": _size(model, modules), "accuracies": accuracies}
+class _Test:
+    """The test split, and what the whole model makes of it."""
+
+    def __init__(self, model: nn.Module, samples: TensorDataset) -> None:
+        self.model = model
+        self.loader = DataLoader(samples, BATCH)
+        self._labels = samples.tensors[1]
+        with torch.no_grad():
+            self._logits = torch.cat([model(images) for images, _ in self.loader])
+
+    @property
+    def accuracy(self) -> float:
+        """Of the whole model, in percent, as all others here."""
+        return _percent(self._logits.argmax(1) == self._labels)
+
+    def accuracies(self, modules: Decomposition) -> dict[str, dict[str, float]]:
+        """Per number of classes the mean over subsets: the model with their logits alone competing, and the modules."""
+        found = {}
+        for size in (2, 5, 10):
+            chosen = subsets(size)
+            pairs = zip(*((self._whole(classes), self._masked(modules, classes)) for classes in chosen), strict=True)
+            whole, part = (sum(values) / len(chosen) for values in pairs)
+            found[str(size)] = {"model": whole, "modules": part}
+        return found
+
+    def _whole(self, classes: Sequence[int]) -> float:
+        members = torch.isin(self._labels, torch.tensor(classes))
+        best = torch.tensor(classes)[self._logits[members][:, list(classes)].argmax(1)]
+        return _percent(best == self._labels[members])
+
+    def _masked(self, modules: Decomposition, classes: Sequence[int]) -> float:
+        return 100 * moda.measure.accuracy(moda.mask(self.model, modules, classes), self.loader, classes)
 
 
-def _size(model: nn.Module, modules: Decomposition) -> float:
-    """Mean share of the model's parameters that a one-class module holds."""
-    return float(module_sizes(moda.instrument(model), modules).mean())
-
-
-def _subsets_of_five() -> list[tuple[int, ...]]:
-    return sorted(random.Random(0).sample(list(combinations(range(CLASSES), 5)), SUBSETS))
-
-
-def _accuracies(
-    model: nn.Module, modules: Decomposition, subsets: Sequence[tuple[int, ...]], test: TensorDataset
-) -> Iterator[tuple[float, float]]:
-    """Per subset the accuracy of the whole model, with these logits alone competing, and of the masked one."""
-    images, labels = test.tensors
-    with torch.no_grad():
-        logits = torch.cat([model(part) for part in images.split(BATCH)])
-        for classes in subsets:
-            member = torch.isin(labels, torch.tensor(classes))
-            right = torch.tensor([classes.index(int(label)) for label in labels[member]])
-            masked = moda.mask(model, modules, classes)
-            part = torch.cat([masked(some) for some in images[member].split(BATCH)])
-            whole = logits[member][:, list(classes)]
-            yield _percent(whole.argmax(1) == right), _percent(part.argmax(1) == right)
+def subsets(size: int) -> list[tuple[int, ...]]:
+    """All subsets of the classes of this size, or 50 that are drawn once for all networks."""
+    every = list(combinations(range(CLASSES), size))
+    return every if len(every) <= SUBSETS else sorted(random.Random(0).sample(every, SUBSETS))
 
 
 def _percent(right: Tensor) -> float:
@@ -164,32 +184,29 @@ def _percent(right: Tensor) -> float:
 
 
 def main() -> None:
+    """Train and measure what is left to do."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--networks", default="", help="those whose name has this in it")
+    parser.add_argument("--networks", nargs="+", default=[""], help="those whose name has one of these in it, in turn")
     arguments = parser.parse_args()
-    file = arguments.out / "results.json"
-    results = json.loads(file.read_text()) if file.exists() else []
-    done = {(entry["network"], entry["modular"], entry["seed"]) for entry in results}
-    for seed in arguments.seeds:
-        for name in NETWORKS:
-            for modular in (True, False):
-                if arguments.networks not in name or (name, modular, seed) in done:
-                    continue
-                results.append(measured(Run(name, modular, seed), arguments.out))
-                arguments.out.mkdir(parents=True, exist_ok=True)
-                file.write_text(json.dumps(results, indent=1) + "\n")
-                print(_line(results[-1]), flush=True)
+    for run in trainings(arguments.networks, arguments.seeds):
+        folder = run.folder(arguments.out)
+        folder.mkdir(parents=True, exist_ok=True)
+        with suppress(BusyError), locked(folder):
+            if run.results(arguments.out) is None:
+                entry = measured(run, arguments.out)
+                write_json(folder / "accuracies.json", entry)
+                print(*_told(entry), flush=True)
 
 
-def _line(entry: dict[str, Any]) -> str:
-    """One network's results on a line."""
-    told = [f"{entry['network']}, {'modular' if entry['modular'] else 'standard'}, seed {entry['seed']}:"]
+def _told(entry: dict[str, Any]) -> Iterator[str]:
+    """One network's results as a line."""
+    yield f"{entry['network']}, {'modular' if entry['modular'] else 'standard'}, seed {entry['seed']}:"
+    yield f"{entry['test_accuracy']:.2f} %, lost on 2, 5 and 10 classes:"
     for rule, values in entry["rules"].items():
-        losses = (f"{pair['model'] - pair['modules']:+.2f}" for pair in values["accuracies"].values())
-        told.append(f"{rule} {100 * values['size']:.1f} % ({', '.join(losses)})")
-    return " ".join(told)
+        losses = " ".join(f"{given['model'] - given['modules']:+.2f}" for given in values["accuracies"].values())
+        yield f"{rule} {losses}" + (f" (epsilon {values['epsilon']:g})" if "epsilon" in values else "")
 
 
 if __name__ == "__main__":

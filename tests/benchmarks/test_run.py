@@ -10,6 +10,7 @@ import torch
 from typer.testing import CliRunner
 
 from moda.bench import command, inputs, machine, memory, results, runner
+from moda.bench.attribution import attribution_case
 from moda.bench.case import Case, Contender
 from moda.bench.clock import Budget, HostClock, Timed
 from moda.bench.decomposition import PassInputs, composition_case, decomposition_case
@@ -82,6 +83,12 @@ def test_a_decomposition_pass_and_composed_models() -> None:
     assert full is not None
     assert small is not None
     assert 0.05 < small / full < 0.25  # a sixteenth of most layers, a quarter of the first and last
+
+
+def test_an_attribution_pass() -> None:
+    rows = _run(attribution_case(PassInputs("small_vgg", 12, 8, CPU), TINY))
+    assert {"forward and backward", "torch"} <= set(rows)
+    assert rows["torch"].ratio is not None
 
 
 def test_scaling_varies_one_axis_at_a_time() -> None:

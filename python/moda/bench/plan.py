@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from moda.bench import scaling
+from moda.bench.attribution import attribution_case
 from moda.bench.case import Case
 from moda.bench.clock import Budget
 from moda.bench.counting import CountInputs, counting_case
@@ -17,7 +18,7 @@ from moda.bench.losses import LossInputs, loss_case
 from moda.bench.pooling import pooling_case
 from moda.bench.training_step import StepInputs, step_case
 
-SUITES = ("step", "loss", "relu_pool", "firing", "decomposition", "composition", "scaling")
+SUITES = ("step", "loss", "relu_pool", "firing", "decomposition", "attribution", "composition", "scaling")
 
 _POOLED_CIFAR = ((64, 32, 32), (128, 16, 16), (256, 8, 8), (512, 4, 4), (512, 2, 2))
 _POOLED_IMAGENET = ((64, 224, 224), (128, 112, 112), (512, 14, 14))
@@ -82,6 +83,7 @@ class Plan:
             "relu_pool": self._relu_pool,
             "firing": self._firing,
             "decomposition": self._decomposition,
+            "attribution": self._attribution,
             "composition": self._composition,
             "scaling": self._scaling,
         }
@@ -145,6 +147,11 @@ class Plan:
         budget = self.budget if self.quick else Budget(least=5, most=50, seconds=20.0, warmups=1)
         for about in self._passes():
             yield decomposition_case(about, budget)
+
+    def _attribution(self) -> Iterator[Case]:
+        budget = self.budget if self.quick else Budget(least=5, most=20, seconds=20.0, warmups=1)
+        for about in self._passes():
+            yield attribution_case(about, budget)
 
     def _composition(self) -> Iterator[Case]:
         for about in self._passes():
