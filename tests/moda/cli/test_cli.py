@@ -110,6 +110,10 @@ def test_other_rules(moda: Moda, run: Path) -> None:
         assert status == 0
         assert Decomposition.load(run / "decomposition").settings == {"rule": "attribution", "epsilon": 0.1}
         assert "Mean module:" in out
+        status, _, err = moda("decompose", run, "--rule", "share", "--epsilon", "auto", "--tolerance", "1.5")
+        assert status == 0
+        chosen = Decomposition.load(run / "decomposition").settings["epsilon"]
+        assert f"epsilon {chosen:g}: at most 1.5 points lost on 288 samples" in err  # a fifth of the training split
         status, _, err = moda("decompose", run, "--rule", "share", "--threshold", "0.5")
         assert status == 2
         assert "--threshold: goes with firing rates, got it with activation shares" in " ".join(err.split())
