@@ -1,8 +1,8 @@
 """The page of the study of rules: `python -m benchmarks.rules_page [OUT]`.
 
-With OUT, the folder of rules_study.py, what is measured there becomes docs/attribution/results.json first. Every figure
-in the tables of docs/attribution/README.md comes from that file, and what a pass costs from passes.json, the file that
-`moda bench --suite attribution` writes; the findings are kept by hand in benchmarks/rules_findings.md.
+With OUT, the folder of rules_study.py, what is measured there goes into docs/attribution/results.json first. Every
+figure in the tables of docs/attribution/README.md comes from that file, and what a pass costs from passes.json, the
+file that `moda bench --suite attribution` writes; the findings are kept by hand in benchmarks/rules_findings.md.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 from benchmarks.charts import svg
 from benchmarks.rules_chart import chart
 from benchmarks.rules_networks import NETWORKS
-from benchmarks.rules_results import RULES, Summary, collect, missing, read, summaries, write
+from benchmarks.rules_results import RULES, Summary, collect, merged, missing, read, summaries, write
 from benchmarks.rules_study import EPSILONS, SUBSETS, trainings
 from moda.bench import results as stored
 from moda.bench.results import Results
@@ -26,6 +26,7 @@ ROOT = Path(__file__).parent.parent
 FOLDER, FINDINGS = ROOT / "docs" / "attribution", ROOT / "benchmarks" / "rules_findings.md"
 RESULTS, PAGE, CHART = FOLDER / "results.json", FOLDER / "README.md", FOLDER / "curves.svg"
 PASSES = FOLDER / "passes.json"
+_IN_SHORT = ("small VGG, ReLU, 8x8", "CNN, ReLU, 48x48")
 
 _HEAD = f"""# The rules on the digits
 
@@ -55,6 +56,21 @@ def page(entries: Sequence[dict[str, Any]], findings: str, passes: Results | Non
     measured = summaries(entries)
     tables = [*_sizes(measured), *_losses(measured), *_goals(measured), *_curves(measured), *_missing(entries)]
     return "\n".join([_HEAD, *tables, *_passes(passes), findings.strip(), ""])
+
+
+def in_short(entries: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """The table in the project's README: both rules on the demo's network, and on one for larger images."""
+    rows = (
+        (
+            f"{of.name}, {of.training}, seed {_seeds(of)}",
+            *(_percent(of.size(rule)) for rule in ("firing", "attribution")),
+            " / ".join(f"{of.lost('attribution', classes):.2f}" for classes in (2, 5, 10)),
+        )
+        for of in summaries(entries)
+        if of.name in _IN_SHORT
+    )
+    head = ("one-class modules, share of parameters", "published rule", "attribution", "it loses on 2 / 5 / 10 classes")
+    yield from _table(head, rows)
 
 
 def _sizes(measured: Sequence[Summary]) -> Iterator[str]:
@@ -122,13 +138,13 @@ def _curves(measured: Sequence[Summary]) -> Iterator[str]:
         yield "What pairs lose on the held-out samples, over epsilon; upright lines are the published rule's size.\n"
         yield f"![Size of a one-class module against the points that pairs of classes lose]({CHART.name})\n"
         epsilons = [f"{value:g}" for value in EPSILONS]
-        yield "By attribution, size and points lost at each epsilon:\n"
+        yield "By attribution, size and points lost at each epsilon (empty: not tried, so not chosen either):\n"
         yield from _table(("network", "training", "seeds", *epsilons), map(_curve_row, measured))
 
 
 def _curve_row(of: Summary) -> tuple[str, ...]:
-    points = (f"{_percent(size)}, {loss:.2f}" for _, size, loss in of.curve("attribution"))
-    return of.name, of.training, _seeds(of), *points
+    points = {value: f"{_percent(size)}, {loss:.2f}" for value, size, loss in of.curve("attribution")}
+    return of.name, of.training, _seeds(of), *(points.get(value, "") for value in EPSILONS)
 
 
 def _missing(entries: Sequence[dict[str, Any]]) -> Iterator[str]:
@@ -196,7 +212,8 @@ def main() -> None:
     parser.add_argument("out", type=Path, nargs="?", help="the folder of rules_study.py; without it the page alone")
     out = parser.parse_args().out
     if out is not None:
-        write(RESULTS, collect(out))
+        kept = read(RESULTS) if RESULTS.exists() else []
+        write(RESULTS, merged(kept, collect(out)))
     entries = read(RESULTS)
     passes = stored.read(PASSES) if PASSES.exists() else None
     write_bytes(CHART, svg(chart(summaries(entries))).encode())

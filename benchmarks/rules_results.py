@@ -36,6 +36,16 @@ def write(path: Path, entries: Sequence[dict[str, Any]]) -> None:
     write_json(path, {"trainings": list(entries)})
 
 
+def merged(kept: Sequence[dict[str, Any]], new: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The entries of both, in the study's order; the new one where a training is in both."""
+
+    def key(entry: dict[str, Any]) -> tuple[Any, ...]:
+        return entry["network"], entry["modular"], entry["seed"]
+
+    by_key = {key(entry): entry for entry in (*kept, *new)}
+    return [by_key[of] for of in ((run.name, run.modular, run.seed) for run in trainings()) if of in by_key]
+
+
 def collect(out: Path) -> list[dict[str, Any]]:
     """What is measured under `out`, with sizes; they are measured once and kept in a file beside the accuracies."""
     entries = []
@@ -128,12 +138,10 @@ class Summary:
         return [entry["rules"][rule]["epsilon"] for entry in self.entries]
 
     def curve(self, rule: str) -> list[tuple[float, float, float]]:
-        """Epsilon, size and points that pairs lose on held-out samples, in the mean over the seeds."""
-        points = zip(*(entry["rules"][rule]["held_out"] for entry in self.entries), strict=True)
-        return [
-            (same[0]["epsilon"], fmean(point["size"] for point in same), fmean(point["loss"] for point in same))
-            for same in points
-        ]
+        """Epsilon, size and points that pairs lose on held-out samples, where all seeds have it; means over them."""
+        curves = [{point["epsilon"]: point for point in entry["rules"][rule]["held_out"]} for entry in self.entries]
+        common = sorted(set.intersection(*map(set, curves)))
+        return [(value, *(fmean(of[value][name] for of in curves) for name in ("size", "loss"))) for value in common]
 
     @property
     def goal(self) -> float:

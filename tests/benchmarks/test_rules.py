@@ -137,8 +137,17 @@ def test_means_over_seeds() -> None:
     assert summary.curve("attribution") == [(0.1, pytest.approx(0.3), pytest.approx(0.2))]
 
 
+def test_new_entries_take_the_place_of_old_ones() -> None:
+    sizes = {"firing": 0.9, "share": 0.5, "attribution": 0.2}
+    old = [_entry("ViT, 8x8", sizes, 0.1), _entry("CNN, ReLU, 48x48", sizes, 0.1, seed=1)]
+    new = [_entry("ViT, 8x8", {**sizes, "attribution": 0.3}, 0.2)]
+    assert rules_results.merged(old, new) == [new[0], old[1]]  # seed by seed
+
+
 def test_the_committed_page_is_that_of_the_committed_results() -> None:
     stored = rules_results.read(rules_page.RESULTS)
     findings = rules_page.FINDINGS.read_text(encoding="utf-8")
     passes = read_passes(rules_page.PASSES) if rules_page.PASSES.exists() else None
     assert rules_page.PAGE.read_text(encoding="utf-8") == rules_page.page(stored, findings, passes)
+    readme = (rules_page.ROOT / "README.md").read_text(encoding="utf-8")
+    assert all(line in readme.splitlines() for line in rules_page.in_short(stored))
