@@ -238,18 +238,19 @@ def test_values_that_cannot_be_are_refused(written, tmp_path):
 
 
 def test_a_composed_folder_is_refused_by_name_too(tmp_path):
-    model = moda.instrument(moda.models.create("small_vgg", num_classes=3, width=0.25)).eval()
-    widths = dict(zip(model.taps, (8, 8, 16, 16, 32), strict=True))
+    model = moda.models.create("small_vgg", num_classes=3, width=0.25, image_size=8).eval()
+    taps = moda.observe(model, example=torch.randn(2, 3, 8, 8))
+    widths = dict(zip(taps.names, taps.widths, strict=True))
     rates = rates_of({tap: torch.rand(3, width) for tap, width in widths.items()}, [10, 10, 10])
     save_composed(moda.compose(model, decompose(rates), [2, 0]), tmp_path)
-    load_composed(tmp_path, model)
+    load_composed(tmp_path)
     random_ = random.Random(0)
     for name in ("composed.json", "masks.safetensors", "model.safetensors"):
         original = (tmp_path / name).read_bytes()
         for _ in range(20):
             changed = mutate(original, random_)
             (tmp_path / name).write_bytes(changed)
-            error = refusal(lambda: load_composed(tmp_path, model))
+            error = refusal(lambda: load_composed(tmp_path))
             if error is None:
                 assert changed == original or name == "composed.json"
             else:

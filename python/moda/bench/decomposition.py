@@ -14,7 +14,8 @@ from moda.bench import gate, inputs
 from moda.bench.case import Case, Contender
 from moda.bench.clock import Budget, Timed
 from moda.composition import measure
-from moda.composition.compose import compose, mask
+from moda.composition.compose import compose
+from moda.composition.masking import mask
 from moda.decomposition.container import Decomposition
 from moda.decomposition.counting import count_firings
 from moda.observation.taps import InstrumentedModel, instrument
@@ -139,7 +140,7 @@ def _random_decomposition(neurons: dict[str, int], share: float) -> Decompositio
 
 def _composed(name: str, model: InstrumentedModel, decomposition: Decomposition, images: Tensor) -> Contender:
     classes = list(range(_CLASSES))
-    composed = compose(model, decomposition, classes).eval()
+    composed = compose(model, decomposition, classes, example=images[:2]).eval()
 
     @torch.no_grad()
     def check() -> str:

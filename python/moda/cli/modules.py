@@ -23,10 +23,10 @@ from moda.data.batches import BatchLoader, EpochOrder
 from moda.decomposition.container import Decomposition
 from moda.decomposition.files import METADATA_FILE
 from moda.files import FormatError, check_result_folder, format_errors
-from moda.observation.taps import InstrumentedModel, instrument
+from moda.observation.taps import InstrumentedModel
 from moda.runs.config import DecompositionSettings, TrainingConfig
 from moda.runs.finished import FinishedRun, decompose_run
-from moda.runs.folder import create_model, load_data
+from moda.runs.folder import load_data
 
 commands = group()
 
@@ -91,11 +91,12 @@ def compose(
     chosen = parse_classes(classes, data.class_names)
     target = output or run.path / f"composed-{'-'.join(map(str, chosen))}"
     check_result_folder(target, DESCRIPTION_FILE, force=force)
-    model = build(finished.model, finished.decomposition(), chosen)
+    model = build(finished.model, finished.decomposition(), chosen, class_names=data.class_names)
     names = [data.class_names[index] for index in chosen]
     metadata = {"source_run": str(run.path), "class_names": names, "training": run.config.to_dict()}
     save_composed(model, target, metadata)
     _print_accuracies(finished, chosen, model)
+    say(model.report())
     say(f"The composed model: {target}/")
     say(f"Next: moda evaluate {target}")
 
@@ -140,7 +141,7 @@ def _evaluate_composed(folder: Path, classes: str | None) -> None:
     with format_errors(folder / DESCRIPTION_FILE):
         config = TrainingConfig.from_dict(settings)
     data = load_data(config)
-    model = load_composed(folder, instrument(create_model(config, data)))
+    model = load_composed(folder)
     chosen = list(model.classes) if classes is None else parse_classes(classes, data.class_names)
     loader = BatchLoader(data.test, EpochOrder(len(data.test), config.batch_size, None))  # type: ignore[arg-type]
     share = measure.accuracy(model, loader, chosen)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import io
 import json
@@ -17,10 +18,12 @@ import torch
 from torch import Tensor
 
 from moda.checks import integer, items, json_value, mapping, text
-from moda.composition.compose import ComposedModel
+from moda.composition.composed import ComposedModel
+from moda.composition.source import to_source
 from moda.files import Format, FormatError, write_bytes
+from moda.inference import device_of, evaluating
 
-__all__ = ["FORMATS", "export", "provenance_of", "read_provenance"]
+__all__ = ["FORMATS", "export", "provenance_of", "read_provenance", "to_source"]
 
 EXPORT = Format(
     "moda-export",
@@ -35,8 +38,8 @@ EXPORT = Format(
 FORMATS = (".pt2", ".onnx")
 ENTRY = "moda"
 LONGEST_NOTE = 1 << 20
-TOLERANCE = 1e-4
-"""Largest difference of a logit, relative to the largest one, between the model and the file read back."""
+TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
+"""Largest difference of a logit, relative to the largest one, between the model and the file read back, by dtype."""
 
 
 def export(model: ComposedModel, images: Tensor, path: str | Path, provenance: Mapping[str, Any]) -> float:
@@ -46,8 +49,8 @@ def export(model: ComposedModel, images: Tensor, path: str | Path, provenance: M
     written whole or not at all.
 
     Args:
-        model: made by `moda.compose`; exported in evaluation mode, from the CPU.
-        images: (N, C, H, W), N at least 2: inputs to check with.
+        model: made by `moda.compose`, of one input; exported as it is in evaluation mode, on the CPU.
+        images: (N, ...), N at least 2: inputs to check with, images or tokens.
         path: ends in .pt2 or .onnx.
         provenance: what `provenance_of` gives.
 
@@ -63,16 +66,18 @@ def export(model: ComposedModel, images: Tensor, path: str | Path, provenance: M
         raise ValueError(f"path: expected a name that ends in {' or '.join(FORMATS)}, got {path.name!r}")
     if len(images) < 2:
         raise ValueError(f"images: expected at least 2 to check with, got {len(images)}")
-    model = model.to("cpu").eval()
+    if device_of(model).type != "cpu":
+        model = copy.deepcopy(model).to("cpu")
     images = images.cpu()
     note = json.dumps(dict(provenance), allow_nan=False)
-    example = torch.zeros(2, *images.shape[1:])  # .pt2 files keep their example: not an image of somebody's
-    with _quiet():
-        data = _to_pt2(model, example, note) if path.suffix == ".pt2" else _to_onnx(model, example, note)
-    with torch.no_grad():
-        expected = model(images)
-    difference = float(((_run_pt2 if path.suffix == ".pt2" else _run_onnx)(data, images) - expected).abs().max())
-    if not difference <= TOLERANCE * max(1.0, float(expected.abs().max())):
+    example = torch.zeros_like(images[:2])  # .pt2 files keep their example: not an image of somebody's
+    with evaluating(model), torch.no_grad():
+        with _quiet():
+            data = _to_pt2(model, example, note) if path.suffix == ".pt2" else _to_onnx(model, example, note)
+        expected = torch.cat([model(part) for part in _parts(images)])
+    got = (_run_pt2 if path.suffix == ".pt2" else _run_onnx)(data, images).to(expected.dtype)
+    difference = float((got.double() - expected.double()).abs().max())
+    if not difference <= TOLERANCE.get(expected.dtype, 1e-4) * max(1.0, float(expected.double().abs().max())):
         raise ValueError(f"{path.name}: the exported model's logits differ from the model's by {difference:.3g}")
     path.parent.mkdir(parents=True, exist_ok=True)
     write_bytes(path, data)
@@ -168,8 +173,13 @@ def _any_batch() -> tuple[dict[int, Any]]:
 def _run_pt2(data: bytes, images: Tensor) -> Tensor:
     loaded = torch.export.load(io.BytesIO(data)).module()
     with torch.no_grad():
-        logits: Tensor = torch.cat([loaded(images[:1]), loaded(images[1:])])
+        logits: Tensor = torch.cat([loaded(part) for part in _parts(images)])
     return logits
+
+
+def _parts(images: Tensor) -> tuple[Tensor, Tensor]:
+    """Batches of different sizes, the same for the model and for the file."""
+    return images[:1], images[1:]
 
 
 def _to_onnx(model: ComposedModel, images: Tensor, note: str) -> bytes:
@@ -195,7 +205,7 @@ def _to_onnx(model: ComposedModel, images: Tensor, note: str) -> bytes:
 
 def _run_onnx(data: bytes, images: Tensor) -> Tensor:
     session = _required("onnxruntime").InferenceSession(data, providers=["CPUExecutionProvider"])
-    parts = [session.run(["logits"], {"images": part.numpy()})[0] for part in (images[:1], images[1:])]
+    parts = [session.run(["logits"], {"images": part.numpy()})[0] for part in _parts(images)]
     return torch.cat([torch.from_numpy(part) for part in parts])
 
 

@@ -1,4 +1,7 @@
-"""A composed model on disk: a folder with its weights, its masks and a description; nothing in it is ever run."""
+"""A composed model on disk: a folder with its tensors and a description; nothing in it is ever run.
+
+The description holds the graphs as lists of operations of ATen, each of which is checked when it is read.
+"""
 
 from __future__ import annotations
 
@@ -7,27 +10,51 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
-from moda.checks import digest, integer, items, json_value, mapping
-from moda.composition.compose import ComposedModel, build
-from moda.composition.slicing import Slicer
+from moda.checks import digest, flag, integer, items, json_value, mapping, one_of, optional, record, text
+from moda.composition.composed import ComposedModel, Facts, Route, parameters_of
+from moda.composition.graphs import describe, module_of, module_settings, restore
+from moda.composition.report import Layer
+from moda.composition.structure import Structure
 from moda.decomposition.container import check_classes
 from moda.decomposition.files import check_num_classes, check_sites, described_sites
 from moda.files import Format, FormatError, check_own_folder, check_tensors, format_errors, read_tensors, write_tensors
-from moda.observation.taps import InstrumentedModel
 
 __all__ = ["load_composed", "save_composed"]
 
+_sizes = items(items(optional(integer(0))))
+_route = record(
+    {"graph": json_value, "inputs": json_value, "outputs": json_value, "fixed": _sizes, "conditions": items(text())}
+)
+_layer = record({
+    "name": text(empty=True), "neurons": integer(0), "of": integer(0), "parameters": integer(0), "whole": integer(0),
+    "why": text(empty=True),
+})  # fmt: skip
+_tensor = record({
+    "name": text(), "kind": one_of(("parameter", "buffer", "constant")), "same_as": text(), "trainable": flag,
+    "shape": items(integer(0)),
+})  # fmt: skip
 COMPOSED = Format(
     "moda-composed",
     {
         "classes": items(integer(0), least=1),
         "num_classes": check_num_classes,
+        "class_names": optional(items(text(empty=True))),
         "taps": check_sites,
+        "tensors": items(_tensor),
+        "modules": mapping(json_value),
+        "routes": mapping(_route, least=1),
+        "training": flag,
+        "frozen": items(text(empty=True)),
+        "layers": items(_layer),
+        "whole_parameters": integer(0),
+        "refused": mapping(text(empty=True, longest=1 << 16)),
         "weights_sha256": digest,
         "masks_sha256": digest,
         "metadata": mapping(json_value),
     },
+    version=2,
 )
 WEIGHTS_FILE = "model.safetensors"
 MASKS_FILE = "masks.safetensors"
@@ -35,64 +62,154 @@ DESCRIPTION_FILE = "composed.json"
 
 
 def save_composed(composed: ComposedModel, folder: str | Path, metadata: Mapping[str, Any] | None = None) -> None:
-    """Write a model made by `moda.compose`: weights and masks in safetensors, the rest in JSON.
+    """Write a model made by `moda.compose`: tensors in safetensors, the rest in JSON.
 
     Args:
         composed: the model; it may have been trained since.
         folder: made if need be; each file in it is replaced as a whole, the description last.
-        metadata: what else is worth keeping (source run, class names), anything that JSON can hold.
+        metadata: what else is worth keeping (the source run), anything that JSON can hold.
 
     Raises:
         TypeError: `composed` was not made by `moda.compose`.
-        ValueError: the folder is of another kind: a run, a decomposition, ...
+        ValueError: it calls an operation that a file cannot describe, or the folder is of another kind: a run, ...
     """
     if not isinstance(composed, ComposedModel):
         raise TypeError(f"composed: expected a model made by moda.compose, got {type(composed).__name__}")
+    routes = {mode: _described(route) for mode, route in composed.routes.items()}
     folder = Path(folder)
     check_own_folder(folder, DESCRIPTION_FILE)
     folder.mkdir(parents=True, exist_ok=True)
-    weights = {name: tensor.clone() for name, tensor in composed.state_dict().items()}  # tied tensors: each its own
+    tensors = parameters_of(composed)
+    first: dict[int, str] = {}
+    for name, tensor in tensors.items():
+        first.setdefault(id(tensor), name)
+    persistent = set(composed.state_dict())
+    facts = composed.facts
     description = {
         "classes": list(composed.classes),
         "num_classes": composed.num_classes,
+        "class_names": None if facts.class_names is None else list(facts.class_names),
         "taps": described_sites(composed.masks),
-        "weights_sha256": write_tensors(folder / WEIGHTS_FILE, weights),
+        "tensors": [
+            {
+                "name": name,
+                "kind": "parameter" if isinstance(t, nn.Parameter) else "buffer" if name in persistent else "constant",
+                "same_as": first[id(t)],
+                "trainable": t.requires_grad,
+                "shape": list(t.shape),
+            }
+            for name, t in tensors.items()
+        ],
+        "modules": {name: module_settings(module) for name, module in composed.activations().items()},
+        "routes": routes,
+        "training": composed.training,
+        "frozen": list(composed.frozen),
+        "layers": [vars(layer) for layer in facts.layers],
+        "whole_parameters": facts.parameters,
+        "refused": dict(facts.refused),
+        "weights_sha256": write_tensors(folder / WEIGHTS_FILE, {name: tensors[name] for name in first.values()}),
         "masks_sha256": write_tensors(folder / MASKS_FILE, composed.masks),
         "metadata": dict(metadata or {}),
     }
     COMPOSED.write(folder / DESCRIPTION_FILE, description)
 
 
-def load_composed(folder: str | Path, model: InstrumentedModel) -> ComposedModel:
-    """Read what `save_composed` wrote.
+def _described(route: Route) -> dict[str, Any]:
+    return {
+        "graph": describe(route.graph),
+        "inputs": route.inputs.describe(),
+        "outputs": route.outputs.describe(),
+        "fixed": [list(sizes) for sizes in route.fixed],
+        "conditions": list(route.conditions),
+    }
+
+
+def load_composed(folder: str | Path) -> ComposedModel:
+    """Read what `save_composed` wrote, onto the CPU.
 
     Args:
         folder: as given to `save_composed`.
-        model: `moda.instrument` of a model of the same architecture as the composed one was made from. It gives the
-            structure, device and train/eval mode; its weights do not matter.
 
     Raises:
-        FormatError (a ValueError): a file is missing, malformed, of another version or of another model; the message
-            names the file and says what is wrong.
-        TypeError: `model` is not an instrumented (traced) model.
+        FormatError (a ValueError): a file is missing, malformed or of another version; the message names the file and
+            says what is wrong.
     """
     folder = Path(folder)
     path = folder / DESCRIPTION_FILE
     description = COMPOSED.read(path)
-    num_classes = description["num_classes"]
     with format_errors(path):
-        classes = check_classes(description["classes"], num_classes)
-    widths = {tap["name"]: tap["neurons"] for tap in description["taps"]}
-    shapes = {tap: (width,) for tap, width in widths.items()}
+        classes = check_classes(description["classes"], description["num_classes"])
+        _check_names(description, path)
+        routes = {mode: _route_of(entry) for mode, entry in description["routes"].items()}
+        modules = {name: module_of(settings) for name, settings in description["modules"].items()}
+    shapes = {tap["name"]: (tap["neurons"],) for tap in description["taps"]}
     masks = read_tensors(folder / MASKS_FILE, description["masks_sha256"], shapes)
     check_tensors(folder / MASKS_FILE, masks, shapes, torch.bool)
-    weights = read_tensors(folder / WEIGHTS_FILE, description["weights_sha256"])
-    try:
-        plan = Slicer(model, widths, num_classes).plan({tap: masks[tap] for tap in widths}, classes)
-    except ValueError as error:
-        raise FormatError(f"{path}: was made from another model: {error}") from None
-    composed = build(model, plan)
-    expected = {name: tuple(tensor.shape) for name, tensor in composed.state_dict().items()}
-    check_tensors(folder / WEIGHTS_FILE, weights, expected)
-    composed.load_state_dict(weights)
+    stored = {
+        entry["name"]: tuple(entry["shape"]) for entry in description["tensors"] if entry["name"] == entry["same_as"]
+    }
+    weights = read_tensors(folder / WEIGHTS_FILE, description["weights_sha256"], stored)
+    check_tensors(folder / WEIGHTS_FILE, weights, stored)
+    names = description["class_names"]
+    facts = Facts(
+        classes=tuple(classes),
+        num_classes=description["num_classes"],
+        masks={tap: masks[tap] for tap in shapes},
+        class_names=None if names is None else tuple(names),
+        layers=tuple(Layer(**layer) for layer in description["layers"]),
+        parameters=description["whole_parameters"],
+        refused=description["refused"],
+    )
+    with format_errors(path):
+        return _assembled(description, weights, modules, routes, facts)
+
+
+def _check_names(description: Mapping[str, Any], path: Path) -> None:
+    """Every tensor and module that a graph takes is described, under a name that is a name."""
+    tensors = {entry["name"] for entry in description["tensors"]}
+    for entry in description["tensors"]:
+        if entry["same_as"] not in tensors:
+            raise FormatError(f"{path}: tensor {entry['name']!r} is the same as {entry['same_as']!r}, which is missing")
+    for mode in description["routes"]:
+        if mode not in ("train", "eval"):
+            raise FormatError(f"{path}: routes: expected 'train' and 'eval', got {mode!r}")
+    names = description["class_names"]
+    if names is not None and len(names) != description["num_classes"]:
+        raise FormatError(f"{path}: class_names: expected {description['num_classes']} names, got {len(names)}")
+
+
+def _route_of(entry: Mapping[str, Any]) -> Route:
+    fixed = tuple(tuple(sizes) for sizes in entry["fixed"])
+    graph = restore(entry["graph"])
+    inputs, outputs = Structure.of(entry["inputs"]), Structure.of(entry["outputs"])
+    count = sum(node.op == "placeholder" for node in graph.nodes)
+    given = next(iter(reversed(graph.nodes))).args[0]
+    if count != len(list(inputs.paths())) or count != len(fixed):
+        raise ValueError("routes: a graph has other inputs than are described")
+    if not isinstance(given, list | tuple) or len(given) != len(list(outputs.paths())):
+        raise ValueError("routes: a graph has other outputs than are described")
+    return Route(graph, inputs, outputs, fixed, tuple(entry["conditions"]))
+
+
+def _assembled(
+    description: Mapping[str, Any],
+    weights: Mapping[str, Tensor],
+    modules: Mapping[str, nn.Module],
+    routes: Mapping[str, Route],
+    facts: Facts,
+) -> ComposedModel:
+    made: dict[str, Tensor] = {}
+    for entry in description["tensors"]:
+        tensor = weights[entry["same_as"]]
+        if entry["kind"] == "parameter" and entry["same_as"] not in made:
+            tensor = nn.Parameter(tensor, requires_grad=entry["trainable"])
+        made[entry["name"]] = made.get(entry["same_as"], tensor)
+    for route in routes.values():
+        for node in route.graph.nodes:
+            known = made if node.op == "get_attr" else modules if node.op == "call_module" else None
+            if known is not None and node.target not in known:
+                raise ValueError(f"routes: a graph takes {node.target!r}, which is not described")
+    persistent = {entry["name"] for entry in description["tensors"] if entry["kind"] != "constant"}
+    composed = ComposedModel(made, persistent, modules, routes, facts, training=description["training"])
+    composed.freeze(description["frozen"])
     return composed

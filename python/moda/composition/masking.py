@@ -8,11 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moda.composition.compose import mask as mask_instrumented
+from moda.composition.observed import Observed, observed
 from moda.composition.outputs import Output, pick
 from moda.decomposition.container import Decomposition, check_classes
-from moda.observation.instrumented import InstrumentedModel
-from moda.observation.taps import Taps, observing
+from moda.observation.taps import Taps
 
 __all__ = ["MaskedModel", "mask"]
 
@@ -46,8 +45,8 @@ class MaskedModel(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the model's own forward, with the columns of the classes alone where its output has one for each class."""
-        with observing(self.model, self._taps) as taps:
-            self._taps = None if taps.lasting else taps
+        with observed(self.model, self._taps) as taps:
+            self._taps = taps if isinstance(taps, Taps) and not taps.lasting else None
             if taps.probed:
                 check_taps(taps, self.masks)
             with taps.replacing(self._masked(taps)):
@@ -55,7 +54,7 @@ class MaskedModel(nn.Module):
             check_taps(taps, self.masks)
         return pick(output, self.classes, self.num_classes, self.output)
 
-    def _masked(self, taps: Taps) -> Any:
+    def _masked(self, taps: Observed) -> Any:
         def masked(index: int, activation: Tensor) -> Tensor:
             name = taps.name_of(index)
             if name not in self.masks or len(self.masks[name]) != activation.shape[1]:
@@ -100,17 +99,15 @@ def mask(
         ValueError: no class, one twice or an unknown one; or, at the latest when the masked model is called: taps,
             neurons or number of classes of the decomposition are not those of the model.
     """
-    if isinstance(model, InstrumentedModel):
-        return mask_instrumented(model, decomposition, classes)  # type: ignore[return-value]
     chosen = check_classes(classes, decomposition.num_classes)
-    with observing(model) as taps:
+    with observed(model) as taps:
         if taps.probed:
             check_taps(taps, decomposition.masks)
         inner = taps.model
     return MaskedModel(inner, decomposition.select(chosen), chosen, decomposition.num_classes, output)
 
 
-def check_taps(taps: Taps, masks: Mapping[str, Tensor]) -> None:
+def check_taps(taps: Observed, masks: Mapping[str, Tensor]) -> None:
     """Compare a model's taps with masks `(C,)` or `(K, C)` for them.
 
     Raises:
@@ -122,7 +119,7 @@ def check_taps(taps: Taps, masks: Mapping[str, Tensor]) -> None:
         raise ValueError(
             f"decomposition: its taps are not those of the model: it lacks {missing}, and the model lacks {unknown}"
         )
-    for name, width in zip(taps.names, taps.widths, strict=True):
+    for name, width in zip(taps.names, taps.widths, strict=False):  # widths of an instrumented model are not known
         if masks[name].shape[-1] != width:
             raise ValueError(
                 f"decomposition: tap {name!r} has masks of {masks[name].shape[-1]} neurons, but the model has {width} "

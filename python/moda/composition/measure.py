@@ -11,18 +11,22 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from moda.composition.channels import Kept
-from moda.composition.slicing import Plan, Slicer, plan
+from moda.composition.compose import plan
+from moda.composition.composer import Composer, Plan, composer_of
+from moda.composition.kept import Kept
+from moda.composition.observed import observed
 from moda.decomposition.container import Decomposition, check_classes
 from moda.inference import device_of, evaluating
-from moda.observation.taps import InstrumentedModel
+from moda.observation.taps import Taps
 
 __all__ = ["accuracy", "flops", "mean_over_pairs", "module_sizes", "overlap", "overlap_matrix", "plan_size", "size"]
 
 Counting = Literal["published", "parameters"]
 
 
-def size(model: InstrumentedModel, decomposition: Decomposition, classes: Iterable[int]) -> float:
+def size(
+    model: nn.Module | Taps, decomposition: Decomposition, classes: Iterable[int], *, example: Any = None
+) -> float:
     """Parameters of `moda.compose(model, decomposition, classes)` over those of the whole model.
 
     Weights, biases and affine parameters of norms count, buffers do not (MODA, "composed model size"; of one class it
@@ -31,18 +35,27 @@ def size(model: InstrumentedModel, decomposition: Decomposition, classes: Iterab
     Raises:
         TypeError, ValueError: as `moda.compose`.
     """
-    return plan_size(model, plan(model, decomposition, classes))
+    return plan_size(_module(model), plan(model, decomposition, classes, example=example))
 
 
-def module_sizes(model: InstrumentedModel, decomposition: Decomposition) -> Tensor:
+def module_sizes(model: nn.Module | Taps, decomposition: Decomposition, *, example: Any = None) -> Tensor:
     """(K,) float64: the `size` of every class's module.
 
     Raises:
         TypeError, ValueError: as `moda.compose`.
     """
-    slicer = Slicer.of(model, decomposition)
-    plans = [slicer.plan(decomposition.select([k]), [k]) for k in range(decomposition.num_classes)]
-    return torch.tensor([plan_size(model, each) for each in plans], dtype=torch.float64)
+    composer = _composer(model, decomposition, example)
+    plans = [composer.plan(decomposition.select([k]), [k]) for k in range(decomposition.num_classes)]
+    return torch.tensor([plan_size(_module(model), each) for each in plans], dtype=torch.float64)
+
+
+def _composer(model: nn.Module | Taps, decomposition: Decomposition, example: Any) -> Composer:
+    with observed(model) as taps:
+        return composer_of(taps, decomposition, example)
+
+
+def _module(model: nn.Module | Taps) -> nn.Module:
+    return model.model if isinstance(model, Taps) else model
 
 
 def plan_size(model: nn.Module, plan: Plan) -> float:
@@ -52,52 +65,59 @@ def plan_size(model: nn.Module, plan: Plan) -> float:
 
 
 def overlap(
-    model: InstrumentedModel,
+    model: nn.Module | Taps,
     decomposition: Decomposition,
     a: int,
     b: int,
     counting: Counting = "published",
+    *,
+    example: Any = None,
 ) -> float:
     """Entries that the modules of classes `a` and `b` share, over the parameters of the whole model.
 
     Two modules share an entry if both keep the same position of the same tensor.
 
     Args:
-        model: `moda.instrument(model)`.
+        model: any module, observed or not.
         decomposition: modules of this model.
         a: class index.
         b: class index.
         counting: "published" counts entries of the whole state_dict, as the authors' code does: running means and
             variances too, and `num_batches_tracked`, which all modules share; the denominator counts parameters
             only, so the overlap can exceed the size of either module. "parameters" counts parameters in both.
+        example: see `moda.compose`.
 
     Raises:
         TypeError, ValueError: as `moda.compose`, or `counting` is neither.
     """
     chosen = [check_classes([c], decomposition.num_classes)[0] for c in (a, b)]
-    return float(_overlaps(model, decomposition, chosen, counting)[0, 1])
+    return float(_overlaps(model, decomposition, chosen, counting, example)[0, 1])
 
 
 def overlap_matrix(
-    model: InstrumentedModel,
+    model: nn.Module | Taps,
     decomposition: Decomposition,
     classes: Iterable[int] | None = None,
     counting: Counting = "published",
+    *,
+    example: Any = None,
 ) -> Tensor:
     """`overlap` of every pair of classes.
 
     Args:
-        model: `moda.instrument(model)`.
+        model: any module, observed or not.
         decomposition: modules of this model.
         classes: class indices; all by default.
         counting: see `overlap`.
+        example: see `moda.compose`.
 
     Returns:
         (K, K) float64, symmetric; on the diagonal what a module shares with itself, i.e. its own size (with
         "published" counting its buffers included).
     """
     every = range(decomposition.num_classes)
-    return _overlaps(model, decomposition, check_classes(every if classes is None else classes, len(every)), counting)
+    chosen = check_classes(every if classes is None else classes, len(every))
+    return _overlaps(model, decomposition, chosen, counting, example)
 
 
 def mean_over_pairs(matrix: Tensor) -> float:
@@ -111,26 +131,26 @@ def mean_over_pairs(matrix: Tensor) -> float:
 
 
 def _overlaps(
-    model: InstrumentedModel, decomposition: Decomposition, classes: Sequence[int], counting: Counting
+    model: nn.Module | Taps, decomposition: Decomposition, classes: Sequence[int], counting: Counting, example: Any
 ) -> Tensor:
     if counting not in ("published", "parameters"):
         raise ValueError(f"counting: expected 'published' or 'parameters', got {counting!r}")
-    slicer = Slicer.of(model, decomposition)
-    modules = [slicer.plan(decomposition.select([c]), [c]).kept for c in classes]
+    composer = _composer(model, decomposition, example)
+    modules = [composer.plan(decomposition.select([c]), [c]).kept for c in classes]
     shared = np.zeros((len(classes), len(classes)))
-    for name, shape in _shapes(model, counting).items():
+    for name, shape in _shapes(_module(model), counting).items():
         shared += _shared_entries([module.get(name) for module in modules], shape)
-    return torch.from_numpy(shared / _whole(model))
+    return torch.from_numpy(shared / _whole(_module(model)))
 
 
 def _shared_entries(parts: Sequence[Kept | None], shape: Sequence[int]) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """(K, K) entries of one tensor that two modules both keep: common rows x common columns x the rest."""
+    """(K, K) entries of one tensor that two modules both keep: common positions along each axis, multiplied."""
     common = np.ones((len(parts), len(parts)))
-    for dim, extent in enumerate(shape[:2]):
+    for dim, extent in enumerate(shape):
         held = np.zeros((len(parts), extent))
         for row, part in zip(held, parts, strict=True):
             if part is not None:
-                indices = part.columns if dim else part.rows
+                indices = part.along(dim)
                 row[:] = indices is None
                 if indices is not None:
                     row[indices] = 1
@@ -138,7 +158,7 @@ def _shared_entries(parts: Sequence[Kept | None], shape: Sequence[int]) -> np.nd
     if not shape:
         there = np.array([part is not None for part in parts], dtype=np.float64)
         common *= np.outer(there, there)
-    return common * float(np.prod(shape[2:]))
+    return common
 
 
 def _shapes(model: nn.Module, counting: Counting) -> dict[str, tuple[int, ...]]:

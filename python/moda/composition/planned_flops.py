@@ -2,76 +2,109 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from math import prod
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 from torch.utils.flop_counter import FlopCounterMode
 
-from moda.composition.slicing import Plan
-from moda.inference import evaluating
-from moda.observation.taps import InstrumentedModel
+from moda.composition.composed import parameters_of
+from moda.composition.composer import Composer, Plan
+from moda.composition.kept import Kept
+from moda.composition.owners import Contraction, Convolution
+from moda.composition.planning import GraphPlan
+from moda.composition.rules import Rule
+from moda.composition.values import Bools, Grid, holds_tensors, shape_of
+from moda.inference import device_of
 
 __all__ = ["PlannedFlops"]
-
-_COUNTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 class PlannedFlops:
     """What `moda.measure.flops` counts, for the composition that a plan describes.
 
-    A convolution or linear layer costs a fixed number of operations per element of its weight, whatever part of it is
-    kept. So one counted run of the whole model prices every composition, to the operation.
+    A convolution, linear layer or product with a parameter costs a fixed number of operations per element of the
+    parameter, whatever part of it is used. So one counted run of the whole model's graph prices every composition, to
+    the operation.
 
     Args:
-        model: the whole model, instrumented.
+        composer: of the model.
         example: one input.
 
     Attributes:
         whole: operations of the whole model.
-        exact: whether convolutions and linear layers are all that costs. If not (say, attention), `of` cannot tell.
+        exact: whether such layers are all that costs. If not (say, attention), `of` cannot tell.
     """
 
-    def __init__(self, model: InstrumentedModel, example: Tensor) -> None:
-        with evaluating(model), torch.no_grad():
-            counts = _Counter(model)
-            counts.run(example)
-        modules = dict(model.named_modules())
-        self.whole = sum(counts.flops.values())
+    def __init__(self, composer: Composer, example: Tensor) -> None:
+        reader = composer.readers["eval"]
+        tensors = {**parameters_of(composer.model), **composer.captured["eval"].constants}
+        counts = _count(reader.graph, tensors, example.to(device_of(composer.model)))
+        self.whole = sum(counts.values())
         self.exact = True
-        self._prices: dict[str, int] = {}
-        self._shapes: dict[str, tuple[int, ...]] = {}
-        for node, flops in counts.flops.items():
-            module = modules.get(str(node.target)) if node.op == "call_module" else None
-            if not isinstance(module, _COUNTED) or flops % module.weight.numel():
+        self._prices: dict[Rule, tuple[float, tuple[int, ...]]] = {}
+        for node, flops in counts.items():
+            rule = reader.rules[node]
+            if not isinstance(rule, Convolution | Contraction) or flops % prod(shape_of(rule.weight)):
                 self.exact = False
                 continue
-            name = f"{node.target}.weight"
-            self._shapes[name] = tuple(module.weight.shape)
-            self._prices[name] = self._prices.get(name, 0) + flops // module.weight.numel()
+            shape = shape_of(rule.weight)
+            self._prices[rule] = flops // prod(shape), shape
 
     def of(self, plan: Plan) -> int:
         """Operations of the composition.
 
         Raises:
-            ValueError: something else than convolutions and linear layers costs (not `exact`).
+            ValueError: something else than layers with weights costs (not `exact`).
         """
         if not self.exact:
             raise ValueError("model: its operations cannot be counted from a plan; compose it and use measure.flops")
-        kept = {name: plan.kept[name] for name in self._prices if name in plan.kept}
-        return sum(self._prices[name] * part.count(self._shapes[name]) for name, part in kept.items())
+        graph = plan.graphs["eval"]
+        total = 0.0
+        for rule, (price, shape) in self._prices.items():
+            if graph.is_used(rule.node):
+                asked = _Asked(graph)
+                rule.weights(asked)
+                total += price * Kept(asked.grids[rule.weight]).count(shape)  # type: ignore[attr-defined]
+        return int(total)
 
 
-class _Counter(fx.Interpreter):
-    """Runs a traced model and notes each operation's FLOPs."""
+class _Asked:
+    """Notes what one operation needs of parameters."""
 
-    def __init__(self, model: fx.GraphModule) -> None:
-        super().__init__(model)
-        self.flops: dict[fx.Node, int] = {}
+    def __init__(self, plan: GraphPlan) -> None:
+        self.zeros: Mapping[fx.Node, Bools] = plan.zeros
+        self.wanted: Mapping[fx.Node, Bools] = plan.wanted
+        self.is_activation = plan.is_activation
+        self.layout = plan.layout
+        self.needed_grid = plan.needed_grid
+        self.grids: dict[fx.Node, Grid] = {}
 
-    def run_node(self, n: fx.Node) -> Any:
-        with FlopCounterMode(display=False) as counter:
-            result = super().run_node(n)
-        if counter.get_total_flops():
-            self.flops[n] = int(counter.get_total_flops())
-        return result
+    def ask(self, source: fx.Node, units: Bools) -> None:
+        """Activations are of no interest."""
+
+    def ask_weight(self, source: fx.Node, grid: Grid) -> None:
+        """Note it."""
+        self.grids[source] = grid
+
+
+def _count(graph: fx.Graph, tensors: Mapping[str, Tensor], example: Tensor) -> dict[fx.Node, int]:
+    """Run a graph and count each operation."""
+    values: dict[fx.Node, Any] = {}
+    flops: dict[fx.Node, int] = {}
+    with torch.no_grad():
+        for node in graph.nodes:
+            if node.op == "placeholder":
+                values[node] = example
+            elif node.op == "get_attr":
+                values[node] = tensors[str(node.target)]
+            elif node.op == "call_function":
+                with FlopCounterMode(display=False) as counter:
+                    target: Any = node.target
+                    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: values[n])
+                    values[node] = target(*args, **kwargs)
+                if counter.get_total_flops() and holds_tensors(node):
+                    flops[node] = int(counter.get_total_flops())
+    return flops

@@ -139,9 +139,9 @@ def _examine(
         losses=modular_losses(activations, labels),
         similarity=class_similarity(activations, labels, data.num_classes),
         rates=rates,
-        module_sizes=module_sizes(model, decomposition).tolist(),
-        attribution_sizes=module_sizes(model, by_attribution).tolist(),
-        overlaps=overlap_matrix(model, decomposition),
+        module_sizes=module_sizes(model, decomposition, example=images[:2]).tolist(),
+        attribution_sizes=module_sizes(model, by_attribution, example=images[:2]).tolist(),
+        overlaps=overlap_matrix(model, decomposition, example=images[:2]),
     )
     return trained, decomposition, by_attribution
 

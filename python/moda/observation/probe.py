@@ -389,7 +389,7 @@ def _unseen(*_args: Any, **_kwargs: Any) -> None:
 
 
 def _name(function: Any) -> str:
-    name: str = getattr(function, "__name__", "")
+    name: str = getattr(function, "__name__", "").partition(".")[0]  # of an operator, `conv2d.default`
     if name == "__get__":
         return str(getattr(function.__self__, "__name__", ""))
     return name if name.startswith("__") else name.rstrip("_").removeprefix("_") or name

@@ -71,7 +71,10 @@ class FinishedRun:
         run = RunFolder.open(folder)
         run.load_weights()  # before the data: a run that is not finished is the likelier mistake
         data = load_data(run.config)
-        return cls(run, data, instrument(run.load_model(data)).to(checked_device(device)))
+        model = instrument(run.load_model(data)).to(checked_device(device))
+        images = torch.randn(2, *data.input_shape, generator=torch.Generator().manual_seed(0))
+        model.__dict__["example"] = ((images.to(device_of(model)),), {})  # to compose with
+        return cls(run, data, model)
 
     @property
     def rates_folder(self) -> Path:

@@ -23,10 +23,10 @@ from rich.progress import Progress
 from torch import Tensor, nn
 
 from moda.checks import integer, number
-from moda.composition.compose import build
+from moda.composition.composer import composer_of
 from moda.composition.measure import flops, plan_size
+from moda.composition.observed import observed
 from moda.composition.planned_flops import PlannedFlops
-from moda.composition.slicing import Slicer
 from moda.decomposition.container import Decomposition, check_classes
 from moda.files import FormatError, format_errors, write_bytes
 from moda.inference import device_of, evaluating
@@ -131,8 +131,9 @@ def evaluate_subtasks(
     chosen = [tuple(sorted(check_classes(task, decomposition.num_classes))) for task in tasks]
     test = test.to(device_of(model))
     whole = _WholeModels.of(test, model, standard)
-    slicer = Slicer.of(model, decomposition)
-    costs = PlannedFlops(model, test.images[:1])
+    with observed(model) as taps:
+        composer = composer_of(taps, decomposition, test.images[:2])
+    costs = PlannedFlops(composer, test.images[:1])
     console = Console(stderr=True)
     hidden = not (progress and console.is_terminal)  # a log file wants no bar
     with Progress(console=console, transient=True, disable=hidden) as bar:
@@ -141,13 +142,13 @@ def evaluate_subtasks(
             classes = sorted(set().union(*group))
             masks = decomposition.select(classes)
             rows = _rows(test.labels, classes)
-            whole_plan = slicer.plan(masks, classes)
-            united = build(model, whole_plan)
+            whole_plan = composer.plan(masks, classes)
+            united = composer.build(whole_plan)
             logits, labels = test.logits(united, rows), test.labels[rows]
             for task in group:
                 mine = _rows(labels, task)
-                plan = whole_plan if len(task) == len(classes) else slicer.plan(masks, task)
-                operations = costs.of(plan) if costs.exact else flops(build(model, plan), test.images[:1])
+                plan = whole_plan if len(task) == len(classes) else composer.plan(masks, task)
+                operations = costs.of(plan) if costs.exact else flops(composer.build(plan), test.images[:1])
                 yield ReuseResult(
                     classes=task,
                     composed=_restricted_accuracy(logits[mine], labels[mine], task, classes),

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from moda.composition.compose import compose, mask
+from moda.composition.compose import compose
+from moda.composition.masking import mask
 from moda.decomposition.container import Decomposition
-from moda.observation.taps import InstrumentedModel, instrument
+from moda.observation.taps import observe, taps_of
 
 
 def lively(model: nn.Module, seed: int = 0, mode: bool = False) -> nn.Module:
@@ -31,11 +32,20 @@ def lively(model: nn.Module, seed: int = 0, mode: bool = False) -> nn.Module:
     return model.double().train(mode)
 
 
-def widths(model: InstrumentedModel, x: Tensor) -> dict[str, int]:
-    """Neurons per tap."""
-    with torch.no_grad(), model.recording():
-        model(x)
-    return {tap: activation.shape[1] for tap, activation in zip(model.taps, model.activations(), strict=True)}
+def watched(model: nn.Module, *example: Tensor) -> nn.Module:
+    """The model itself, observed; probed too, if an example is given."""
+    observe(model, example=example or None)
+    return model
+
+
+def widths(model: nn.Module, x: Tensor) -> dict[str, int]:
+    """Neurons per tap of an observed model."""
+    taps = taps_of(model)
+    assert taps is not None
+    if not taps.probed:
+        with torch.no_grad():
+            model(x)
+    return dict(zip(taps.names, taps.widths, strict=True))
 
 
 def random_modules(neurons: dict[str, int], num_classes: int, share: float, seed: int = 0) -> Decomposition:
@@ -46,9 +56,8 @@ def random_modules(neurons: dict[str, int], num_classes: int, share: float, seed
 
 def assert_law(model: nn.Module, x: Tensor, num_classes: int = 5, shares: Sequence[float] = (0.6, 0.15, 0.0)) -> None:
     """compose == mask to 1e-10 in float64, for random masks, classes and orders; and the composed model is smaller."""
-    instrumented = instrument(lively(model))
-    assert isinstance(instrumented, InstrumentedModel)
-    neurons = widths(instrumented, x)
+    whole_model = watched(lively(model))
+    neurons = widths(whole_model, x)
     full = sum(parameter.numel() for parameter in model.parameters())
     changes, sizes = [], []
     for seed, share in enumerate(shares):
@@ -56,10 +65,10 @@ def assert_law(model: nn.Module, x: Tensor, num_classes: int = 5, shares: Sequen
         generator = torch.Generator().manual_seed(seed)
         classes = torch.randperm(num_classes, generator=generator)[: 1 + 2 * seed % num_classes].tolist()
         with torch.no_grad():
-            expected = mask(instrumented, decomposition, classes)(x)
-            composed = compose(instrumented, decomposition, classes)
+            expected = mask(whole_model, decomposition, classes)(x)
+            composed = compose(whole_model, decomposition, classes)
             got = composed(x)
-            whole = instrumented(x)[:, classes]
+            whole = whole_model(x)[:, classes]
         assert expected.shape[1] == len(classes)
         changes.append(not torch.allclose(expected, whole, atol=1e-6))
         torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)

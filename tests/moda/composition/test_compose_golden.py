@@ -8,13 +8,14 @@ import torch
 from torch import nn
 
 from moda.composition import measure
-from moda.composition.compose import compose, mask
-from moda.composition.slicing import plan
+from moda.composition.compose import compose, plan
+from moda.composition.masking import mask
 from moda.decomposition.container import Decomposition
 from moda.models.mobilenet import MobileNet
 from moda.models.resnet import ResNet
 from moda.models.vgg import VGG
-from moda.observation.taps import InstrumentedModel, instrument
+from moda.observation.taps import taps_of
+from tests.moda._helpers.composing import watched
 
 CASES = [
     "vgg_random",
@@ -28,7 +29,7 @@ CASES = [
 ]
 
 
-def published(z: dict[str, np.ndarray], dtype: torch.dtype) -> tuple[InstrumentedModel, Decomposition]:
+def published(z: dict[str, np.ndarray], dtype: torch.dtype) -> tuple[nn.Module, Decomposition]:
     """The model and its modules."""
     num_classes = z["full_logits"].shape[1]
     model: nn.Module
@@ -41,11 +42,11 @@ def published(z: dict[str, np.ndarray], dtype: torch.dtype) -> tuple[Instrumente
         rows = z["block_cfg"].tolist()
         model = MobileNet(rows[0][0], [(outputs, stride) for _, outputs, stride in rows], num_classes, 3)
     model.load_state_dict({k.removeprefix("state/"): torch.from_numpy(v) for k, v in z.items() if k[:6] == "state/"})
-    instrumented = instrument(model.to(dtype).eval())
-    assert isinstance(instrumented, InstrumentedModel)
-    assert instrumented.taps == z["relu_layer_names"].tolist()
-    masks = [torch.from_numpy(z[f"masks_l{layer:02d}"]) for layer in range(len(instrumented.taps))]
-    return instrumented, Decomposition(dict(zip(instrumented.taps, masks, strict=True)))
+    observed = watched(model.to(dtype).eval(), torch.from_numpy(z["input"]).to(dtype))
+    names = taps_of(observed).names
+    assert list(names) == z["relu_layer_names"].tolist()
+    masks = [torch.from_numpy(z[f"masks_l{layer:02d}"]) for layer in range(len(names))]
+    return observed, Decomposition(dict(zip(names, masks, strict=True)))
 
 
 def target_lists(z: dict[str, np.ndarray]) -> list[tuple[str, list[int]]]:
@@ -90,14 +91,19 @@ def test_layers_have_the_published_sizes(golden, name):
 
 
 def layer_sizes(composed: nn.Module, names: list[str]) -> list[list[int]]:
-    """What every layer says of its own (in, out), which must agree with its weight."""
+    """(in, out) of every layer, by its weight and the groups that it is called with."""
     sizes = []
-    for layer in map(composed.get_submodule, names):
-        groups = getattr(layer, "groups", 1)
-        outputs, inputs = layer.weight.shape[:2]
-        size = [layer.in_features, layer.out_features] if isinstance(layer, nn.Linear) else None
-        sizes.append(size or [layer.in_channels, layer.out_channels])
-        assert sizes[-1] == [inputs * groups, outputs]
+    widths = {name: len(keep) for name, keep in composed.masks.items()}
+    assert widths
+    for name in names:
+        weight = composed.get_parameter(f"{name}.weight")
+        outputs, inputs = weight.shape[:2]
+        node = next(
+            n for n in composed.routes["eval"].graph.nodes if n.op == "get_attr" and n.target == f"{name}.weight"
+        )
+        (call,) = node.users
+        groups = call.args[6] if len(call.args) > 6 else 1
+        sizes.append([inputs * groups, outputs])
     return sizes
 
 

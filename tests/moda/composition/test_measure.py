@@ -10,18 +10,18 @@ from torch import Tensor, nn
 
 from moda import models
 from moda.composition import measure
-from moda.composition.compose import compose, mask
-from moda.composition.slicing import plan
+from moda.composition.compose import compose, plan
+from moda.composition.masking import mask
 from moda.decomposition.container import Decomposition
-from moda.observation.taps import InstrumentedModel, instrument
-from tests.moda._helpers.composing import lively, random_modules, widths
+from moda.observation.taps import taps_of
+from tests.moda._helpers.composing import lively, random_modules, watched, widths
 
 
-def small() -> tuple[InstrumentedModel, Decomposition]:
+def small() -> tuple[nn.Module, Decomposition]:
     """2 -> 3 (norm, relu) -> 3 classes; parameters 6 + 3 + 6 + 9 + 3 = 27, buffers 3 + 3 + 1."""
     model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.ReLU(), nn.Linear(3, 3))
     masks = torch.tensor([[True, True, False], [False, True, True], [True, True, True]])
-    return instrument(model), Decomposition({"2": masks})
+    return watched(model, torch.randn(2, 2)), Decomposition({"2": masks})
 
 
 def test_size_by_hand():
@@ -60,7 +60,7 @@ def kept_entries(model: nn.Module, decomposition: Decomposition, c: int) -> dict
 @pytest.mark.parametrize("name", ["small_vgg", "resnet18", "mobilenet"])
 def test_overlap_by_brute_force(name):
     side = 8 if name == "small_vgg" else 16
-    model = instrument(lively(models.create(name, num_classes=4, width=0.1)))
+    model = watched(lively(models.create(name, num_classes=4, width=0.1)))
     decomposition = random_modules(widths(model, torch.randn(1, 3, side, side, dtype=torch.float64)), 4, 0.4)
     entries = [kept_entries(model, decomposition, c) for c in range(4)]
     parameters = dict(model.named_parameters())
@@ -93,19 +93,20 @@ def test_tied_weights_and_unused_layers():
         def forward(self, x: Tensor) -> Tensor:
             return self.second(torch.relu(self.first(x)))
 
-    model = instrument(Tied())
+    model = watched(Tied(), torch.randn(2, 4))
     decomposition = Decomposition({"relu": torch.eye(4, dtype=torch.bool)})
-    assert measure.size(model, decomposition, [0]) == 16 / 21
-    assert measure.overlap(model, decomposition, 0, 1) == 16 / 21
-    assert sum(parameter.numel() for parameter in compose(model, decomposition, [0]).parameters()) == 16
+    # both calls take row 0 alone, the first one all of its columns
+    assert measure.size(model, decomposition, [0]) == 4 / 21
+    assert measure.overlap(model, decomposition, 0, 1) == 0
+    assert sum(parameter.numel() for parameter in compose(model, decomposition, [0]).parameters()) == 4
 
 
 def test_a_hundred_classes_take_seconds():
     """Full-size VGG16 (34 million parameters) on the meta device: no weight is read."""
     with torch.device("meta"):
-        model = instrument(models.vgg16(num_classes=100))
+        model = watched(models.vgg16(num_classes=100), torch.empty(2, 3, 32, 32))
     sizes = [64] * 2 + [128] * 2 + [256] * 3 + [512] * 6 + [4096] * 2
-    decomposition = random_modules(dict(zip(model.taps, sizes, strict=True)), 100, 0.3)
+    decomposition = random_modules(dict(zip(taps_of(model).names, sizes, strict=True)), 100, 0.3)
     start = time.perf_counter()
     matrix = measure.overlap_matrix(model, decomposition, counting="parameters")
     assert time.perf_counter() - start < 20
@@ -121,7 +122,7 @@ def test_refusals_of_plans(call):
     arguments = ([0, 3],) if call is measure.size else (0, 3)
     with pytest.raises(ValueError, match=r"classes: expected classes in \[0, 3\), got \[3\]"):
         call(model, decomposition, *arguments)
-    with pytest.raises(TypeError, match="model: expected an instrumented model"):
+    with pytest.raises(ValueError, match="example: expected an input of the model"):
         call(nn.Linear(2, 2), decomposition, *((([0],)) if call is measure.size else (0, 1)))
 
 

@@ -5,17 +5,11 @@ import torch
 from torch import nn
 
 import moda
+from moda.composition.compose import plan
+from moda.composition.composer import composer_of
+from moda.composition.observed import observed
 from moda.composition.planned_flops import PlannedFlops
-from moda.composition.slicing import plan
-
-
-def random_modules(model, example, classes):
-    with model.recording(), torch.no_grad():
-        model(example)
-    widths = [activation.shape[1] for activation in model.activations()]
-    return moda.Decomposition(
-        {tap: torch.rand(classes, width) < 0.4 for tap, width in zip(model.taps, widths, strict=True)}
-    )
+from tests.moda._helpers.composing import random_modules, watched, widths
 
 
 class Tied(nn.Module):
@@ -46,15 +40,20 @@ class Tied(nn.Module):
 )
 def test_the_plan_costs_what_the_composed_model_costs(make, size):
     torch.manual_seed(0)
-    model, example = moda.instrument(make().eval()), torch.randn(1, 3, size, size)
-    decomposition = random_modules(model, example, 4)
-    costs = PlannedFlops(model, example)
+    model, example = watched(make().eval(), torch.randn(2, 3, size, size)), torch.randn(1, 3, size, size)
+    decomposition = random_modules(widths(model, example), 4, 0.4)
+    costs = planned(model, decomposition, example)
     assert costs.exact
     assert costs.whole == moda.measure.flops(model, example)
     for task in [(0,), (1, 3), (0, 1, 2, 3)]:
         composed = moda.compose(model, decomposition, task)
         assert costs.of(plan(model, decomposition, task)) == moda.measure.flops(composed, example)
         assert costs.of(plan(model, decomposition, task)) < costs.whole
+
+
+def planned(model, decomposition, example):
+    with observed(model) as taps:
+        return PlannedFlops(composer_of(taps, decomposition), example)
 
 
 class Similar(nn.Module):
@@ -70,8 +69,9 @@ class Similar(nn.Module):
 
 
 def test_other_operations_cannot_be_planned():
-    model = moda.instrument(Similar().eval())
-    costs = PlannedFlops(model, torch.randn(2, 6))
+    model = watched(Similar().eval(), torch.randn(2, 6))
+    decomposition = random_modules(widths(model, torch.randn(2, 6)), 4, 0.4)
+    costs = planned(model, decomposition, torch.randn(2, 6))
     assert not costs.exact
     assert costs.whole == moda.measure.flops(model, torch.randn(2, 6))
     with pytest.raises(ValueError, match="its operations cannot be counted from a plan"):

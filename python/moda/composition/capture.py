@@ -1,0 +1,413 @@
+"""The graph of a model that torch.export makes, as composition reads it: ATen operations without side effects.
+
+`capture(model, example)` exports the model as it is (in its own train or eval mode) with a marker at every tap.
+Afterwards blocks under `no_grad` and `autocast` are part of the one graph, values that the model overwrites in place
+are values of their own, and parameters and buffers are leaves named as in the model's state_dict.
+"""
+
+from __future__ import annotations
+
+import io
+import operator
+import re
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, redirect_stderr
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from moda.composition.conditions import is_readable
+from moda.composition.functional import make_functional
+from moda.composition.structure import Structure, flatten
+
+__all__ = ["CaptureError", "Captured", "Example", "capture"]
+
+INPUT = "input"
+
+
+class CaptureError(ValueError):
+    """A model that cannot be exported; the message says why, and where in the model."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """What a model is called with.
+
+    Attributes:
+        args: positional arguments.
+        kwargs: keyword arguments.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, given: Any) -> Example:
+        """An example as users give it: one tensor, a tuple of positional arguments, or a dict of keyword arguments."""
+        if isinstance(given, Example):
+            return given
+        if isinstance(given, Mapping):
+            return cls((), dict(given))
+        return cls(tuple(given) if isinstance(given, tuple) else (given,))
+
+    def flat(self) -> tuple[Structure, list[Tensor]]:
+        """Its structure and its tensors."""
+        return flatten((list(self.args), dict(self.kwargs)), "example")
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A model's graph.
+
+    Attributes:
+        graph: placeholders are the input tensors in order; `get_attr` nodes are parameters, buffers and constants; the
+            output is a flat list. `node.meta["val"]` is a fake tensor, `node.meta["where"]` a line of the model.
+        inputs: how the inputs are nested.
+        outputs: how the outputs are nested.
+        constants: tensors that the graph holds besides the model's own, by name.
+        training: the mode the model was in.
+        fixed: per input tensor its size where that is part of the graph, None where it may be any.
+        conditions: on those that may be any, see `moda.composition.conditions`.
+    """
+
+    graph: fx.Graph
+    inputs: Structure
+    outputs: Structure
+    constants: dict[str, Tensor]
+    training: bool
+    fixed: tuple[tuple[int | None, ...], ...]
+    conditions: tuple[str, ...] = ()
+
+
+class _Seen:
+    """What a forward pass gave. (torch.export undoes what a module notes in its own attributes.)"""
+
+    outputs: Structure | None = None
+
+
+class _Flat(nn.Module):
+    """A model whose inputs and outputs are flat."""
+
+    def __init__(self, model: nn.Module, inputs: Structure) -> None:
+        super().__init__()
+        self.model = model
+        self.training = model.training
+        self.inputs = inputs
+        self.seen = _Seen()
+
+    def forward(self, *inputs: Tensor) -> list[Tensor]:
+        args, kwargs = self.inputs.rebuild(iter(inputs))
+        self.seen.outputs, tensors = flatten(self.model(*args, **kwargs), "output of the model")
+        return tensors
+
+
+def capture(
+    model: nn.Module, example: Example, marking: Callable[[], AbstractContextManager[Any]] = nullcontext
+) -> Captured:
+    """Export `model` in the mode it is in, calling it with `example`; buffers and random state stay as they are.
+
+    Args:
+        model: any module.
+        example: at least two samples, so that the number of samples stays free.
+        marking: gives a context in which taps put markers into the graph.
+
+    Raises:
+        CaptureError: torch.export cannot follow the model; the message has its reason and the line.
+        TypeError: inputs or outputs hold something else than tensors and plain constants.
+    """
+    inputs, tensors = example.flat()
+    flat = _Flat(model, inputs)
+    with marking(), _exportable(model):
+        program, conditions = _export(flat, tensors)
+    outputs = flat.seen.outputs
+    if outputs is None:
+        raise CaptureError("model: torch.export did not run it")
+    graph, constants = _inlined(program, model)
+    _check(graph, model)
+    make_functional(graph)
+    return Captured(graph, inputs, outputs, constants, model.training, _fixed_sizes(graph), conditions)
+
+
+def _export(flat: _Flat, tensors: Sequence[Tensor]) -> tuple[torch.export.ExportedProgram, tuple[str, ...]]:
+    """With as many free sizes as the model allows: all, samples alone, none."""
+    automatic = torch.export.Dim.AUTO
+    free = [tuple({dim: automatic for dim in range(x.dim()) if x.shape[dim] > 1} for x in tensors)]
+    samples = [tuple({0: automatic} if x.dim() and x.shape[0] > 1 else {} for x in tensors)]
+    reasons: list[Exception] = []
+    for sizes in (*free, *samples, None):
+        try:
+            program = _run_export(flat, tensors, sizes)
+        except (KeyboardInterrupt, MemoryError):
+            raise
+        except Exception as error:  # torch.export raises whatever the model and its own parts raise
+            reasons.append(error)
+            continue
+        conditions = _conditions(program, tensors)
+        if conditions is not None:
+            return program, conditions
+    raise CaptureError(_why(flat.model, reasons[-1])) from reasons[-1]
+
+
+def _conditions(program: torch.export.ExportedProgram, tensors: Sequence[Tensor]) -> tuple[str, ...] | None:
+    """What sizes must meet for the graph to hold; None if that cannot be checked."""
+    guards = [guard for guard in getattr(program, "_guards_code", []) if not _FIXED_SIZE.fullmatch(guard)]
+    sizes = [tuple(x.shape) for x in tensors]
+    if any("==" in guard for guard in guards):  # sizes that determine each other: features of all positions, say
+        return None
+    return tuple(guards) if all(is_readable(guard, sizes) for guard in guards) else None
+
+
+_FIXED_SIZE = re.compile(r"L\['inputs'\]\[\d+\]\.size\(\)\[\d+\] == \d+")
+
+
+def _run_export(
+    flat: _Flat, tensors: Sequence[Tensor], sizes: tuple[dict[int, Any], ...] | None
+) -> torch.export.ExportedProgram:
+    shapes = None if sizes is None else {"inputs": sizes}
+    buffers = {name: buffer.clone() for name, buffer in flat.named_buffers()}
+    with warnings.catch_warnings(), redirect_stderr(io.StringIO()), torch.random.fork_rng(devices=[]):
+        warnings.simplefilter("ignore")
+        program = torch.export.export(flat, tuple(tensors), dynamic_shapes=shapes, strict=False)
+    for name, buffer in flat.named_buffers():  # exporting runs on fakes; a buffer that was written to is put back
+        if buffer is not None and name in buffers and not _same(buffer, buffers[name]):
+            buffer.copy_(buffers[name])
+    return program
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return one.device.type == "meta" or torch.equal(one, other)
+
+
+def _why(model: nn.Module, error: Exception) -> str:
+    text = str(error).strip()
+    lines = [line for line in text.splitlines() if line.strip()]
+    place = next((line.strip() for line in lines if line.strip().startswith("File ")), "")
+    first = " ".join(lines[:3])[:500]
+    return (
+        f"model: {type(model).__name__} cannot be exported in {'train' if model.training else 'eval'} mode: "
+        f"{type(error).__name__}: {first}{f' ({place})' if place and place not in first else ''}; torch.export follows "
+        "a forward pass whose Python control flow does not depend on the values of tensors: rewrite that line with "
+        "torch operations (torch.where), or compose a part of the model"
+    )
+
+
+# ---- scripted submodules are run by their operations -----------------------------------------------------------
+
+
+class _Scripted(nn.Module):
+    """Calls a scripted module outside of the tracer's own calls of modules, which do not fit it."""
+
+    def __init__(self, scripted: torch.jit.ScriptModule) -> None:
+        super().__init__()
+        for name, parameter in scripted.named_parameters(recurse=False):
+            self.register_parameter(name, parameter)
+        for name, buffer in scripted.named_buffers(recurse=False):
+            self.register_buffer(name, buffer)
+        for name, child in scripted.named_children():
+            self.add_module(name, child)
+        object.__setattr__(self, "_scripted", scripted)
+        self.training = scripted.training
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        scripted: Any = object.__getattribute__(self, "_scripted")
+        return scripted._c.forward(*args, **kwargs) if hasattr(scripted, "_c") else scripted.forward(*args, **kwargs)
+
+
+def _eager_scripts() -> AbstractContextManager[Any]:
+    """Scripts run operation by operation, so that their gradients and free sizes are kept."""
+    jit: Any = torch.jit
+    context: AbstractContextManager[Any] = jit.optimized_execution(False)
+    return context
+
+
+@contextmanager
+def _exportable(model: nn.Module) -> Iterator[None]:
+    """With what torch.export cannot call replaced for a while."""
+    with _eager_scripts(), ExitStack() as undo:
+        for parent in list(model.modules()):
+            if isinstance(parent, torch.jit.ScriptModule):
+                continue
+            for name, child in list(parent.named_children()):
+                if isinstance(child, torch.jit.ScriptModule):
+                    parent._modules[name] = _Scripted(child)
+                    undo.callback(parent._modules.__setitem__, name, child)
+        yield
+
+
+# ---- one graph ------------------------------------------------------------------------------------------------
+
+
+def _inlined(program: torch.export.ExportedProgram, model: nn.Module) -> tuple[fx.Graph, dict[str, Tensor]]:
+    """The program's graph with blocks inlined, inputs as placeholders and all other tensors as leaves."""
+    signature = program.graph_signature
+    states = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+    lifted = signature.inputs_to_lifted_tensor_constants
+    own = _names(model)
+    home = "_constants"
+    while any(name.startswith(f"{home}.") for name in own.values()):
+        home += "_"
+    graph, constants = fx.Graph(), dict[str, Tensor]()
+    leaves: dict[str, fx.Node] = {}
+    values: dict[fx.Node, Any] = {}
+    user_inputs = 0
+    for node in program.graph.nodes:
+        if node.op == "placeholder" and node.name in {**states, **lifted}:
+            name = states.get(node.name) or lifted[node.name]
+            tensor = _tensor(program, name)
+            known = own.get(id(tensor))
+            if known is None:
+                known = f"{home}.{len(constants)}_{'train' if model.training else 'eval'}"
+                constants[known] = tensor.detach().clone()
+            if known not in leaves:
+                leaves[known] = graph.create_node("get_attr", known)
+                leaves[known].meta["val"] = node.meta["val"]
+            values[node] = leaves[known]
+        elif node.op == "placeholder" and isinstance(node.meta.get("val"), Tensor):
+            values[node] = graph.placeholder(f"{INPUT}_{user_inputs}")
+            values[node].meta["val"] = node.meta["val"]
+            user_inputs += 1
+        elif node.op == "placeholder":
+            values[node] = node.meta.get("val")
+    graph.output(list(_copy_nodes(program.graph, program.graph_module, graph, values, {})))
+    return graph, constants
+
+
+def _names(model: nn.Module) -> dict[int, str]:
+    """The first name of every parameter and buffer, by its identity."""
+    names: dict[int, str] = {}
+    tensors = (model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
+    for name, tensor in (pair for group in tensors for pair in group):
+        names.setdefault(id(tensor), name)
+    return names
+
+
+def _tensor(program: torch.export.ExportedProgram, name: str) -> Tensor:
+    held = program.state_dict.get(name)
+    found: Tensor = held if held is not None else program.constants[name]
+    return found
+
+
+def _copy_nodes(
+    source: fx.Graph, module: nn.Module, graph: fx.Graph, values: dict[fx.Node, Any], context: Mapping[str, Any]
+) -> Any:
+    """Copy calls into `graph`; returns what the source graph gives out."""
+    result: Any = None
+    for node in source.nodes:
+        if node.op == "get_attr":
+            values[node] = operator.attrgetter(str(node.target))(module)
+        elif node.op == "call_function":
+            values[node] = _copy_call(node, graph, values, context)
+        elif node.op == "output":
+            result = _mapped(node.args[0], values)
+    return result
+
+
+def _copy_call(node: fx.Node, graph: fx.Graph, values: dict[fx.Node, Any], context: Mapping[str, Any]) -> Any:
+    target: Any = node.target
+    name = getattr(target, "__name__", "")
+    if name in ("wrap_with_set_grad_enabled", "wrap_with_autocast"):
+        return _copy_block(node, graph, values, context, name)
+    if target in _ASSERTIONS:
+        return None
+    args, kwargs = _mapped(node.args, values), _mapped(node.kwargs, values)
+    if getattr(target, "__name__", "") == "getitem" and isinstance(args[0], list | tuple):
+        return args[0][args[1]]
+    made = graph.create_node("call_function", target, args, kwargs)
+    made.meta = {"val": node.meta.get("val"), "where": where(node), "path": _path(node)}
+    if "autocast" in context:
+        made.meta["autocast"] = context["autocast"]
+    return made
+
+
+_ASSERTIONS = {
+    torch.ops.aten._assert_tensor_metadata.default,
+    torch.ops.aten._assert_scalar.default,
+    torch.ops.aten._assert_async.msg,
+    torch.ops.aten.sym_constrain_range_for_size.default,
+    torch.ops.aten.sym_constrain_range.default,
+}
+
+
+def _mapped(argument: Any, values: Mapping[fx.Node, Any]) -> Any:
+    if isinstance(argument, fx.Node):
+        return values[argument]
+    if isinstance(argument, list | tuple):
+        return type(argument)(_mapped(item, values) for item in argument)
+    if isinstance(argument, Mapping):
+        return {key: _mapped(item, values) for key, item in argument.items()}
+    return argument
+
+
+def _copy_block(
+    node: fx.Node, graph: fx.Graph, values: dict[fx.Node, Any], context: Mapping[str, Any], name: str
+) -> Any:
+    """A block under `no_grad` (its inputs are detached) or `autocast` (its calls are made under it)."""
+    if name == "wrap_with_set_grad_enabled":
+        enabled, (block, *inputs) = node.args[0], node.args[1:]
+        inner = context
+        given = [values[value] if isinstance(value, fx.Node) else value for value in inputs]
+        if not enabled:
+            given = [_detached(graph, value) for value in given]
+    else:
+        (device, dtype, on, cache), (block, *inputs) = node.args[:4], node.args[4:]
+        inner = {**context, "autocast": (device, dtype, on, cache)}
+        given = [values[value] if isinstance(value, fx.Node) else value for value in inputs]
+    submodule: Any = values[block]  # type: ignore[index]
+    holders = [n for n in submodule.graph.nodes if n.op == "placeholder"]
+    inside = dict(zip(holders, given, strict=True))
+    return _copy_nodes(submodule.graph, submodule, graph, inside, inner)
+
+
+def _check(graph: fx.Graph, model: nn.Module) -> None:
+    """Refuse what cannot be planned: sizes that depend on values, and calls that are no operations."""
+    for node in graph.nodes:
+        values = node.meta.get("val")
+        for value in values if isinstance(values, list | tuple) else [values]:
+            sizes = value.shape if isinstance(value, Tensor) else [value]
+            if any(isinstance(size, torch.SymInt) and size.node.hint is None for size in sizes):
+                raise CaptureError(
+                    f"model: {type(model).__name__}: {node.meta.get('where') or node}: a size depends on the values of "
+                    "a tensor; write it with a fixed size (torch.where, a product with a mask)"
+                )
+        plain = isinstance(node.target, torch._ops.OpOverload | str) or getattr(node.target, "__module__", "") in (
+            "_operator", "torch", "math", "builtins",
+        )  # fmt: skip
+        if not plain or getattr(node.target, "__name__", "").startswith("_add_batch_dim"):
+            raise CaptureError(
+                f"model: {type(model).__name__}: {node.meta.get('where') or node}: calls {node.target}, which is no "
+                "operation that composition can read (vmap and other transforms are not)"
+            )
+
+
+def _detached(graph: fx.Graph, value: Any) -> Any:
+    if not isinstance(value, fx.Node) or not isinstance(value.meta.get("val"), Tensor):
+        return value
+    made = graph.call_function(torch.ops.aten.detach.default, (value,))
+    made.meta = {"val": value.meta["val"].detach(), "where": value.meta.get("where", ""), "path": ""}
+    return made
+
+
+def where(node: fx.Node) -> str:
+    """The innermost line of the user's own code that made a node."""
+    trace = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines() if line.strip()]
+    places = [index for index, line in enumerate(trace) if line.startswith("File ")]
+    if not places:
+        return ""
+    own = [index for index in places if "/torch/" not in trace[index]] or places
+    return " ".join(trace[own[-1] : own[-1] + 2])
+
+
+def _path(node: fx.Node) -> str:
+    """Path of the module whose code made a node."""
+    stack = node.meta.get("nn_module_stack") or {}
+    entries = list(stack.values())
+    path = str(entries[-1][0]) if entries else ""
+    return path.removeprefix("L['self'].").removeprefix("model").removeprefix(".")
+
+
+def _fixed_sizes(graph: fx.Graph) -> tuple[tuple[int | None, ...], ...]:
+    inputs = [node.meta["val"] for node in graph.nodes if node.op == "placeholder"]
+    return tuple(tuple(size if isinstance(size, int) else None for size in x.shape) for x in inputs)

@@ -1,0 +1,202 @@
+"""Takes overwriting out of a graph: every value is written once, so that a value can be read without its history.
+
+Where the model overwrites a value (`x += y`, `x[:, 0] = 0`, `relu(x, inplace=True)`) the graph gets a new value, and
+whoever reads the old one afterwards, under whatever view, reads the new one. Buffers of the model (the counter of a
+batch norm) stay what they are: they are written to.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+__all__ = ["make_functional", "writes"]
+
+aten = torch.ops.aten
+
+
+def writes(node: fx.Node) -> bool:
+    """Whether an operation overwrites something it is given."""
+    schema: Any = getattr(node.target, "_schema", None)
+    return bool(schema) and any(a.alias_info is not None and a.alias_info.is_write for a in schema.arguments)
+
+
+def _written(node: fx.Node) -> list[fx.Node]:
+    """The one value that an operation overwrites."""
+    target: Any = node.target
+    places = [(i, a.name) for i, a in enumerate(target._schema.arguments) if a.alias_info and a.alias_info.is_write]
+    given = [node.kwargs.get(name, node.args[i] if i < len(node.args) else None) for i, name in places]
+    if len(given) != 1 or not isinstance(given[0], fx.Node):
+        raise _refusal(node, "writes into several tensors at once")
+    return [given[0]]
+
+
+def make_functional(graph: fx.Graph) -> None:
+    """Rewrite `graph` so that only leaves (`get_attr`) are ever overwritten.
+
+    Raises:
+        ValueError: a value is overwritten in a way that cannot be followed; the message has the line.
+    """
+    if any(node.op == "call_function" and writes(node) for node in graph.nodes):
+        _Rewriter(graph).run()
+    graph.lint()
+
+
+class _Rewriter:
+    """Follows which values share memory, and their newest names."""
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self.graph = graph
+        self.parent: dict[fx.Node, fx.Node] = {}  # of a view, the value that it looks at
+        self.current: dict[fx.Node, fx.Node] = {}  # newest value of what a node once made
+        self.seen: dict[fx.Node, int] = {}  # how often the memory was overwritten when `current` was made
+        self.overwritten: dict[fx.Node, int] = {}  # per root
+
+    def run(self) -> None:
+        for node in list(self.graph.nodes):
+            if node.op not in ("call_function", "output"):
+                continue
+            with self.graph.inserting_before(node):
+                if node.op == "call_function" and writes(node):
+                    self._overwrite(node)
+                    continue
+                node.args = fx.map_arg(node.args, self._newest)
+                node.kwargs = fx.map_arg(node.kwargs, self._newest)
+            self._note_view(node)
+
+    def _note_view(self, node: fx.Node) -> None:
+        """Remember what a node's value shares memory with."""
+        sources = [n for n in node.all_input_nodes if _storages(n) & _storages(node)]
+        if node.op == "call_function" and sources:
+            self.parent[node] = sources[0]
+
+    def _root(self, node: fx.Node) -> fx.Node:
+        while node in self.parent:
+            node = self.parent[node]
+        return node
+
+    def _newest(self, node: fx.Node) -> fx.Node:
+        """What the memory that `node` looks at holds now."""
+        root = self._root(node)
+        count = self.overwritten.get(root, 0)
+        if self.seen.get(node, 0) < count and node is not root:
+            source = self._newest(self.parent[node])
+            self.current[node] = self._again(node, self.parent[node], source)
+            self.seen[node] = count
+        return self.current.get(node, node)
+
+    def _again(self, view: fx.Node, parent: fx.Node, source: fx.Node) -> fx.Node:
+        made = self.graph.create_node(
+            "call_function",
+            view.target,
+            fx.map_arg(view.args, lambda n: source if n in (parent, self.current.get(parent)) else n),
+            view.kwargs,
+        )
+        made.meta = dict(view.meta)
+        return made
+
+    def _overwrite(self, node: fx.Node) -> None:
+        (target,) = _written(node)
+        root = self._root(target)
+        node.args = fx.map_arg(node.args, lambda n: n if n is target else self._newest(n))
+        node.kwargs = fx.map_arg(node.kwargs, lambda n: n if n is target else self._newest(n))
+        if root.op == "get_attr":  # a buffer of the model, which is to be written to
+            self.parent[node] = target
+            return
+        old = self._newest(target)
+        made = self._functional(node, old)
+        self.overwritten[root] = self.overwritten.get(root, 0) + 1
+        self._write_back(node, target, made)
+        self.parent[node] = target
+        self.current[node], self.seen[node] = made, self.overwritten[root]
+        node.replace_all_uses_with(made)
+        self.graph.erase_node(node)
+
+    def _write_back(self, node: fx.Node, target: fx.Node, value: fx.Node) -> None:
+        """Let everything from `target` up to its root be what it is now."""
+        count = self.overwritten[self._root(target)]
+        while True:
+            before = self.current.get(target, target)
+            self.current[target], self.seen[target] = value, count
+            if target not in self.parent:
+                return
+            parent = self.parent[target]
+            value = self._through(node, target, parent, value, self.current.get(parent, parent))
+            target = parent
+            del before
+
+    def _functional(self, node: fx.Node, old: fx.Node) -> fx.Node:
+        target: Any = node.target
+        packet, overload = target._overloadpacket.__name__, target._overloadname
+        value = node.meta["val"]
+        if packet == "copy_":
+            made = self._call(aten.copy.default, (old, *node.args[1:]), value)
+        elif packet == "zero_":
+            made = self._call(aten.zeros_like.default, (old,), value)
+        else:
+            made = self._call(*_pure(node, packet, overload, old), value)
+        made.meta = {**node.meta, "val": value}
+        return made
+
+    def _through(self, node: fx.Node, view: fx.Node, parent: fx.Node, value: fx.Node, old: fx.Node) -> fx.Node:
+        """`old` with what `view` looks at replaced by `value`."""
+        shape = parent.meta["val"]
+        packet = getattr(
+            getattr(view.target, "_overloadpacket", None), "__name__", getattr(view.target, "__name__", "")
+        )
+        args: tuple[Any, ...] = view.args
+        if packet == "slice":
+            return self._call(aten.slice_scatter.default, (old, value, *args[1:]), shape)
+        if packet == "select":
+            return self._call(aten.select_scatter.default, (old, value, *args[1:]), shape)
+        if packet == "unsqueeze":
+            return self._call(aten.squeeze.dim, (value, args[1]), shape)
+        if packet in ("transpose", "t"):
+            dims = args[1:] or (0, 1)
+            return self._call(aten.transpose.int, (value, *dims), shape)
+        if packet == "permute":
+            rank = len(args[1])
+            order = [dim % rank for dim in args[1]]
+            return self._call(aten.permute.default, (value, [order.index(dim) for dim in range(rank)]), shape)
+        if tuple(view.meta["val"].shape) == tuple(shape.shape):  # detach, contiguous, dropout in evaluation mode
+            return value
+        if all(isinstance(size, int) for size in shape.shape[1:]) and packet not in ("expand", "getitem", "as_strided"):
+            sizes = [-1 if not isinstance(size, int) else size for size in shape.shape]
+            return self._call(aten.reshape.default, (value, sizes), shape)
+        raise _refusal(node, f"writes into a part of a tensor under {packet}")
+
+    def _call(self, target: Any, args: tuple[Any, ...], *rest: Any) -> fx.Node:
+        """Call `target(*args, **kwargs)`; the rest is the value, or the keyword arguments and the value."""
+        *kwargs, value = rest
+        made = self.graph.create_node("call_function", target, args, dict(kwargs[0]) if kwargs else {})
+        made.meta = {"val": value, "where": "", "path": ""}
+        return made
+
+
+def _pure(node: fx.Node, packet: str, overload: str, old: fx.Node) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+    """The operation that gives what `node` writes, with its arguments."""
+    target: Any = node.target
+    if packet.endswith("_"):
+        function = getattr(getattr(aten, packet.removesuffix("_"), None), overload, None)
+        if function is not None:
+            return function, (old, *node.args[1:]), dict(node.kwargs)
+    if "out" in node.kwargs:
+        wanted = [a.name for a in target._schema.arguments if a.name != "out"]
+        for name in target._overloadpacket.overloads():
+            candidate = getattr(target._overloadpacket, name)
+            if [a.name for a in candidate._schema.arguments] == wanted:
+                return candidate, node.args, {key: value for key, value in node.kwargs.items() if key != "out"}
+    raise _refusal(node, f"writes into a tensor by {packet}")
+
+
+def _storages(node: fx.Node) -> set[int]:
+    value = node.meta.get("val")
+    values = value if isinstance(value, list | tuple) else [value]
+    return {x.untyped_storage()._cdata for x in values if isinstance(x, Tensor)}
+
+
+def _refusal(node: fx.Node, what: str) -> ValueError:
+    place = node.meta.get("where") or "a line that is not known"
+    return ValueError(f"model: {place}: {what}, which cannot be followed; write it without (torch.where, torch.cat)")
