@@ -166,8 +166,8 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _any_batch() -> tuple[dict[int, Any]]:
-    return ({0: torch.export.Dim("batch", min=1)},)
+def _any_batch() -> dict[str, Any]:
+    return {"args": ({0: torch.export.Dim("batch", min=1)},)}
 
 
 def _run_pt2(data: bytes, images: Tensor) -> Tensor:

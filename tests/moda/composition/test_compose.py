@@ -386,7 +386,7 @@ class Depthwise(nn.Module):
 
 def test_depthwise_layer_that_nothing_reaches():
     """The published code lets channel 2 of the first layer through here; ours holds its place and feeds zeros."""
-    model = watched(lively(Depthwise()))
+    model = watched(lively(Depthwise()), image(2, 3, 5, 5))
     first, depth = torch.tensor([[True, True, False, False]] * 2), torch.tensor([[False, False, True, True]] * 2)
     decomposition = Decomposition({"first.2": first, "depth.2": depth})
     composed = compose(model, decomposition, [1])
@@ -413,7 +413,7 @@ def test_known_weights_of_a_skip_connection():
             x = self.a(self.stem(x))
             return self.head(self.c(x + self.outer(self.b(self.inner(x)))).mean((2, 3)))
 
-    model = watched(Skip())
+    model = watched(Skip(), torch.randn(2, 1, 3, 3))
     keep = {"a": [0, 2], "b": [1, 3], "c": [2, 3]}
     masks = {tap: torch.zeros(3, 4, dtype=torch.bool).index_fill_(1, torch.tensor(i), True) for tap, i in keep.items()}
     composed = compose(model, Decomposition(masks), [2, 0])
@@ -432,7 +432,7 @@ def test_known_weights_of_a_skip_connection():
 def test_groups_are_cut_where_that_is_exact():
     """Two of four groups are wanted; in them local columns 0 (group 1) and 1 (group 3): both columns stay."""
     model = watched(nn.Sequential(nn.Conv2d(1, 8, 1), nn.ReLU(), nn.Conv2d(8, 8, 1, groups=4), nn.ReLU(),
-                                     nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 2)))  # fmt: skip
+                                     nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 2)), torch.randn(2, 1, 4, 4))  # fmt: skip
     inputs, outputs = torch.zeros(2, 8, dtype=torch.bool), torch.zeros(2, 8, dtype=torch.bool)
     inputs[:, [0, 2, 7]], outputs[:, [2, 6, 7]] = True, True
     kept = plan(model, Decomposition({"1": inputs, "3": outputs}), [0]).kept
@@ -484,6 +484,8 @@ def test_composing_leaves_the_model_as_it_was():
     mask(model, decomposition, [1])(x)
     assert torch.equal(model(x), before[0])
     assert all(torch.equal(value, before[1][name]) for name, value in model.state_dict().items())
+    taps_of(model).clear()
+    model(x)
     assert len(taps_of(model).activations()) == 17
 
 
@@ -524,7 +526,7 @@ def test_modes_and_frozen_parameters_stay():
     model.conv1.weight.requires_grad_(False)
     whole = watched(model)
     decomposition = random_modules(widths(whole, image(2, 3, 8, 8)), 4, 0.5)
-    for made in (compose(whole, decomposition, [1]), mask(whole, decomposition, [1])):
+    for made in (compose(whole, decomposition, [1]), mask(whole, decomposition, [1]).model):
         assert made.training
         assert made.get_submodule("layer1.0.bn1").training
         assert not made.get_submodule("bn1").training
@@ -541,7 +543,7 @@ def test_flags_of_functional_dropout_stay_live():
         def forward(self, x: Tensor) -> Tensor:
             return self.last(F.dropout(F.relu(self.first(x)), 0.5, self.training))
 
-    model = watched(Dropping().eval())
+    model = watched(Dropping().eval(), torch.randn(2, 4))
     composed = compose(model, random_modules({"relu": 64}, 3, 0.8), [0, 1])
     x = torch.randn(2, 4)
     assert torch.equal(composed(x), composed(x))

@@ -104,7 +104,8 @@ def test_tied_weights_and_unused_layers():
 def test_a_hundred_classes_take_seconds():
     """Full-size VGG16 (34 million parameters) on the meta device: no weight is read."""
     with torch.device("meta"):
-        model = watched(models.vgg16(num_classes=100), torch.empty(2, 3, 32, 32))
+        model = models.vgg16(num_classes=100)
+    watched(model, torch.empty(2, 3, 32, 32, device="meta"))
     sizes = [64] * 2 + [128] * 2 + [256] * 3 + [512] * 6 + [4096] * 2
     decomposition = random_modules(dict(zip(taps_of(model).names, sizes, strict=True)), 100, 0.3)
     start = time.perf_counter()
