@@ -15,7 +15,7 @@ from moda.decomposition.container import Decomposition
 from moda.decomposition.files import DECOMPOSITION
 from moda.files import Format, FormatError, read_tensors, write_bytes, write_json, write_tensors
 from moda.models import small_vgg
-from moda.observation.taps import instrument
+from moda.observation.taps import observe
 from moda.runs import folder as runs
 from moda.runs.config import TrainingConfig
 
@@ -29,9 +29,8 @@ def entries(file: str) -> set[str]:
 
 
 def masks() -> dict[str, torch.Tensor]:
-    model = instrument(small_vgg(num_classes=3, width=0.25))
-    widths = dict(zip(model.taps, (8, 8, 16, 16, 32), strict=True))
-    return {tap: torch.ones(3, width, dtype=torch.bool) for tap, width in widths.items()}
+    taps = observe(small_vgg(num_classes=3, width=0.25), example=torch.zeros(2, 3, 8, 8))
+    return {tap: torch.ones(3, width, dtype=torch.bool) for tap, width in zip(taps.names, taps.widths, strict=True)}
 
 
 def write_run(folder: Path) -> None:
@@ -43,8 +42,9 @@ def write_decomposition(folder: Path) -> None:
 
 
 def write_composed(folder: Path) -> None:
-    model = instrument(small_vgg(num_classes=3, width=0.25)).eval()
-    composed_files.save_composed(compose(model, Decomposition(masks()), [2, 0]), folder)
+    model = small_vgg(num_classes=3, width=0.25).eval()
+    composed = compose(model, Decomposition(masks()), [2, 0], example=torch.zeros(2, 3, 8, 8))
+    composed_files.save_composed(composed, folder)
 
 
 @pytest.mark.parametrize(

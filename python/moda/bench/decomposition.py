@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from moda.composition.compose import compose
 from moda.composition.masking import mask
 from moda.decomposition.container import Decomposition
 from moda.decomposition.counting import count_firings
-from moda.observation.taps import InstrumentedModel, instrument
+from moda.observation.taps import observe
 from moda_kernels import BackendUnavailableError
 from moda_kernels.backends import select
 
@@ -79,10 +80,10 @@ def _counters(about: PassInputs) -> list[Contender]:
         for images, _labels in loader:
             model(images)
 
-    instrumented = instrument(model)
+    taps = observe(copy.deepcopy(model), route="grouped", example=loader[0][0][:2])
 
     def count(backend: str) -> list[Tensor]:
-        rates = count_firings(instrumented, loader, _CLASSES, backend=backend, progress=False)
+        rates = count_firings(taps, loader, _CLASSES, backend=backend, progress=False)
         return list(rates.counts.values())
 
     expected = functools.cache(lambda: count("reference"))
@@ -120,11 +121,10 @@ def _composed_models(about: PassInputs, kept: tuple[float, ...]) -> list[Contend
     model, loader = about.make()
     images = loader[0][0]
     found = [Contender(FULL, {"inference": _inference(model, images)}, flops=measure.flops(model, images[:1]))]
-    instrumented = instrument(model)
-    widths = count_firings(instrumented, [(images[:_CLASSES], torch.arange(_CLASSES))], _CLASSES, progress=False)
+    with observe(model, example=images[:2]) as taps:
+        widths = dict(zip(taps.names, taps.widths, strict=True))
     for share in kept:
-        decomposition = _random_decomposition({tap: count.shape[1] for tap, count in widths.counts.items()}, share)
-        found.append(_composed(f"{share:.0%} of neurons", instrumented, decomposition, images))
+        found.append(_composed(f"{share:.0%} of neurons", model, _random_decomposition(widths, share), images))
     return found
 
 
@@ -138,7 +138,7 @@ def _random_decomposition(neurons: dict[str, int], share: float) -> Decompositio
     return Decomposition(masks)
 
 
-def _composed(name: str, model: InstrumentedModel, decomposition: Decomposition, images: Tensor) -> Contender:
+def _composed(name: str, model: nn.Module, decomposition: Decomposition, images: Tensor) -> Contender:
     classes = list(range(_CLASSES))
     composed = compose(model, decomposition, classes, example=images[:2]).eval()
 

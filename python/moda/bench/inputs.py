@@ -8,10 +8,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from moda import models
-from moda.observation.taps import instrument
+from moda.observation.taps import observe
 
 Shapes = tuple[tuple[int, ...], ...]
 
@@ -22,11 +21,12 @@ MODELS = ("vgg16", "resnet18", "mobilenet")
 @functools.cache
 def tap_shapes(model: str, image_size: int, batch: int) -> Shapes:
     """Return the shapes of a model's activations in execution order, without memory or arithmetic."""
-    with FakeTensorMode(), torch.no_grad():
-        instrumented = instrument(models.create(model, image_size=image_size))
-        with instrumented.recording():
-            instrumented(torch.empty(batch, 3, image_size, image_size))
-        return tuple(tuple(activation.shape) for activation in instrumented.activations())
+    with torch.device("meta"):
+        network = models.create(model, image_size=image_size)
+        batch_of_images = torch.empty(batch, 3, image_size, image_size)
+    with observe(network, route="grouped") as taps, torch.no_grad(), taps.recording():
+        network(batch_of_images)
+        return tuple(tuple(activation.shape) for activation in taps.activations())
 
 
 def activations(shapes: Shapes, device: torch.device, dtype: torch.dtype = torch.float32) -> list[Tensor]:

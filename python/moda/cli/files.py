@@ -90,7 +90,7 @@ def import_published(
         say(f"Next: moda decompose {run.path}")
         return
     finished = FinishedRun.open(folder, device)
-    theirs = load_published_masks(masks, finished.model.taps)
+    theirs = load_published_masks(masks, finished.taps.names)
     ours = decompose_run(finished, theirs.settings["threshold"], augmented=augmented)
     rows = table(f"Our modules and {masks.name}", "tap", "same", "in both", "ours alone", "theirs alone")
     for layer in agreement(ours, theirs):

@@ -23,7 +23,7 @@ from moda.data.batches import BatchLoader, EpochOrder
 from moda.decomposition.container import Decomposition
 from moda.decomposition.files import METADATA_FILE
 from moda.files import FormatError, check_result_folder, format_errors
-from moda.observation.taps import InstrumentedModel
+from moda.observation.taps import Taps
 from moda.runs.config import DecompositionSettings, TrainingConfig
 from moda.runs.finished import FinishedRun, decompose_run
 from moda.runs.folder import load_data
@@ -57,13 +57,13 @@ def decompose(
     except TypeError as error:  # an option that does not go with the rule
         raise typer.BadParameter(f"--{error}") from None
     run = finished.run
-    _print_modules(finished.model, decomposition, finished.data)
+    _print_modules(finished.taps, decomposition, finished.data)
     say(f"Modules: {run.decomposition}/")
     say(f"Next: moda compose {folder} --classes 0,1")
 
 
-def _print_modules(model: InstrumentedModel, decomposition: Decomposition, data: DataSplits) -> None:
-    sizes, overlaps = measure.module_sizes(model, decomposition), measure.overlap_matrix(model, decomposition)
+def _print_modules(taps: Taps, decomposition: Decomposition, data: DataSplits) -> None:
+    sizes, overlaps = measure.module_sizes(taps, decomposition), measure.overlap_matrix(taps, decomposition)
     show_modules(data.class_names, decomposition, sizes.tolist(), overlaps.tolist())
     say(
         f"Mean module: {percent(float(sizes.mean()), 1)} of the parameters; "

@@ -27,7 +27,7 @@ from moda.demo.results import SHARES, DemoResult, SeedResult, SubTasks, Trained,
 from moda.demo.settings import DemoSettings
 from moda.demo.tables import comparison, print_tables
 from moda.files import write_bytes, write_json
-from moda.observation.taps import InstrumentedModel, instrument
+from moda.observation.taps import observe
 from moda.runs.config import TrainingConfig
 from moda.runs.folder import create_model, load_data
 from moda.study.reuse import TestSet, by_size, evaluate_subtasks
@@ -124,33 +124,26 @@ def _examine(
 ) -> tuple[Trained, Decomposition, Decomposition]:
     """Test a trained model, and decompose it by firing rates and by attribution."""
     loader = BatchLoader(data.train_eval, EpochOrder(len(data.train_eval), 128, None))  # type: ignore[arg-type]
-    by_attribution = decompose(attribute(model, loader, data.num_classes, progress=False))
-    model = _instrumented(model)
     images, labels = _tensors(data.test)
     model.eval()
-    with torch.no_grad(), model.recording():
-        logits = model(images)
-        activations = model.activations()
-    rates = count_firings(model, loader, data.num_classes, progress=False)
-    decomposition = decompose(rates, settings.threshold)
-    trained = Trained(
-        accuracy=_share(logits, labels),
-        seconds=seconds,
-        losses=modular_losses(activations, labels),
-        similarity=class_similarity(activations, labels, data.num_classes),
-        rates=rates,
-        module_sizes=module_sizes(model, decomposition, example=images[:2]).tolist(),
-        attribution_sizes=module_sizes(model, by_attribution, example=images[:2]).tolist(),
-        overlaps=overlap_matrix(model, decomposition, example=images[:2]),
-    )
+    with observe(model, route="grouped", example=images[:2]) as taps:
+        with torch.no_grad(), taps.recording():
+            logits = model(images)
+            activations = taps.activations()
+        rates = count_firings(taps, loader, data.num_classes, progress=False)
+        decomposition = decompose(rates, settings.threshold)
+        by_attribution = decompose(attribute(taps, loader, data.num_classes, progress=False))
+        trained = Trained(
+            accuracy=_share(logits, labels),
+            seconds=seconds,
+            losses=modular_losses(activations, labels),
+            similarity=class_similarity(activations, labels, data.num_classes),
+            rates=rates,
+            module_sizes=module_sizes(taps, decomposition).tolist(),
+            attribution_sizes=module_sizes(taps, by_attribution).tolist(),
+            overlaps=overlap_matrix(taps, decomposition),
+        )
     return trained, decomposition, by_attribution
-
-
-def _instrumented(model: nn.Module) -> InstrumentedModel:
-    traced = model if isinstance(model, InstrumentedModel) else instrument(model)
-    if not isinstance(traced, InstrumentedModel):
-        raise TypeError("the demo's model cannot be traced")
-    return traced
 
 
 def _tensors(dataset: Dataset[Any]) -> tuple[Tensor, Tensor]:
@@ -175,7 +168,7 @@ def _subtasks(
     for size in settings.subtask_sizes:
         tasks = choose_subtasks(data.num_classes, size, settings.samples, generator)
         results = evaluate_subtasks(
-            _instrumented(models["modular"]), decomposition, tasks, test, standard=models["standard"], progress=False
+            models["modular"], decomposition, tasks, test, standard=models["standard"], progress=False
         )
         mean = dataclasses.asdict(by_size(results)[size])
         rows.append(SubTasks(size, len(tasks), **{name: mean[name] for name in SHARES}))

@@ -32,7 +32,7 @@ from moda.decomposition.scores import Attributions, NeuronScores
 from moda.decomposition.settings import RULES, FiringRule
 from moda.files import FormatError, sha256_of
 from moda.inference import device_of
-from moda.observation.taps import InstrumentedModel, instrument
+from moda.observation.taps import Taps, observe
 from moda.runs.config import DecompositionSettings
 from moda.runs.folder import RunFolder, load_data
 from moda.runs.lock import locked
@@ -52,12 +52,12 @@ class FinishedRun:
     Attributes:
         run: the run folder.
         data: the data set that it was trained on.
-        model: the trained model, instrumented, in evaluation mode.
+        taps: of the trained model, which is in evaluation mode.
     """
 
     run: RunFolder
     data: DataSplits
-    model: InstrumentedModel
+    taps: Taps
 
     @classmethod
     def open(cls, folder: str | Path, device: str = "auto") -> FinishedRun:
@@ -71,10 +71,14 @@ class FinishedRun:
         run = RunFolder.open(folder)
         run.load_weights()  # before the data: a run that is not finished is the likelier mistake
         data = load_data(run.config)
-        model = instrument(run.load_model(data)).to(checked_device(device))
+        model = run.load_model(data).to(checked_device(device)).eval()
         images = torch.randn(2, *data.input_shape, generator=torch.Generator().manual_seed(0))
-        model.__dict__["example"] = ((images.to(device_of(model)),), {})  # to compose with
-        return cls(run, data, model)
+        return cls(run, data, observe(model, route="grouped", example=images.to(device_of(model))))
+
+    @property
+    def model(self) -> nn.Module:
+        """The trained model."""
+        return self.taps.model
 
     @property
     def rates_folder(self) -> Path:
@@ -84,10 +88,6 @@ class FinishedRun:
     def scores_folder(self, rule: str) -> Path:
         """Folder of the attributions, or of the activation shares."""
         return self.run.path / _SCORES_FOLDERS[rule]
-
-    def plain_model(self) -> nn.Module:
-        """The trained model on the same device, in evaluation mode, as its class made it."""
-        return self.run.load_model(self.data).to(device_of(self.model)).eval()
 
     @property
     def weights_sha256(self) -> str:
@@ -206,7 +206,7 @@ def decompose_run(
         threshold,
         min_fraction,
         epsilon=_epsilon(epsilon),
-        model=None if held_out is None else finished.plain_model(),
+        model=None if held_out is None else finished.model,
         loader=None if held_out is None else finished.loader(held_out),
         tolerance=tolerance,
         progress=progress,
@@ -244,11 +244,10 @@ def _scored(
 ) -> FiringRates | NeuronScores:
     classes = finished.data.num_classes
     if rule == FiringRule.NAME:
-        return count_firings(finished.model, loader, classes, backend=backend, progress=progress)
-    model = finished.plain_model()
+        return count_firings(finished.taps, loader, classes, backend=backend, progress=progress)
     if rule == Attributions.rule:
-        return attribute(model, loader, classes, target=target, backend=backend, progress=progress)
-    return activation_shares(model, loader, classes, backend=backend, progress=progress)
+        return attribute(finished.taps, loader, classes, target=target, backend=backend, progress=progress)
+    return activation_shares(finished.taps, loader, classes, backend=backend, progress=progress)
 
 
 def _apart(samples: Dataset[Any]) -> tuple[Dataset[Any], Dataset[Any]]:

@@ -151,7 +151,7 @@ def load_published_masks(path: str | Path, taps: Sequence[str]) -> Decomposition
 
     Args:
         path: the file, `model.pt.mod_mask.thres<threshold>.pt`; the threshold is taken from its name.
-        taps: `moda.instrument(model).taps`; the file has the layers in the same order, without names.
+        taps: `moda.observe(model, example=...).names`; the file has the layers in the same order, without names.
 
     Raises:
         FormatError (a ValueError): it is missing, holds anything that would have to be run, or is no such file, or has

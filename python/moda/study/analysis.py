@@ -14,7 +14,7 @@ from moda.data.unpacking import unpacked
 from moda.decomposition.container import Decomposition
 from moda.decomposition.rates import FiringRates
 from moda.inference import device_of, evaluating
-from moda.observation.taps import InstrumentedModel, Taps, observing
+from moda.observation.taps import Taps, observing
 from moda_kernels import ClassSimilarity
 
 __all__ = ["Analysis", "LayerAnalysis", "analyze", "class_similarities"]
@@ -78,15 +78,18 @@ class Analysis:
         }
 
 
-def analyze(model: InstrumentedModel, decomposition: Decomposition, rates: FiringRates) -> Analysis:
+def analyze(
+    model: nn.Module | Taps, decomposition: Decomposition, rates: FiringRates, *, example: Any = None
+) -> Analysis:
     """Compute sizes and overlaps of all modules, and what they share in each layer.
 
     The figures are exact. No module is built and no parameter listed: a hundred classes take seconds.
 
     Args:
-        model: the model of the decomposition, instrumented.
+        model: the model of the decomposition, or its taps.
         decomposition: its modules.
         rates: the firing rates it was made from.
+        example: see `moda.compose`.
 
     Raises:
         ValueError: the decomposition or the rates are not those of the model.
@@ -96,8 +99,8 @@ def analyze(model: InstrumentedModel, decomposition: Decomposition, rates: Firin
             f"rates: expected the taps of the decomposition, {list(decomposition.masks)}, got {list(rates.taps)}"
         )
     return Analysis(
-        sizes=module_sizes(model, decomposition),
-        overlaps=overlap_matrix(model, decomposition),
+        sizes=module_sizes(model, decomposition, example=example),
+        overlaps=overlap_matrix(model, decomposition, example=example),
         layers=tuple(_layer(tap, mask, rates.counts) for tap, mask in decomposition.masks.items()),
     )
 

@@ -51,9 +51,9 @@ def analyze_run(finished: FinishedRun) -> dict[str, Any]:
         FormatError (a ValueError): the run is not decomposed, or holds no firing rates.
     """
     decomposition = finished.decomposition()
-    analysis = analyze(finished.model, decomposition, finished.rates())
-    parameters = overlap_matrix(finished.model, decomposition, counting="parameters")
-    similarity = class_similarities(finished.model, finished.loader(finished.data.test), decomposition.num_classes)
+    analysis = analyze(finished.taps, decomposition, finished.rates())
+    parameters = overlap_matrix(finished.taps, decomposition, counting="parameters")
+    similarity = class_similarities(finished.taps, finished.loader(finished.data.test), decomposition.num_classes)
     return {
         "source": finished.provenance(),
         "class_names": list(finished.data.class_names),

@@ -30,7 +30,6 @@ from moda.composition.planned_flops import PlannedFlops
 from moda.decomposition.container import Decomposition, check_classes
 from moda.files import FormatError, format_errors, write_bytes
 from moda.inference import device_of, evaluating
-from moda.observation.taps import InstrumentedModel
 from moda.study.results_file import read_rows
 
 __all__ = [
@@ -104,7 +103,7 @@ class TestSet:
 
 
 def evaluate_subtasks(
-    model: InstrumentedModel,
+    model: nn.Module,
     decomposition: Decomposition,
     tasks: Sequence[Sequence[int]],
     test: TestSet,
@@ -115,7 +114,7 @@ def evaluate_subtasks(
     """Score the composed model of every sub-task, beside the whole models.
 
     Args:
-        model: the modular model, instrumented.
+        model: the modular model, observed or not.
         decomposition: its modules.
         tasks: the classes of each sub-task; the order inside one does not matter.
         test: samples of all classes.

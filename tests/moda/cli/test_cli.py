@@ -17,7 +17,6 @@ from moda.cli import app as cli
 from moda.cli.arguments import parse_classes
 from moda.composition import measure
 from moda.decomposition.container import Decomposition
-from moda.observation.taps import instrument
 from moda.runs.folder import RunFolder, load_data
 from moda.runs.metrics import read_metrics
 from tests.moda._helpers.processes import assert_same_weights, environment, wait_for
@@ -84,9 +83,10 @@ def test_evaluate(moda: Moda, run: Path) -> None:
 def test_decompose(moda: Moda, run: Path) -> None:
     status, out, _ = moda("decompose", run)
     trained = RunFolder.open(run)
-    model = instrument(trained.load_model(load_data(trained.config)))
+    model = trained.load_model(load_data(trained.config))
+    example = torch.zeros(2, 3, 8, 8)
     decomposition = Decomposition.load(run / "decomposition")
-    sizes = [100 * measure.size(model, decomposition, [k]) for k in range(10)]
+    sizes = [100 * measure.size(model, decomposition, [k], example=example) for k in range(10)]
     assert status == 0
     assert re.findall(r"of 320 │ +([\d.]+) %", out) == [f"{size:.1f}" for size in sizes]
     assert f"Mean module: {sum(sizes) / 10:.1f} % of the parameters" in out

@@ -104,7 +104,10 @@ def edited(folder: Path, target: Path, **changes: object) -> Path:
         ({"classes": [1, 1]}, r"composed.json: classes: expected every class once, got \[1\]"),
         ({"classes": [3, 9]}, r"composed.json: classes: expected classes in \[0, 4\), got \[9\]"),
         ({"routes": {}}, "composed.json: routes: expected"),
-        ({"modules": {}}, r"composed.json: routes: a graph takes 'layer1.0.relu1', which is not described|a graph takes"),
+        (
+            {"modules": {}},
+            r"composed.json: routes: a graph takes 'layer1.0.relu1', which is not described|a graph takes",
+        ),
         ({"class_names": ["a"]}, "composed.json: class_names: expected 4 names, got 1"),
         ({"num_classes": "many"}, "composed.json: num_classes: expected an integer, got str"),
         ({"taps": [{"name": "relu1"}]}, "composed.json: taps.0.: entry 'neurons' is missing"),

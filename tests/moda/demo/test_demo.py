@@ -24,7 +24,7 @@ from moda.demo.results import DemoResult
 from moda.demo.run import choose_subtasks, run_demo
 from moda.demo.settings import DemoSettings
 from moda.demo.tables import reading
-from moda.observation.taps import instrument
+from moda.observation.taps import observe
 from moda.runs.folder import RunFolder, load_data
 
 SETTINGS = DemoSettings(seeds=(0, 1), epochs=3, subtask_sizes=(2, 10), samples=3)
@@ -64,11 +64,12 @@ def test_numbers_are_those_of_the_models(made: tuple[Path, DemoResult, str]) -> 
     seed = result.seeds[1]
     run = RunFolder.open(folder / "runs" / "seed-1" / "modular")
     data = load_data(run.config)
-    model = instrument(run.load_model(data))
+    model = run.load_model(data)
+    observe(model, example=torch.zeros(2, 3, 8, 8))
     loader = DataLoader(data.test, batch_size=100)
     assert seed.modular.accuracy == pytest.approx(measure.accuracy(model, loader))
     assert seed.modular.module_sizes[3] == pytest.approx(measure.size(model, seed.decomposition, [3]))
-    by_attribution = moda.decompose(moda.attribute(run.load_model(data), DataLoader(data.train_eval, 128), 10))
+    by_attribution = moda.decompose(moda.attribute(model, DataLoader(data.train_eval, 128), 10))
     sizes = measure.module_sizes(model, by_attribution)
     assert seed.modular.attribution_sizes == pytest.approx(sizes.tolist(), abs=0.01)  # batches of other sizes round
     assert seed.modular.attribution_size < seed.modular.module_size
@@ -103,14 +104,15 @@ def test_similarity_is_that_of_test_samples(made: tuple[Path, DemoResult, str]) 
     folder, result, _ = made
     run = RunFolder.open(folder / "runs" / "seed-0" / "standard")
     data = load_data(run.config)
-    model = instrument(run.load_model(data))
+    model = run.load_model(data)
+    taps = observe(model)
     labels = torch.tensor([int(label) for _, label in data.test])
     twos, fives = (DataLoader(Subset(data.test, (labels == k).nonzero().flatten().tolist()), 1000) for k in (2, 5))
     rows = []
     for images, _ in (*twos, *fives):
-        with torch.no_grad(), model.recording():
+        with torch.no_grad(), taps.recording():
             model(images)
-            rows.append(torch.nn.functional.normalize(model.activations()[-1].double()))
+            rows.append(torch.nn.functional.normalize(taps.activations()[-1].double()))
     expected = (rows[0] @ rows[1].T).mean()
     assert float(result.seeds[0].standard.similarity[-1][2, 5]) == pytest.approx(float(expected), rel=1e-4)
 

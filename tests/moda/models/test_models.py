@@ -13,7 +13,7 @@ from moda import models
 from moda.models.mobilenet import MobileNet
 from moda.models.resnet import ResNet
 from moda.models.vgg import VGG
-from moda.observation.taps import instrument
+from moda.observation.taps import observe
 
 
 def parameters(model: nn.Module) -> int:
@@ -110,11 +110,10 @@ def test_checkpoint_keys_shapes_and_order_are_the_published_ones(name, state):
 def test_every_activation_call_is_a_module_and_a_tap(name, size, taps):
     model = models.create(name, width=0.125)
     assert sum(isinstance(module, nn.ReLU) for module in model.modules()) == taps
-    instrumented = instrument(model)
-    assert len(instrumented.taps) == taps
-    logits = instrumented(torch.randn(2, 3, size, size))
+    observed = observe(model)
+    logits = model(torch.randn(2, 3, size, size))
     assert logits.shape == (2, 10)
-    assert len(instrumented.activations()) == taps
+    assert len(observed.names) == len(observed.activations()) == taps
 
 
 def golden_model(name: str, z: dict[str, np.ndarray]) -> nn.Module:
@@ -144,7 +143,7 @@ def test_published_weights_give_the_published_logits(golden, name):
         logits = model(torch.from_numpy(z["input"]).double())
     np.testing.assert_allclose(logits.numpy(), z["full_logits64"], rtol=1e-9, atol=1e-10)
     assert parameters(model) == z["n_params_full"]
-    assert list(instrument(model).taps) == z["relu_layer_names"].tolist()
+    assert list(observe(model, example=torch.from_numpy(z["input"]).double()).names) == z["relu_layer_names"].tolist()
 
 
 @pytest.mark.parametrize("name", ["vgg16", "resnet18", "mobilenet", "small_vgg"])

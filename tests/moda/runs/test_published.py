@@ -54,7 +54,7 @@ def test_masks_as_the_published_code_writes_them(finished, tmp_path):
     ours = finished.decomposition()
     path = tmp_path / "model.pt.mod_mask.thres0.8.pt"
     torch.save({k: [mask[k] for mask in ours.masks.values()] for k in range(10)}, path)
-    theirs = load_published_masks(path, finished.model.taps)
+    theirs = load_published_masks(path, finished.taps.names)
     assert theirs.settings == FiringRule(0.8).settings()
     assert list(theirs.masks) == finished.model.taps
     assert all(torch.equal(theirs.masks[tap], ours.masks[tap]) for tap in ours.masks)

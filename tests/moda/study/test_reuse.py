@@ -28,15 +28,12 @@ def study():
     """A modular and a standard model with random weights, random modules, and test data of four classes."""
     torch.manual_seed(5)
     modular, standard = (moda.models.small_vgg(num_classes=CLASSES, width=0.25).eval() for _ in range(2))
-    model = moda.instrument(modular)
-    with model.recording(), torch.no_grad():
-        model(torch.randn(2, 3, 8, 8))
-    widths = [activation.shape[1] for activation in model.activations()]
-    masks = {tap: torch.rand(CLASSES, width) < 0.6 for tap, width in zip(model.taps, widths, strict=True)}
+    taps = moda.observe(modular, example=torch.randn(2, 3, 8, 8))
+    masks = {tap: torch.rand(CLASSES, width) < 0.6 for tap, width in zip(taps.names, taps.widths, strict=True)}
     for mask in masks.values():
         mask[2] = mask[3]  # two classes with one module: their sub-tasks share masks
     test = TestSet(torch.randn(40, 3, 8, 8), torch.arange(40) % CLASSES, batch_size=16)
-    return model, moda.Decomposition(masks), standard, test
+    return modular, moda.Decomposition(masks), standard, test
 
 
 TASKS = [task for size in (2, 3, 4) for task in combinations(range(CLASSES), size)]

@@ -78,8 +78,8 @@ def test_weights_are_trained_in_folders_of_their_own(finished):
     assert trained.config == config.changed(affinity=0.0)
     assert not (finished.run.path / "sweeps" / "affinity-1").exists()  # the run itself
     own = moda.Decomposition.load(trained.decomposition)
-    model = moda.instrument(trained.load_model(finished.data))
-    sizes = [moda.measure.size(model, own, [k]) for k in range(10)]
+    model, example = trained.load_model(finished.data), torch.zeros(2, *finished.data.input_shape)
+    sizes = [moda.measure.size(model, own, [k], example=example) for k in range(10)]
     assert points[0].module_size == pytest.approx(sum(sizes) / 10, rel=1e-12)
     assert points[0].dispersion == pytest.approx(read_metrics(trained.metrics)[-1]["dispersion"], rel=1e-6)
     weights = trained.weights.read_bytes()
