@@ -3,7 +3,6 @@
 Functions and classes:
 
     observe         taps on a model whose own code goes on to run
-    instrument      a model whose activations can be observed (TracingError where it cannot be traced)
     count_firings   firing rates per class and neuron
     attribute       how much of a class's margin goes through each neuron; activation_shares, without gradients
     decompose       firing rates, attributions or shares -> Decomposition: one module per class
@@ -49,7 +48,7 @@ if TYPE_CHECKING:
     from moda.decomposition.rule import decompose
     from moda.decomposition.scores import ActivationShares, Attributions
     from moda.methods.running import modularize
-    from moda.observation.taps import InstrumentedModel, Taps, TracingError, instrument, observe
+    from moda.observation.taps import Taps, observe
     from moda.runs.config import TrainingConfig
     from moda.training.callback import ModularCallback
     from moda_kernels import __version__
@@ -59,10 +58,8 @@ __all__ = [
     "Attributions",
     "Decomposition",
     "FiringRates",
-    "InstrumentedModel",
     "ModularCallback",
     "Taps",
-    "TracingError",
     "TrainingConfig",
     "__version__",
     "activation_shares",
@@ -74,7 +71,6 @@ __all__ = [
     "decompose",
     "demo",
     "export",
-    "instrument",
     "load_composed",
     "mask",
     "measure",
@@ -95,10 +91,8 @@ _HOME = {
     "Attributions": "moda.decomposition.scores",
     "Decomposition": "moda.decomposition.container",
     "FiringRates": "moda.decomposition.rates",
-    "InstrumentedModel": "moda.observation.taps",
     "ModularCallback": "moda.training.callback",
     "Taps": "moda.observation.taps",
-    "TracingError": "moda.observation.taps",
     "TrainingConfig": "moda.runs.config",
     "__version__": "moda_kernels",
     "activation_shares": "moda.decomposition.counting",
@@ -107,7 +101,6 @@ _HOME = {
     "count_firings": "moda.decomposition.counting",
     "decompose": "moda.decomposition.rule",
     "export": "moda.composition",
-    "instrument": "moda.observation.taps",
     "load_composed": "moda.composition.files",
     "mask": "moda.composition.masking",
     "measure": "moda.composition",

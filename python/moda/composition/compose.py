@@ -58,7 +58,7 @@ def compose(
     """
     chosen = check_classes(classes, decomposition.num_classes)
     names = _class_names(class_names, decomposition)
-    with observed(model) as taps:
+    with observed(model, decomposition.sites) as taps:
         composer = composer_of(taps, decomposition, example, output)
         return composer.compose(taps, decomposition.select(chosen), chosen, names)
 
@@ -77,7 +77,7 @@ def plan(
         TypeError, ValueError: as `compose`.
     """
     chosen = check_classes(classes, decomposition.num_classes)
-    with observed(model) as taps:
+    with observed(model, decomposition.sites) as taps:
         return composer_of(taps, decomposition, example, output).plan(decomposition.select(chosen), chosen)
 
 

@@ -18,7 +18,7 @@ from moda.composition.capture import Captured, CaptureError, Example, capture
 from moda.composition.composed import ComposedModel, Facts, Route, parameters_of
 from moda.composition.kept import Kept
 from moda.composition.law import check, in_mode, untouched
-from moda.composition.observed import Observed, example_of
+from moda.composition.observed import check_taps, example_of, names_every_tap
 from moda.composition.outputs import Output, logit_places
 from moda.composition.planning import GraphPlan, Pick, merged, output_of
 from moda.composition.reader import Reader
@@ -27,6 +27,7 @@ from moda.composition.rules import Rule, Tap
 from moda.composition.values import Bools, Grid, shape_of
 from moda.decomposition.container import Decomposition, check_classes
 from moda.inference import device_of
+from moda.observation.taps import Taps
 
 __all__ = ["Composer", "Plan", "composer_of"]
 
@@ -54,10 +55,9 @@ class Composer:
     """Plans and builds compositions of one model.
 
     Args:
-        taps: of the model.
+        taps: of the model, at the sites of the decomposition.
         example: what the model is called with, at least two samples.
-        tap_widths: neurons per tap.
-        num_classes: K, the number of logits.
+        decomposition: whose sites and classes are composed.
         output: which outputs are logits, see `logit_places`.
 
     Raises:
@@ -65,15 +65,16 @@ class Composer:
             says which line of the model is in the way.
     """
 
-    def __init__(
-        self, taps: Observed, example: Example, tap_widths: Mapping[str, int], num_classes: int, output: Output = None
-    ) -> None:
+    def __init__(self, taps: Taps, example: Example, decomposition: Decomposition, output: Output = None) -> None:
         self._model = weakref.ref(taps.model)
         self.example = example
         self.output = output
-        self.num_classes = num_classes
+        self.num_classes = decomposition.num_classes
+        self._masked = {site: mask.shape[1] for site, mask in decomposition.masks.items()}
+        self._every = names_every_tap(decomposition)
         self._read_tensors()
         self.names: dict[str, tuple[str, ...]] = {}
+        self.widths: dict[str, int] = {}
         self.refused: dict[str, str] = {}
         self.captured: dict[str, Captured] = {}
         self.readers: dict[str, Reader] = {}
@@ -88,7 +89,7 @@ class Composer:
         if not self.captured:
             assert first is not None
             raise first
-        self._check_modes(tap_widths)
+        self._check_modes()
 
     @property
     def model(self) -> nn.Module:
@@ -110,28 +111,23 @@ class Composer:
             if isinstance(tensor, nn.Parameter):
                 self.parameters.add(name)
 
-    @classmethod
-    def of(cls, taps: Observed, decomposition: Decomposition, example: Example, output: Output = None) -> Composer:
-        """For the taps and classes of a decomposition."""
-        widths = {tap: mask.shape[1] for tap, mask in decomposition.masks.items()}
-        return cls(taps, example, widths, decomposition.num_classes, output)
-
-    def _read(self, mode: str, taps: Observed, example: Example) -> None:
+    def _read(self, mode: str, taps: Taps, example: Example) -> None:
         with in_mode(self.model, mode == "train"):
             with untouched(self.model):
                 self.model(*example.args, **example.kwargs)  # so that taps know what the model does in this mode
             self.names[mode] = taps.names
+            self.widths.update(zip(taps.names, taps.widths, strict=True))
             captured = capture(self.model, example, taps.marking)
         fixed = {name: t for name, t in parameters_of(self.model).items() if not t.is_floating_point()}
         self.captured[mode] = captured
         self.readers[mode] = Reader(captured.graph, {**fixed, **captured.constants})
 
-    def _check_modes(self, widths: Mapping[str, int]) -> None:
+    def _check_modes(self) -> None:
         """A mode with other taps or outputs than the decomposition's is refused; both cannot be."""
         problems: list[ValueError] = []
         for mode in list(self.captured):
             try:
-                self._check(mode, self.captured[mode], widths, self.output)
+                self._check(mode, self.captured[mode])
             except ValueError as error:
                 problems.append(error)
                 self.refused[mode] = str(error)
@@ -139,21 +135,15 @@ class Composer:
         if not self.captured:
             raise problems[0]
 
-    def _check(self, mode: str, captured: Captured, widths: Mapping[str, int], output: Output) -> None:
-        _check_taps(self.names[mode], widths)
+    def _check(self, mode: str, captured: Captured) -> None:
+        names = self.names[mode]
+        check_taps(names, [self.widths[name] for name in names], self._masked, self._every)
         values = output_of(captured.graph)
         shapes = [shape_of(value) if _is_value(value) else () for value in values]  # type: ignore[arg-type]
-        self.places[mode] = tuple(logit_places(captured.outputs, shapes, self.num_classes, output))
+        self.places[mode] = tuple(logit_places(captured.outputs, shapes, self.num_classes, self.output))
         for rule in self.readers[mode].rules.values():
-            if isinstance(rule, Tap):
-                if rule.index >= len(self.names[mode]):
-                    raise ValueError(f"model: calls more activation functions in {mode} mode than were observed")
-                name = self.names[mode][rule.index]
-                if widths[name] != rule.units[rule.dim]:
-                    raise ValueError(
-                        f"decomposition: tap {name!r} has masks of {widths[name]} neurons, but the model has "
-                        f"{rule.units[rule.dim]} there"
-                    )
+            if isinstance(rule, Tap) and rule.index >= len(names):
+                raise ValueError(f"model: calls more activation functions in {mode} mode than were observed")
 
     # -- planning
 
@@ -161,16 +151,20 @@ class Composer:
         """The composition that keeps these neurons and classes.
 
         Args:
-            masks: per tap (C,) bool.
+            masks: per site (C,) bool; taps that are no site keep all neurons.
             classes: class indices, each once, in the order the outputs are to have.
         """
         chosen = check_classes(classes, self.num_classes)
+        masks = {
+            name: masks[name].cpu() if name in masks else torch.ones(width, dtype=torch.bool)
+            for name, width in self.widths.items()
+        }
         extra: dict[str, dict[fx.Node, Bools]] = {mode: {} for mode in self.readers}
         while True:
             graphs = {
                 mode: GraphPlan(
                     reader,
-                    [masks[name].cpu().numpy() for name in self.names[mode]],
+                    [masks[name].numpy() for name in self.names[mode]],
                     Pick(self.places[mode], np.asarray(chosen, dtype=np.int64), self.num_classes),
                     extra[mode],
                 )
@@ -182,8 +176,7 @@ class Composer:
                 break
             for mode, found in more.items():
                 extra[mode].update(found)
-        every = {name: mask.cpu() for name, mask in masks.items()}
-        return Plan(tuple(chosen), self.num_classes, every, self._named(kept), graphs)
+        return Plan(tuple(chosen), self.num_classes, masks, self._named(kept), graphs)
 
     def _kept(self, graphs: Mapping[str, GraphPlan]) -> dict[str, Kept]:
         """What the graphs together need of each parameter, buffer and constant, under the first of its names."""
@@ -213,7 +206,7 @@ class Composer:
 
     def compose(
         self,
-        taps: Observed,
+        taps: Taps,
         masks: Mapping[str, Tensor],
         classes: Iterable[int],
         class_names: Sequence[str] | None = None,
@@ -320,19 +313,10 @@ def _copied(tensor: Tensor, kept: Kept) -> Tensor:
     return nn.Parameter(part, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else part
 
 
-def _check_taps(names: Sequence[str], widths: Mapping[str, int]) -> None:
-    missing = [tap for tap in names if tap not in widths]
-    unknown = [tap for tap in widths if tap not in names]
-    if missing or unknown:
-        raise ValueError(
-            f"decomposition: its taps are not those of the model: it lacks {missing}, and the model lacks {unknown}"
-        )
-
-
 _KNOWN: weakref.WeakKeyDictionary[nn.Module, tuple[Any, Composer]] = weakref.WeakKeyDictionary()
 
 
-def composer_of(taps: Observed, decomposition: Decomposition, example: Any = None, output: Output = None) -> Composer:
+def composer_of(taps: Taps, decomposition: Decomposition, example: Any = None, output: Output = None) -> Composer:
     """The composer of a model; one made before is used again where nothing that it read has changed.
 
     Raises:
@@ -340,23 +324,23 @@ def composer_of(taps: Observed, decomposition: Decomposition, example: Any = Non
     """
     model = taps.model
     known = _KNOWN.get(model)
-    if example is None and known is not None and getattr(taps, "example", None) is None:
+    if example is None and known is not None and taps.example is None:
         given = known[1].example
     else:
         given = example_of(taps, example)
-    widths = {tap: mask.shape[1] for tap, mask in decomposition.masks.items()}
-    key = _key(model, given, widths, decomposition.num_classes, output)
+    key = _key(model, given, decomposition, output)
     if known is None or known[0] != key:
-        known = key, Composer(taps, given, widths, decomposition.num_classes, output)
+        known = key, Composer(taps, given, decomposition, output)
         _KNOWN[model] = known
     return known[1]
 
 
-def _key(model: nn.Module, example: Example, widths: Mapping[str, int], num_classes: int, output: Output) -> Any:
+def _key(model: nn.Module, example: Example, decomposition: Decomposition, output: Output) -> Any:
     """What a composer has read: equal where it is the same."""
     modules = tuple((id(module), module.training) for module in model.modules())
     tensors = tuple((id(t), t.shape, t.dtype, t.device, t.requires_grad) for t in parameters_of(model).values())
     structure, inputs = example.flat()
     shapes = tuple((x.shape, x.dtype) for x in inputs)
     named = output if isinstance(output, str | int | None) else tuple(output)
-    return modules, tensors, structure, shapes, tuple(widths.items()), num_classes, named
+    sites = tuple((site, mask.shape) for site, mask in decomposition.masks.items())
+    return modules, tensors, structure, shapes, sites, names_every_tap(decomposition), named

@@ -12,9 +12,9 @@ from torch import Tensor, fx, nn
 from moda.composition.capture import Example
 from moda.composition.composed import ComposedModel
 from moda.composition.movers import argument, packet_of
-from moda.composition.observed import Observed
 from moda.composition.outputs import Output, pick
 from moda.composition.structure import flatten
+from moda.observation.taps import Taps
 
 __all__ = ["check", "in_mode", "untouched"]
 
@@ -50,7 +50,7 @@ def untouched(*models: nn.Module) -> Iterator[None]:
 
 
 def check(
-    composed: ComposedModel, taps: Observed, example: Example, names: Mapping[str, Sequence[str]], output: Output = None
+    composed: ComposedModel, taps: Taps, example: Example, names: Mapping[str, Sequence[str]], output: Output = None
 ) -> None:
     """Compare a composed model with the masked one on an example, in each mode in which it gives the same twice.
 
@@ -81,7 +81,7 @@ def check(
 
 
 def _masked(
-    taps: Observed, example: Example, factors: Sequence[Tensor], composed: ComposedModel, output: Output
+    taps: Taps, example: Example, factors: Sequence[Tensor], composed: ComposedModel, output: Output
 ) -> list[Tensor]:
     def masked(index: int, activation: Tensor) -> Tensor:
         factor = factors[index].to(device=activation.device, dtype=activation.dtype)

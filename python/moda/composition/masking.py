@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moda.composition.observed import Observed, observed
+from moda.composition.observed import check_taps, names_every_tap, observed
 from moda.composition.outputs import Output, pick
 from moda.decomposition.container import Decomposition, check_classes
 from moda.observation.taps import Taps
@@ -22,7 +22,8 @@ class MaskedModel(nn.Module):
     Attributes:
         classes: class indices, in the order of the outputs.
         num_classes: of the whole model.
-        masks: per tap of the model (C,) bool: the neurons kept.
+        masks: per site of the decomposition (C,) bool: the neurons kept.
+        every: whether each tap of the model is to be a site.
     """
 
     def __init__(
@@ -32,6 +33,7 @@ class MaskedModel(nn.Module):
         classes: Iterable[int],
         num_classes: int,
         output: Output = None,
+        every: bool = True,
     ) -> None:
         super().__init__()
         self.training = model.training
@@ -40,21 +42,25 @@ class MaskedModel(nn.Module):
         self.classes = tuple(classes)
         self.num_classes = num_classes
         self.output = output
+        self.every = every
         self._taps: Taps | None = None  # of a model that is observed inside calls alone
         self._factors: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the model's own forward, with the columns of the classes alone where its output has one for each class."""
-        with observed(self.model, self._taps) as taps:
-            self._taps = taps if isinstance(taps, Taps) and not taps.lasting else None
+        with observed(self.model, self.masks, self._taps) as taps:
+            self._taps = None if taps.lasting else taps
             if taps.probed:
-                check_taps(taps, self.masks)
+                self._check(taps)
             with taps.replacing(self._masked(taps)):
                 output = self.model(*args, **kwargs)
-            check_taps(taps, self.masks)
+            self._check(taps)
         return pick(output, self.classes, self.num_classes, self.output)
 
-    def _masked(self, taps: Observed) -> Any:
+    def _check(self, taps: Taps) -> None:
+        check_taps(taps.names, taps.widths, {name: len(mask) for name, mask in self.masks.items()}, self.every)
+
+    def _masked(self, taps: Taps) -> Any:
         def masked(index: int, activation: Tensor) -> Tensor:
             name = taps.name_of(index)
             if name not in self.masks or len(self.masks[name]) != activation.shape[1]:
@@ -100,28 +106,9 @@ def mask(
             neurons or number of classes of the decomposition are not those of the model.
     """
     chosen = check_classes(classes, decomposition.num_classes)
-    with observed(model) as taps:
+    every = names_every_tap(decomposition)
+    with observed(model, decomposition.sites) as taps:
+        masked = MaskedModel(taps.model, decomposition.select(chosen), chosen, decomposition.num_classes, output, every)
         if taps.probed:
-            check_taps(taps, decomposition.masks)
-        inner = taps.model
-    return MaskedModel(inner, decomposition.select(chosen), chosen, decomposition.num_classes, output)
-
-
-def check_taps(taps: Observed, masks: Mapping[str, Tensor]) -> None:
-    """Compare a model's taps with masks `(C,)` or `(K, C)` for them.
-
-    Raises:
-        ValueError: names or widths differ.
-    """
-    missing = [name for name in taps.names if name not in masks]
-    unknown = [name for name in masks if name not in taps.names]
-    if missing or unknown:
-        raise ValueError(
-            f"decomposition: its taps are not those of the model: it lacks {missing}, and the model lacks {unknown}"
-        )
-    for name, width in zip(taps.names, taps.widths, strict=False):  # widths of an instrumented model are not known
-        if masks[name].shape[-1] != width:
-            raise ValueError(
-                f"decomposition: tap {name!r} has masks of {masks[name].shape[-1]} neurons, but the model has {width} "
-                "there"
-            )
+            masked._check(taps)
+    return masked

@@ -50,7 +50,7 @@ def module_sizes(model: nn.Module | Taps, decomposition: Decomposition, *, examp
 
 
 def _composer(model: nn.Module | Taps, decomposition: Decomposition, example: Any) -> Composer:
-    with observed(model) as taps:
+    with observed(model, decomposition.sites) as taps:
         return composer_of(taps, decomposition, example)
 
 

@@ -89,3 +89,9 @@ def _added(passes: list[dict[int, Tensor]]) -> list[Tensor]:
 def version_of(value: Tensor) -> int:
     """How often the tensor was overwritten; 0 for inference tensors, which do not tell."""
     return 0 if value.is_inference() else value._version
+
+
+def inside_backward() -> bool:
+    """Whether this runs within a backward pass, as the recomputation of gradient checkpointing does."""
+    # torch.compile cannot trace the question; what it compiles is a forward pass.
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1

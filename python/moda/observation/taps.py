@@ -21,7 +21,7 @@ from __future__ import annotations
 import copy
 import random
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import count
 from typing import Any, Literal
@@ -38,26 +38,12 @@ from moda.observation.names import nothing_tapped
 from moda.observation.own import look_at, look_away
 from moda.observation.plan import Plan
 from moda.observation.probe import Probe, tensors_of
-from moda.observation.record import Record
-from moda.observation.recorder import inside_backward
+from moda.observation.record import Record, inside_backward
 from moda.observation.run import FUSED_FROM_BYTES, NEVER, Function, FunctionMode, Receiver, Run
-
-from moda.observation.instrumented import HookedModel, InstrumentedModel, Tap, TracingError, instrument  # isort: skip
 
 Route = Literal["grouped", "fused", "auto"]
 
-__all__ = [
-    "HookedModel",
-    "InstrumentedModel",
-    "Route",
-    "Tap",
-    "Taps",
-    "TracingError",
-    "instrument",
-    "observe",
-    "observing",
-    "taps_of",
-]
+__all__ = ["Route", "Taps", "observe", "observing", "taps_of"]
 
 
 class Taps:
@@ -250,10 +236,14 @@ class Taps:
         modules = [module for reference in self._attached.values() if (module := reference()) is not None]
         return [(module, part) for module in modules if (part := part_of(module)) is not None]
 
-    def _pause(self) -> None:
-        """Detach from the model until `_resume`."""
+    def _pause(self, *, keeping: bool = False) -> None:
+        """Detach from the model until `_resume`; what is recorded is forgotten, or kept."""
         self._paused = self._parts()
+        recorded = self._record
+        if keeping:
+            self._record = Record()
         self.remove()
+        self._record = recorded
 
     def _resume(self) -> None:
         look_at(self.known.functions, self)
@@ -573,55 +563,68 @@ def taps_of(model: nn.Module) -> Taps | None:
     return handle if isinstance(handle, Taps) else None
 
 
-class _OfInstrumented:
-    """The taps of an instrumented model, as far as counting needs them."""
-
-    def __init__(self, model: InstrumentedModel | HookedModel) -> None:
-        self.model = model
-        self.recording = model.recording
-        self.overwriting = model.overwriting
-        self.skipped: dict[str, str] = {}
-        self.probed = True
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        return tuple(self.model.taps)
-
-
 @contextmanager
-def observing(model: nn.Module | Taps, taps: Taps | None = None) -> Iterator[Taps]:
-    """The taps of a model inside this block; a model that was not observed before is not afterwards.
+def observing(
+    model: nn.Module | Taps, taps: Taps | None = None, *, sites: Iterable[str] | None = None
+) -> Iterator[Taps]:
+    """The taps of a model inside this block; afterwards it is observed as it was before, or not at all.
 
     A wrapper of DistributedDataParallel or torch.compile is looked into. With `taps`, those that an earlier block made
     are used again.
 
+    Args:
+        model: any module, observed or not; or its taps.
+        taps: made by an earlier block for the same model and sites.
+        sites: names of taps, or paths of modules whose outputs are to be tapped. A model that is observed elsewhere is
+            observed there instead inside this block. None for the taps that are there, or activations.
+
     Raises:
         TypeError: `model` is neither a module nor the taps of one.
     """
+    inner = _inside(model)
+    present = model if isinstance(model, Taps) else taps_of(inner)
+    wanted = None if sites is None else _module_sites(inner, tuple(sites), present)
+    if present is not None and (wanted is None or set(wanted) == present.known.sites):
+        yield present
+        return
+    if present is not None:
+        present._pause(keeping=True)
+    try:
+        if taps is None or taps.model is not inner or (wanted is not None and set(wanted) != taps.known.sites):
+            taps = observe(inner, route="grouped", sites=wanted or ())
+            taps.lasting = False
+            taps.example = None if present is None else present.example
+        else:
+            taps._resume()
+        try:
+            yield taps
+        finally:
+            taps._pause()
+    finally:
+        if present is not None:
+            present._resume()
+
+
+def _inside(model: Any) -> nn.Module:
+    """The module that taps are attached to."""
     if isinstance(model, Taps):
-        yield model
-        return
-    if isinstance(model, InstrumentedModel | HookedModel):
-        yield _OfInstrumented(model)  # type: ignore[misc]
-        return
+        return model.model
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     inner: Any = model
     while isinstance(inner, nn.parallel.DistributedDataParallel | nn.DataParallel) or hasattr(inner, "_orig_mod"):
         inner = inner._orig_mod if hasattr(inner, "_orig_mod") else inner.module
-    present = taps_of(inner)
-    if present is not None:
-        yield present
-        return
-    if taps is None:
-        taps = observe(inner, route="grouped")
-        taps.lasting = False
-    else:
-        taps._resume()
-    try:
-        yield taps
-    finally:
-        taps._pause()
+    found: nn.Module = inner
+    return found
+
+
+def _module_sites(model: nn.Module, names: tuple[str, ...], present: Taps | None) -> tuple[str, ...]:
+    """The names, where they are paths of modules that are not all activations; none where they are names of taps."""
+    modules = dict(model.named_modules())
+    if not names or not all(name in modules for name in names):
+        return ()
+    known = Known(() if present is None else present._own)
+    return () if all(known.is_module(modules[name], name) for name in names) else names
 
 
 def _check_model(model: nn.Module) -> None:

@@ -130,7 +130,7 @@ def evaluate_subtasks(
     chosen = [tuple(sorted(check_classes(task, decomposition.num_classes))) for task in tasks]
     test = test.to(device_of(model))
     whole = _WholeModels.of(test, model, standard)
-    with observed(model) as taps:
+    with observed(model, decomposition.sites) as taps:
         composer = composer_of(taps, decomposition, test.images[:2])
     costs = PlannedFlops(composer, test.images[:1])
     console = Console(stderr=True)
