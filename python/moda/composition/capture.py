@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import operator
 import re
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, redirect_stderr
@@ -22,6 +23,7 @@ from torch import Tensor, fx, nn
 from moda.composition.conditions import is_readable
 from moda.composition.functional import make_functional
 from moda.composition.structure import Structure, flatten
+from moda.composition.values import is_free, shape_of
 
 __all__ = ["CaptureError", "Captured", "Example", "capture"]
 
@@ -225,8 +227,9 @@ def _eager_scripts() -> AbstractContextManager[Any]:
 
 @contextmanager
 def _exportable(model: nn.Module) -> Iterator[None]:
-    """With what torch.export cannot call replaced for a while."""
+    """With what torch.export cannot call, or would take for a number, replaced for a while."""
     with _eager_scripts(), ExitStack() as undo:
+        _let_len_follow(model, undo)
         for parent in list(model.modules()):
             if isinstance(parent, torch.jit.ScriptModule):
                 continue
@@ -235,6 +238,20 @@ def _exportable(model: nn.Module) -> Iterator[None]:
                     parent._modules[name] = _Scripted(child)
                     undo.callback(parent._modules.__setitem__, name, child)
         yield
+
+
+def _let_len_follow(model: nn.Module, undo: ExitStack) -> None:
+    """Let `len(x)` in the model's own code give a size that follows the input, where Python's gives a number."""
+    names = {type(module).__module__ for module in model.modules()}
+    for name in names:
+        own = vars(sys.modules[name]) if name in sys.modules and not name.startswith("torch.") else None
+        if own is not None and "len" not in own:
+            own["len"] = _size_or_len
+            undo.callback(own.pop, "len")
+
+
+def _size_or_len(value: Any) -> Any:
+    return value.shape[0] if isinstance(value, Tensor) and value.dim() else len(value)
 
 
 # ---- one graph ------------------------------------------------------------------------------------------------
@@ -409,5 +426,7 @@ def _path(node: fx.Node) -> str:
 
 
 def _fixed_sizes(graph: fx.Graph) -> tuple[tuple[int | None, ...], ...]:
-    inputs = [node.meta["val"] for node in graph.nodes if node.op == "placeholder"]
-    return tuple(tuple(size if isinstance(size, int) else None for size in x.shape) for x in inputs)
+    inputs = [node for node in graph.nodes if node.op == "placeholder"]
+    return tuple(
+        tuple(None if is_free(node, dim) else size for dim, size in enumerate(shape_of(node))) for node in inputs
+    )

@@ -55,8 +55,9 @@ def shape_of(node: fx.Node) -> Shape:
 
 
 def is_free(node: fx.Node, dim: int) -> bool:
-    """Whether the size along `dim` follows the input."""
-    return not isinstance(value_of(node).shape[dim], int)
+    """Whether the size along `dim` follows the input; one that the model asked for as a number does not."""
+    size: Any = value_of(node).shape[dim]
+    return not (isinstance(size, int) or size.node.expr.is_number)
 
 
 def any_over(sets: Bools, axis: int | tuple[int, ...], keep: bool = False) -> Bools:

@@ -3,23 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils.checkpoint import checkpoint
 
-from moda.observation.taps import InstrumentedModel
+from moda.observation.taps import Taps
 from moda_kernels import modular_losses
-
-
-def line_of(marker: str, file: str) -> str:
-    """`<file>:<line>` of the line of `file` that ends in `# <marker>`."""
-    lines = Path(file).read_text().splitlines()
-    (number,) = [i for i, line in enumerate(lines, 1) if line.endswith(f"# {marker}")]
-    return f"{Path(file).name}:{number} in "
 
 
 class Spy(TorchFunctionMode):
@@ -73,27 +64,6 @@ def images(n: int = 4, size: int = 8) -> Tensor:
     return torch.randn(n, 3, size, size)
 
 
-class Deciding(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.act = nn.ReLU()
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.act(x)
-        if x.sum() > 0:  # the deciding line
-            return x
-        return -x
-
-
-class Checkpointing(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.block = nn.Sequential(nn.Linear(3, 3), nn.ReLU())
-
-    def forward(self, x: Tensor) -> Tensor:
-        return checkpoint(self.block, x, use_reentrant=False)  # the checkpoint line
-
-
 class Tokens(nn.Module):
     """A block of a vision transformer: patches, norm, attention over tokens, MLP with GELU."""
 
@@ -113,7 +83,7 @@ class Tokens(nn.Module):
         return self.head(x.mean(1))
 
 
-def closed_form_loss(model: nn.Module, of: InstrumentedModel, x: Tensor, labels: Tensor) -> Tensor:
+def closed_form_loss(model: nn.Module, of: Taps, x: Tensor, labels: Tensor) -> Tensor:
     loss = F.cross_entropy(model(x), labels)
     terms = modular_losses(of.activations(), labels, backend="torch")
     return loss + terms.affinity + terms.dispersion + 0.3 * terms.compactness

@@ -1,7 +1,7 @@
 """Modular training by every route and backend, in the conditions people train in, against the published loss.
 
 Each condition trains the same network twice for a few steps: plain loop with the published formulas over activations that
-forward hooks catch, and `instrument` + `ModularLoss`. Losses of every step and final weights must agree to the dtype's tolerance.
+forward hooks catch, and `observe` + `ModularLoss`. Losses of every step and final weights must agree to the dtype's tolerance.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import moda
+from moda.observation.taps import taps_of
 from moda_kernels import ModularLoss, backends
 from moda_kernels.reference import published_losses
 
@@ -76,10 +77,10 @@ def published_step(net, x, y):
     )
 
 
-def fast_step(model, loss, x, y):
-    logits = model(x)
+def fast_step(taps, loss, x, y):
+    logits = taps.model(x)
     logits = logits.float() if logits.dtype != torch.float64 else logits
-    return F.cross_entropy(logits, y) + loss(model.activations(), y)
+    return F.cross_entropy(logits, y) + loss(taps.activations(), y)
 
 
 def train(net, step, device, dtype, autocast=None, scaler=None):
@@ -117,8 +118,8 @@ def assert_same(got, expected, tolerance):
 def test_plain_loop(route, backend, device, dtype, tolerance):
     reference, net = make_net(device, dtype), make_net(device, dtype)
     expected = train(reference, lambda x, y: published_step(reference, x, y), device, dtype)
-    model, loss = moda.instrument(net, route=route), ModularLoss(backend=backend)
-    got = train(net, lambda x, y: fast_step(model, loss, x, y), device, dtype)
+    taps, loss = moda.observe(net, route=route), ModularLoss(backend=backend)
+    got = train(net, lambda x, y: fast_step(taps, loss, x, y), device, dtype)
     assert_same(got, expected, tolerance)
 
 
@@ -132,8 +133,8 @@ def test_autocast(route, half, device):
         return torch.amp.GradScaler(device, init_scale=256.0) if half == torch.float16 else None
 
     expected = train(reference, lambda x, y: published_step(reference, x, y), device, torch.float32, half, scaler())
-    model, loss = moda.instrument(net, route=route), ModularLoss()
-    got = train(net, lambda x, y: fast_step(model, loss, x, y), device, torch.float32, half, scaler())
+    taps, loss = moda.observe(net, route=route), ModularLoss()
+    got = train(net, lambda x, y: fast_step(taps, loss, x, y), device, torch.float32, half, scaler())
     assert_same(got, expected, 3e-2 if half == torch.bfloat16 else 1e-2)
 
 
@@ -143,9 +144,9 @@ def test_channels_last(route, device):
     reference, net = make_net(device, torch.float64), make_net(device, torch.float64)
     expected = train(reference, lambda x, y: published_step(reference, x, y), device, torch.float64)
     net = net.to(memory_format=torch.channels_last)
-    model, loss = moda.instrument(net, route=route), ModularLoss()
+    taps, loss = moda.observe(net, route=route), ModularLoss()
     got = train(
-        net, lambda x, y: fast_step(model, loss, x.to(memory_format=torch.channels_last), y), device, torch.float64
+        net, lambda x, y: fast_step(taps, loss, x.to(memory_format=torch.channels_last), y), device, torch.float64
     )
     assert_same(got, expected, 1e-10)
 
@@ -154,10 +155,10 @@ def test_channels_last(route, device):
 def test_gradient_accumulation(route):
     """Gradients of two batches add up before a step: what autograd accumulates, not what a kernel overwrites."""
     reference, net = make_net("cpu", torch.float64), make_net("cpu", torch.float64)
-    model, loss = moda.instrument(net, route=route), ModularLoss()
+    taps, loss = moda.observe(net, route=route), ModularLoss()
     for x, y in itertools.islice(batches("cpu", torch.float64), 2):
         published_step(reference, x, y).backward()
-        fast_step(model, loss, x, y).backward()
+        fast_step(taps, loss, x, y).backward()
     for mine, theirs in zip(net.parameters(), reference.parameters(), strict=True):
         torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-9, atol=1e-11)
 
@@ -165,10 +166,10 @@ def test_gradient_accumulation(route):
 @pytest.mark.parametrize("route", ROUTES)
 def test_gradient_checkpointing(route):
     reference, net = make_net("cpu", torch.float64), make_net("cpu", torch.float64)
-    model, loss = moda.instrument(net, route=route), ModularLoss()
+    taps, loss = moda.observe(net, route=route), ModularLoss()
     (x, y), *_ = batches("cpu", torch.float64)
-    logits = torch.utils.checkpoint.checkpoint(model, x, use_reentrant=False)
-    value = F.cross_entropy(logits, y) + loss(model.activations(), y)
+    logits = torch.utils.checkpoint.checkpoint(net, x, use_reentrant=False)
+    value = F.cross_entropy(logits, y) + loss(taps.activations(), y)
     expected = published_step(reference, x, y)
     assert value.item() == pytest.approx(expected.item(), rel=1e-12)
     value.backward()
@@ -176,7 +177,7 @@ def test_gradient_checkpointing(route):
     for mine, theirs in zip(net.parameters(), reference.parameters(), strict=True):
         torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-9, atol=1e-11)
     with pytest.raises(RuntimeError, match="no activations recorded"):  # recomputation left nothing alive
-        model.activations()
+        taps.activations()
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -185,8 +186,8 @@ def test_gradient_checkpointing(route):
 def test_compiled_step_without_a_graph_break(route, backend, device):
     reference, net = make_net(device, torch.float64), make_net(device, torch.float64)
     expected = train(reference, lambda x, y: published_step(reference, x, y), device, torch.float64)
-    model, loss = moda.instrument(net, route=route), ModularLoss()
-    step = torch.compile(lambda x, y: fast_step(model, loss, x, y), fullgraph=True, backend=backend)
+    taps, loss = moda.observe(net, route=route), ModularLoss()
+    step = torch.compile(lambda x, y: fast_step(taps, loss, x, y), fullgraph=True, backend=backend)
     assert_same(train(net, step, device, torch.float64), expected, 1e-9)
 
 
@@ -194,8 +195,8 @@ def test_compiled_step_without_a_graph_break(route, backend, device):
 def test_compiled_by_inductor_on_the_cpu():
     reference, net = make_net("cpu", torch.float32), make_net("cpu", torch.float32)
     expected = train(reference, lambda x, y: published_step(reference, x, y), "cpu", torch.float32)
-    model, loss = moda.instrument(net), ModularLoss()
-    step = torch.compile(lambda x, y: fast_step(model, loss, x, y), fullgraph=True)
+    taps, loss = moda.observe(net), ModularLoss()
+    step = torch.compile(lambda x, y: fast_step(taps, loss, x, y), fullgraph=True)
     assert_same(train(net, step, "cpu", torch.float32), expected, 1e-4)
 
 
@@ -205,8 +206,8 @@ def test_compiled_by_inductor_on_the_cpu():
 def test_reduce_overhead(route):
     reference, net = make_net("cuda", torch.float32), make_net("cuda", torch.float32)
     expected = train(reference, lambda x, y: published_step(reference, x, y), "cuda", torch.float32)
-    model, loss = moda.instrument(net, route=route), ModularLoss()
-    step = torch.compile(lambda x, y: fast_step(model, loss, x, y), fullgraph=True, mode="reduce-overhead")
+    taps, loss = moda.observe(net, route=route), ModularLoss()
+    step = torch.compile(lambda x, y: fast_step(taps, loss, x, y), fullgraph=True, mode="reduce-overhead")
     assert_same(train(net, step, "cuda", torch.float32), expected, 1e-3)
 
 
@@ -218,58 +219,58 @@ def test_cuda_graph_of_the_whole_step(route):
     data = list(batches("cuda"))
     x, y = (tensor.clone() for tensor in data[0])
 
-    def step(model, loss, optimizer, inputs, labels):
+    def step(taps, loss, optimizer, inputs, labels):
         optimizer.zero_grad(set_to_none=False)
-        value = fast_step(model, loss, inputs, labels)
+        value = fast_step(taps, loss, inputs, labels)
         value.backward()
         optimizer.step()
         return value
 
-    model, loss, optimizer = moda.instrument(captured, route=route), ModularLoss(), optimizer_of(captured)
+    taps, loss, optimizer = moda.observe(captured, route=route), ModularLoss(), optimizer_of(captured)
     start = copy.deepcopy(captured.state_dict())
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(3):
-            step(model, loss, optimizer, x, y)
+            step(taps, loss, optimizer, x, y)
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        value = step(model, loss, optimizer, x, y)
+        value = step(taps, loss, optimizer, x, y)
     captured.load_state_dict(start)
     for state in optimizer.state.values():
         state["momentum_buffer"].zero_()
-    model_e, loss_e, optimizer_e = moda.instrument(eager, route=route), ModularLoss(), optimizer_of(eager)
+    taps_e, loss_e, optimizer_e = moda.observe(eager, route=route), ModularLoss(), optimizer_of(eager)
     for inputs, labels in data:
         x.copy_(inputs)
         y.copy_(labels)
         graph.replay()
-        expected = step(model_e, loss_e, optimizer_e, inputs, labels)
+        expected = step(taps_e, loss_e, optimizer_e, inputs, labels)
         assert value.item() == pytest.approx(expected.item(), rel=1e-4)
 
 
 def test_moving_average_and_evaluation():
     """A deep copy in mid-training is a model of its own; evaluation records nothing and leaves training alone."""
     net = make_net("cpu", torch.float64)
-    model, loss = moda.instrument(net, route="auto"), ModularLoss()
-    average = copy.deepcopy(model)
-    optimizer = optimizer_of(model)
+    taps, loss = moda.observe(net, route="auto"), ModularLoss()
+    average = copy.deepcopy(net)
+    optimizer = optimizer_of(net)
     for x, y in batches("cpu", torch.float64):
         optimizer.zero_grad()
-        fast_step(model, loss, x, y).backward()
+        fast_step(taps, loss, x, y).backward()
         optimizer.step()
         with torch.no_grad():
-            for slow, fast in zip(average.parameters(), model.parameters(), strict=True):
+            for slow, fast in zip(average.parameters(), net.parameters(), strict=True):
                 slow.lerp_(fast, 0.5)
-        model.eval()
+        net.eval()
         with torch.no_grad():
-            model(x)
-        model.train()
+            net(x)
+        net.train()
     untouched = make_net("cpu", torch.float64)
     expected = train(untouched, lambda x, y: published_step(untouched, x, y), "cpu", torch.float64)[1]
     torch.testing.assert_close(
         dict(net.named_parameters())["head.weight"].detach(), expected["head.weight"], rtol=1e-9, atol=1e-11
     )
-    assert not torch.equal(average.head.weight, model.head.weight)
+    assert not torch.equal(average.head.weight, net.head.weight)
     x, y = next(batches("cpu", torch.float64))
-    assert fast_step(average, loss, x, y).item() != fast_step(model, loss, x, y).item()
+    assert fast_step(taps_of(average), loss, x, y).item() != fast_step(taps, loss, x, y).item()
