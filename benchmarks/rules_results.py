@@ -69,9 +69,10 @@ def _sizes(run: Trained, out: Path, data: Parts, entry: dict[str, Any]) -> dict[
     """Mean shares of the parameters in a one-class module: by every rule, along its curve, and the least possible."""
     model = run.model(out, data)
     folder = run.folder(out)
+    images = data.test.tensors[0][:2]
 
     def size(modules: Decomposition) -> float:
-        return float(module_sizes(moda.instrument(model), modules).mean())
+        return float(module_sizes(model, modules, example=images).mean())
 
     rates = load_rates(folder / "firing")
     published = moda.decompose(rates)
