@@ -47,7 +47,7 @@ def export(
     check_result_file(output, force=force)
     finished = FinishedRun.open(folder, "cpu")
     chosen = parse_classes(classes, finished.data.class_names)
-    model = compose(finished.model, finished.decomposition(), chosen)
+    model = compose(finished.model, finished.decomposition(), chosen, class_names=finished.data.class_names)
     names = [finished.data.class_names[k] for k in chosen]
     origin = provenance_of(model, names, finished.data.input_shape, str(folder), finished.provenance())
     few = [finished.data.test[index] for index in range(min(16, len(finished.data.test)))]  # type: ignore[arg-type]

@@ -7,14 +7,18 @@ are values of their own, and parameters and buffers are leaves named as in the m
 
 from __future__ import annotations
 
+import contextlib
 import io
+import logging
 import operator
 import re
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -170,8 +174,7 @@ def _run_export(
 ) -> torch.export.ExportedProgram:
     shapes = None if sizes is None else {"inputs": sizes}
     buffers = {name: buffer.clone() for name, buffer in flat.named_buffers()}
-    with warnings.catch_warnings(), redirect_stderr(io.StringIO()), torch.random.fork_rng(devices=[]):
-        warnings.simplefilter("ignore")
+    with _quiet(), torch.random.fork_rng(devices=[]):
         program = torch.export.export(flat, tuple(tensors), dynamic_shapes=shapes, strict=False)
     for name, buffer in flat.named_buffers():  # exporting runs on fakes; a buffer that was written to is put back
         if buffer is not None and name in buffers and not _same(buffer, buffers[name]):
@@ -179,21 +182,54 @@ def _run_export(
     return program
 
 
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what the exporter says of its attempts; the last one's reason is in the error."""
+    logger = logging.getLogger("torch.fx.experimental.symbolic_shapes")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
 def _same(one: Tensor, other: Tensor) -> bool:
     return one.device.type == "meta" or torch.equal(one, other)
 
 
 def _why(model: nn.Module, error: Exception) -> str:
-    text = str(error).strip()
-    lines = [line for line in text.splitlines() if line.strip()]
-    place = next((line.strip() for line in lines if line.strip().startswith("File ")), "")
-    first = " ".join(lines[:3])[:500]
+    text = " ".join(line.strip() for line in str(error).splitlines() if line.strip())
+    first = re.split(r" For more information| \(Size-like symbols| Caused by:", text)[0][:300]
+    place = _line_of(error)
     return (
-        f"model: {type(model).__name__} cannot be exported in {'train' if model.training else 'eval'} mode: "
-        f"{type(error).__name__}: {first}{f' ({place})' if place and place not in first else ''}; torch.export follows "
-        "a forward pass whose Python control flow does not depend on the values of tensors: rewrite that line with "
-        "torch operations (torch.where), or compose a part of the model"
+        f"model: {type(model).__name__} cannot be exported in {'train' if model.training else 'eval'} mode"
+        f"{f', because of {place}' if place else ''}: {type(error).__name__}: {first}; torch.export follows a forward "
+        "pass whose Python control flow does not depend on the values of tensors: rewrite that line with torch "
+        "operations (torch.where), or use moda.mask"
     )
+
+
+def _line_of(error: BaseException | None) -> str:
+    """The innermost line of the user's own code in a traceback, or in that of what caused it."""
+    while error is not None:
+        frames = [
+            frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(_NOT_OWN)
+        ]
+        if frames:
+            return f"{frames[-1].filename}:{frames[-1].lineno} ({(frames[-1].line or '').strip()})"
+        error = error.__cause__ or error.__context__
+    return ""
+
+
+_NOT_OWN = (
+    *(str(Path(module.__file__ or "").parent) for module in (torch, contextlib)),
+    *(str(Path(__file__).parents[1] / part) for part in ("composition", "observation")),
+    "<",
+)
+"""Where code lies that is not the user's: PyTorch, Python's library, this package's taps, generated code."""
 
 
 # ---- scripted submodules are run by their operations -----------------------------------------------------------

@@ -7,6 +7,7 @@ import importlib
 import io
 import json
 import logging
+import re
 import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -20,6 +21,7 @@ from torch import Tensor
 from moda.checks import integer, items, json_value, mapping, text
 from moda.composition.composed import ComposedModel
 from moda.composition.source import to_source
+from moda.composition.structure import flatten
 from moda.files import Format, FormatError, write_bytes
 from moda.inference import device_of, evaluating
 
@@ -42,17 +44,19 @@ TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 2e-2, torc
 """Largest difference of a logit, relative to the largest one, between the model and the file read back, by dtype."""
 
 
-def export(model: ComposedModel, images: Tensor, path: str | Path, provenance: Mapping[str, Any]) -> float:
+def export(
+    model: ComposedModel, images: Tensor, path: str | Path, provenance: Mapping[str, Any] | None = None
+) -> float:
     """Write a composed model to a `.pt2` or `.onnx` file, and check that the file computes the same logits.
 
-    The file takes batches of any size, `images` (N, C, H, W), and gives `logits` (N, len(classes)). It is
-    written whole or not at all.
+    The file takes batches of any size, `images` (N, C, H, W) or what else the model takes, and gives `logits`
+    (N, len(classes)), or all outputs of a model that has several. It is written whole or not at all.
 
     Args:
         model: made by `moda.compose`, of one input; exported as it is in evaluation mode, on the CPU.
         images: (N, ...), N at least 2: inputs to check with, images or tokens.
         path: ends in .pt2 or .onnx.
-        provenance: what `provenance_of` gives.
+        provenance: what `provenance_of` gives; by default what the model knows of itself, the names of its classes too.
 
     Returns:
         The largest difference of a logit between the model and the file read back.
@@ -69,16 +73,22 @@ def export(model: ComposedModel, images: Tensor, path: str | Path, provenance: M
     if device_of(model).type != "cpu":
         model = copy.deepcopy(model).to("cpu")
     images = images.cpu()
+    if provenance is None:
+        names = model.class_names or tuple(map(str, model.classes))
+        provenance = provenance_of(model, list(names), tuple(images.shape[1:]), "", {})
     note = json.dumps(dict(provenance), allow_nan=False)
     example = torch.zeros_like(images[:2])  # .pt2 files keep their example: not an image of somebody's
     with evaluating(model), torch.no_grad():
         with _quiet():
             data = _to_pt2(model, example, note) if path.suffix == ".pt2" else _to_onnx(model, example, note)
-        expected = torch.cat([model(part) for part in _parts(images)])
-    got = (_run_pt2 if path.suffix == ".pt2" else _run_onnx)(data, images).to(expected.dtype)
-    difference = float((got.double() - expected.double()).abs().max())
-    if not difference <= TOLERANCE.get(expected.dtype, 1e-4) * max(1.0, float(expected.double().abs().max())):
-        raise ValueError(f"{path.name}: the exported model's logits differ from the model's by {difference:.3g}")
+        expected = _joined([_tensors(model(part)) for part in _parts(images)])
+    got = (_run_pt2 if path.suffix == ".pt2" else _run_onnx)(data, images)
+    difference = 0.0
+    for one, other in zip(got, expected, strict=True):
+        apart = float((one.double() - other.double()).abs().max())
+        if not apart <= TOLERANCE.get(other.dtype, 1e-4) * max(1.0, float(other.double().abs().max())):
+            raise ValueError(f"{path.name}: the exported model's logits differ from the model's by {apart:.3g}")
+        difference = max(difference, apart)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_bytes(path, data)
     return difference
@@ -170,11 +180,19 @@ def _any_batch() -> dict[str, Any]:
     return {"args": ({0: torch.export.Dim("batch", min=1)},)}
 
 
-def _run_pt2(data: bytes, images: Tensor) -> Tensor:
+def _run_pt2(data: bytes, images: Tensor) -> list[Tensor]:
     loaded = torch.export.load(io.BytesIO(data)).module()
     with torch.no_grad():
-        logits: Tensor = torch.cat([loaded(part) for part in _parts(images)])
-    return logits
+        return _joined([_tensors(loaded(part)) for part in _parts(images)])
+
+
+def _tensors(outputs: Any) -> list[Tensor]:
+    """The tensors among a model's outputs."""
+    return flatten(outputs, "output of the model")[1]
+
+
+def _joined(batches: list[list[Tensor]]) -> list[Tensor]:
+    return [torch.cat(parts) for parts in zip(*batches, strict=True)]
 
 
 def _parts(images: Tensor) -> tuple[Tensor, Tensor]:
@@ -191,7 +209,7 @@ def _to_onnx(model: ComposedModel, images: Tensor, note: str) -> bytes:
         dynamo=True,
         dynamic_shapes=_any_batch(),
         input_names=["images"],
-        output_names=["logits"],
+        output_names=_output_names(model),
         verbose=False,
     )
     if program is None:
@@ -203,10 +221,34 @@ def _to_onnx(model: ComposedModel, images: Tensor, note: str) -> bytes:
     return data
 
 
-def _run_onnx(data: bytes, images: Tensor) -> Tensor:
-    session = _required("onnxruntime").InferenceSession(data, providers=["CPUExecutionProvider"])
-    parts = [session.run(["logits"], {"images": part.numpy()})[0] for part in _parts(images)]
-    return torch.cat([torch.from_numpy(part) for part in parts])
+def _output_names(model: ComposedModel) -> list[str]:
+    """`logits`, or of several outputs their paths."""
+    paths = list(model.routes["eval"].outputs.paths())
+    return ["logits"] if len(paths) == 1 else [re.sub(r"\W+", "_", path).strip("_") or "output" for path in paths]
+
+
+def _run_onnx(data: bytes, images: Tensor) -> list[Tensor]:
+    """Run by onnxruntime; by ONNX's own evaluator where that lacks an operation for the type (float64, bfloat16)."""
+    runtime = _required("onnxruntime")
+    if images.dtype == torch.bfloat16:  # which NumPy, by which onnxruntime is given its inputs, does not have
+        return _evaluated(data, images)
+    try:
+        session = runtime.InferenceSession(data, providers=["CPUExecutionProvider"])
+    except runtime.capi.onnxruntime_pybind11_state.NotImplemented:
+        return _evaluated(data, images)
+    batches = [session.run(None, {"images": part.numpy()}) for part in _parts(images)]
+    return _joined([[torch.from_numpy(value) for value in values] for values in batches])
+
+
+def _evaluated(data: bytes, images: Tensor) -> list[Tensor]:
+    session = _required("onnx.reference").ReferenceEvaluator(_required("onnx").load_model_from_string(data))
+    half = images.dtype == torch.bfloat16
+    arrays = [
+        part.float().numpy().astype(_required("ml_dtypes").bfloat16) if half else part.numpy()
+        for part in _parts(images)
+    ]
+    batches = [session.run(None, {"images": array}) for array in arrays]
+    return _joined([[torch.from_numpy(value.astype("float64")) for value in values] for values in batches])
 
 
 def _required(package: str) -> Any:

@@ -52,7 +52,7 @@ def test_the_plan_costs_what_the_composed_model_costs(make, size):
 
 
 def planned(model, decomposition, example):
-    with observed(model) as taps:
+    with observed(model, decomposition.sites) as taps:
         return PlannedFlops(composer_of(taps, decomposition), example)
 
 
