@@ -68,7 +68,7 @@ class Taps:
         self.known = Known(activations, sites)
         self.neuron_dim = neuron_dim
         self.example: tuple[tuple[Any, ...], dict[str, Any]] | None = None
-        self.key = next(_keys)
+        self.key = f"taps {next(_keys)}"  # a text, which a compiler takes for a constant whatever it has seen before
         _handles[self.key] = self
         self.lasting = True  # whether it is there until `remove`
         self._own = tuple(activations)
@@ -387,7 +387,7 @@ class Taps:
 
 
 _keys = count()
-_handles: weakref.WeakValueDictionary[int, Taps] = weakref.WeakValueDictionary()  # by their keys
+_handles: weakref.WeakValueDictionary[str, Taps] = weakref.WeakValueDictionary()  # by their keys
 
 
 def _observe_again(
@@ -477,7 +477,7 @@ def _described(value: Any) -> Any:
 
 
 @torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]
-def _probe_with_shapes(key: int, positional: tuple[Any, ...], named: tuple[Any, ...]) -> bool:
+def _probe_with_shapes(key: str, positional: tuple[Any, ...], named: tuple[Any, ...]) -> bool:
     taps = _handles[key]
     args = tuple(_made(description) for description in positional)
     kwargs = {name: _made(description) for name, description in named}
