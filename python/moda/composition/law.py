@@ -21,7 +21,7 @@ __all__ = ["check", "in_mode", "untouched"]
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 """Largest difference that rounding explains, relative to the largest output, by dtype."""
 SLACK = 30.0
-"""How much more than the model's own change under the smallest change of its input rounding may add up to."""
+"""How much more than the model's own change under the smallest changes of its activations rounding may add up to."""
 
 
 @contextmanager
@@ -70,7 +70,7 @@ def check(
             got = _tensors(composed(*example.args, **example.kwargs))
             error, allowed = _difference(got, expected)
             if error > allowed:
-                again = _masked(taps, _nudged(example), factors, composed, output)
+                again = _masked(taps, _nudged(example), factors, composed, output, nudging=True)
                 allowed = max(allowed, SLACK * _difference(again, expected)[0])
         if not error <= allowed:
             raise RuntimeError(
@@ -81,11 +81,20 @@ def check(
 
 
 def _masked(
-    taps: Taps, example: Example, factors: Sequence[Tensor], composed: ComposedModel, output: Output
+    taps: Taps,
+    example: Example,
+    factors: Sequence[Tensor],
+    composed: ComposedModel,
+    output: Output,
+    *,
+    nudging: bool = False,
 ) -> list[Tensor]:
+    """The masked model's outputs; with `nudging` every activation is changed by about its rounding, too."""
+
     def masked(index: int, activation: Tensor) -> Tensor:
         factor = factors[index].to(device=activation.device, dtype=activation.dtype)
-        return activation * factor.view([-1] + [1] * (activation.dim() - 2))
+        kept = activation * factor.view([-1] + [1] * (activation.dim() - 2))
+        return _nudge(kept) if nudging else kept
 
     with untouched(taps.model), taps.replacing(masked):
         value = taps.model(*example.args, **example.kwargs)
@@ -116,12 +125,13 @@ def _difference(got: Sequence[Tensor], expected: Sequence[Tensor]) -> tuple[floa
 def _nudged(example: Example) -> Example:
     """With every number changed by about its rounding."""
 
-    def nudged(value: Any) -> Any:
-        if not isinstance(value, Tensor) or not value.is_floating_point():
-            return value
-        return value * (1 + torch.finfo(value.dtype).eps * (torch.randint_like(value, 2) * 2 - 1))
+    return Example(*torch.utils._pytree.tree_map(_nudge, (example.args, dict(example.kwargs))))
 
-    return Example(*torch.utils._pytree.tree_map(nudged, (example.args, dict(example.kwargs))))
+
+def _nudge(value: Any) -> Any:
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        return value
+    return value * (1 + torch.finfo(value.dtype).eps * (torch.randint_like(value, 2) * 2 - 1))
 
 
 def is_random(graph: fx.Graph) -> bool:
