@@ -20,6 +20,7 @@ Modules:
     export          a composed model as a torch.export or ONNX file
     runs            the settings and the folder of a training run
     training        the training loop on Lightning (needs the extra `train`)
+    hf              a callback for Hugging Face's Trainer (needs transformers)
     study           reuse, replacement, sweeps and analysis over trained runs
     report, demo    pages of figures, and the demonstration (need the extra `train`)
     bench           the benchmarks of this machine
@@ -35,7 +36,7 @@ from typing import TYPE_CHECKING, Any
 from moda.lazy import submodules
 
 if TYPE_CHECKING:
-    from moda import bench, data, demo, methods, models, report, runs, study, training
+    from moda import bench, data, demo, hf, methods, models, report, runs, study, training
     from moda.composition import export, measure
     from moda.composition.compose import compose
     from moda.composition.files import load_composed, save_composed
@@ -71,6 +72,7 @@ __all__ = [
     "decompose",
     "demo",
     "export",
+    "hf",
     "load_composed",
     "mask",
     "measure",

@@ -18,7 +18,7 @@ PACKAGES = {"moda": ROOT / "python" / "moda", "moda_kernels": ROOT / "moda_kerne
 # A room may import from itself and from the rooms before it. The files that lie in python/moda itself come first; the
 # package's own __init__ and __main__ see everything, and nothing may import them.
 ROOMS = (
-    "ground", "models", "data", "observation", "decomposition", "composition", "methods", "runs", "training", "study", "report",
+    "ground", "models", "data", "observation", "decomposition", "composition", "methods", "runs", "training", "hf", "study", "report",
     "demo", "bench", "cli", "top",
 )  # fmt: skip
 TOP = frozenset({"moda", "moda.__main__"})
@@ -31,7 +31,7 @@ OPTIONAL = frozenset(
     }
 )  # fmt: skip
 # And rooms of ours that import one at their top.
-NEED_EXTRAS = ("moda.training", "moda.report", "moda.demo", "moda_kernels.triton_kernels")
+NEED_EXTRAS = ("moda.training", "moda.hf", "moda.report", "moda.demo", "moda_kernels.triton_kernels")
 
 
 @dataclass(frozen=True)

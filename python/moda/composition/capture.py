@@ -26,8 +26,8 @@ from torch import Tensor, fx, nn
 
 from moda.composition.conditions import is_readable
 from moda.composition.functional import make_functional
-from moda.composition.structure import Structure, flatten
 from moda.composition.values import is_free, shape_of
+from moda.structure import Structure, flatten
 
 __all__ = ["CaptureError", "Captured", "Example", "capture"]
 

@@ -16,9 +16,9 @@ from torch import nn
 from moda.composition.composed import ComposedModel
 from moda.composition.composer import Plan, composer_of
 from moda.composition.observed import observed
-from moda.composition.outputs import Output
 from moda.decomposition.container import Decomposition, check_classes
 from moda.observation.taps import Taps
+from moda.outputs import Output
 
 __all__ = ["ComposedModel", "compose", "plan"]
 

@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from moda.composition.conditions import holds
 from moda.composition.graphs import code_of, compiled, describe, restore
 from moda.composition.report import Layer, table
-from moda.composition.structure import Structure, flatten
+from moda.structure import Structure, flatten
 
 __all__ = ["ComposedModel", "Facts", "Route"]
 

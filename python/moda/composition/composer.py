@@ -19,7 +19,6 @@ from moda.composition.composed import ComposedModel, Facts, Route, parameters_of
 from moda.composition.kept import Kept
 from moda.composition.law import check, in_mode, untouched
 from moda.composition.observed import check_taps, example_of, names_every_tap
-from moda.composition.outputs import Output, logit_places
 from moda.composition.planning import GraphPlan, Pick, merged, output_of
 from moda.composition.reader import Reader
 from moda.composition.report import Layer
@@ -28,6 +27,7 @@ from moda.composition.values import Bools, Grid, shape_of
 from moda.decomposition.container import Decomposition, check_classes
 from moda.inference import device_of
 from moda.observation.taps import Taps
+from moda.outputs import Output, logit_places
 
 __all__ = ["Composer", "Plan", "composer_of"]
 

@@ -21,9 +21,9 @@ from torch import Tensor
 from moda.checks import integer, items, json_value, mapping, text
 from moda.composition.composed import ComposedModel
 from moda.composition.source import to_source
-from moda.composition.structure import flatten
 from moda.files import Format, FormatError, write_bytes
 from moda.inference import device_of, evaluating
+from moda.structure import flatten
 
 __all__ = ["FORMATS", "export", "provenance_of", "read_provenance", "to_source"]
 

@@ -16,10 +16,10 @@ from moda.checks import digest, flag, integer, items, json_value, mapping, one_o
 from moda.composition.composed import ComposedModel, Facts, Route, parameters_of
 from moda.composition.graphs import describe, module_of, module_settings, restore
 from moda.composition.report import Layer
-from moda.composition.structure import Structure
 from moda.decomposition.container import check_classes
 from moda.decomposition.files import check_num_classes, check_sites, described_sites
 from moda.files import Format, FormatError, check_own_folder, check_tensors, format_errors, read_tensors, write_tensors
+from moda.structure import Structure
 
 __all__ = ["load_composed", "save_composed"]
 

@@ -12,9 +12,9 @@ from torch import Tensor, fx, nn
 from moda.composition.capture import Example
 from moda.composition.composed import ComposedModel
 from moda.composition.movers import argument, packet_of
-from moda.composition.outputs import Output, pick
-from moda.composition.structure import flatten
 from moda.observation.taps import Taps
+from moda.outputs import Output, pick
+from moda.structure import flatten
 
 __all__ = ["check", "in_mode", "untouched"]
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from moda.composition.observed import check_taps, names_every_tap, observed
-from moda.composition.outputs import Output, pick
 from moda.decomposition.container import Decomposition, check_classes
 from moda.observation.taps import Taps
+from moda.outputs import Output, pick
 
 __all__ = ["MaskedModel", "mask"]
 

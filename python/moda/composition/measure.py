@@ -15,9 +15,11 @@ from moda.composition.compose import plan
 from moda.composition.composer import Composer, Plan, composer_of
 from moda.composition.kept import Kept
 from moda.composition.observed import observed
+from moda.data.unpacking import Inputs, Unpack, unpacked
 from moda.decomposition.container import Decomposition, check_classes
 from moda.inference import device_of, evaluating
 from moda.observation.taps import Taps
+from moda.outputs import Output, logits_of
 
 __all__ = ["accuracy", "flops", "mean_over_pairs", "module_sizes", "overlap", "overlap_matrix", "plan_size", "size"]
 
@@ -197,7 +199,14 @@ def flops(model: nn.Module, example_input: Tensor) -> int:
     return int(counter.get_total_flops())
 
 
-def accuracy(model: nn.Module, loader: Iterable[Any], classes: Sequence[int] | None = None) -> float:
+def accuracy(
+    model: nn.Module,
+    loader: Iterable[Any],
+    classes: Sequence[int] | None = None,
+    *,
+    unpack: Unpack | None = None,
+    output: Output = None,
+) -> float:
     """Share of samples whose highest logit is that of their class, in [0, 1], in evaluation mode.
 
     With `classes`, samples of other classes are left out, and only the logits of these classes compete. Which
@@ -207,10 +216,13 @@ def accuracy(model: nn.Module, loader: Iterable[Any], classes: Sequence[int] | N
 
     Args:
         model: gives logits (N, K); every submodule's train/eval mode is put back afterwards.
-        loader: gives batches whose first two items are inputs and labels (class indices, (N,)).
+        loader: gives batches of inputs and labels (class indices, (N,)), in any form that `count_firings` takes.
         classes: class indices; by default all that the model gives.
+        unpack: how to take a batch apart; see `count_firings`.
+        output: which of several outputs are the logits, by key or place; by default the one called "logits".
 
     Raises:
+        TypeError: a batch or what the model puts out is not as above.
         ValueError: no class, one twice, or one that the model has no logit for; or no sample of the classes.
 
     Example:
@@ -227,9 +239,10 @@ def accuracy(model: nn.Module, loader: Iterable[Any], classes: Sequence[int] | N
     score = torch.zeros(2, dtype=torch.int64, device=device)  # right, all; read once, after the last batch
     with evaluating(model), torch.no_grad():
         for batch in loader:
-            inputs, labels = _of_classes(batch[0], batch[1], chosen)
+            inputs, labels = _of_classes(*unpacked(batch, unpack), chosen)
             if len(labels):
-                score += _score(model, inputs.to(device), labels.to(device), chosen)
+                logits = logits_of(inputs.to(device).into(model), output=output)
+                score += _score(model, logits, labels.to(device), chosen)
     right, total = score.tolist()
     if total == 0:
         raise ValueError(f"loader: expected samples of the classes {chosen or 'of the model'}, got none")
@@ -245,17 +258,19 @@ def _checked(classes: Sequence[int], known: Sequence[int] | None) -> list[int]:
     return chosen
 
 
-def _of_classes(inputs: Tensor, labels: Tensor, classes: list[int] | None) -> tuple[Tensor, Tensor]:
+def _of_classes(inputs: Inputs, labels: Tensor, classes: list[int] | None) -> tuple[Inputs, Tensor]:
     """The samples of these classes, where picking them costs no synchronisation; `_score` leaves out the others."""
-    if classes is None or labels.device.type != "cpu" or inputs.device.type != "cpu":
+    if classes is None or labels.device.type != "cpu" or len(inputs.args) != 1 or inputs.kwargs:
+        return inputs, labels
+    images = inputs.args[0]
+    if not isinstance(images, Tensor) or images.device.type != "cpu":
         return inputs, labels
     members = torch.isin(labels, torch.tensor(classes))
-    return inputs[members], labels[members]
+    return Inputs((images[members],), {}), labels[members]
 
 
-def _score(model: nn.Module, inputs: Tensor, labels: Tensor, classes: list[int] | None) -> Tensor:
+def _score(model: nn.Module, logits: Tensor, labels: Tensor, classes: list[int] | None) -> Tensor:
     """(2,): right answers, and samples of the classes."""
-    logits = model(inputs)
     if classes is None:
         return torch.stack([(logits.argmax(1) == labels).sum(), labels.new_tensor(len(labels))])
     columns = _columns(classes, getattr(model, "classes", None), logits.shape[1])

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from moda.composition.composed import ComposedModel, Route, parameters_of
 from moda.composition.graphs import code_of
-from moda.composition.structure import Structure
 from moda.files import write_bytes, write_tensors
+from moda.structure import Structure
 
 __all__ = ["to_source"]
 

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from moda.data.unpacking import Inputs, Unpack
 from moda.decomposition.passes import batches, check_any, names_over
 from moda.decomposition.scores import Attributions
-from moda.decomposition.targets import Target, check_logits, evaluated, named
+from moda.decomposition.targets import Target, evaluated, named
 from moda.inference import device_of, evaluating
 from moda.observation.taps import Taps, observing
+from moda.outputs import Output, logits_of
 from moda_kernels import AttributionSums
 from moda_kernels.validation import check_label_range
 
@@ -30,6 +31,7 @@ def attribute(
     *,
     target: str | Target = "margin",
     unpack: Unpack | None = None,
+    output: Output = None,
     backend: str = "auto",
     group: Group | None = None,
     progress: bool = True,
@@ -52,13 +54,15 @@ def attribute(
         target: what is attributed: "margin" (the logit of the sample's class minus the mean of the others), "logit",
             "cross_entropy", or a function of logits (N, K) and labels (N,) that gives (N,).
         unpack: how to take a batch apart; see `count_firings`.
+        output: which of several outputs are the logits, by key or place; by default the one called "logits", or the
+            first of K columns.
         backend: see `moda_kernels.backends`.
         group: a process group, or "world" for the default one, whose ranks each bring a part of the data: every rank
             gets the attributions of all of it. A rank may have no batch.
         progress: show a progress bar on standard error, if that is a terminal.
 
     Raises:
-        TypeError: a batch or the target is not as above.
+        TypeError: a batch, the target or what the model puts out is not as above.
         ValueError: the loader gives no batch, labels are outside [0, num_classes), the model gives other logits, or
             the target does not depend on any tap.
     """
@@ -70,7 +74,7 @@ def attribute(
             for inputs, labels, own in batches(loader, "Attributing", progress, unpack):
                 check_label_range(labels[:own], num_classes)
                 counted = labels[:own].to(device).long()
-                logits = check_logits(gradients.forward(taps, inputs.to(device), counted), num_classes)
+                logits = logits_of(gradients.forward(taps, inputs.to(device), counted), num_classes, output)
                 if own:
                     evaluated(function, logits[:own], counted).sum().backward()
         totals = gradients.together(taps, group)

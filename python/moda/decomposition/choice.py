@@ -21,9 +21,9 @@ from moda.decomposition.budget import masks_from_scores
 from moda.decomposition.passes import batches
 from moda.decomposition.scores import NeuronScores
 from moda.decomposition.settings import check_fraction
-from moda.decomposition.targets import check_logits
 from moda.inference import device_of, evaluating
 from moda.observation.taps import Taps, observing
+from moda.outputs import Output, logits_of
 from moda_kernels.validation import check_label_range
 
 CANDIDATES = (0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.15, 0.2, 0.3)
@@ -91,6 +91,7 @@ def choose_epsilon(
     tolerance: float = 0.5,
     candidates: Sequence[float] = CANDIDATES,
     unpack: Unpack | None = None,
+    output: Output = None,
     progress: bool = True,
 ) -> EpsilonChoice:
     """The largest epsilon whose modules lose at most `tolerance` on pairs of classes, and the curve.
@@ -106,6 +107,7 @@ def choose_epsilon(
         tolerance: percentage points, at least 0.
         candidates: epsilons in [0, 1], at least one.
         unpack: how to take a batch apart; see `count_firings`.
+        output: which of several outputs are the logits; see `attribute`.
         progress: show a progress bar and print the curve, on standard error.
 
     Raises:
@@ -122,7 +124,7 @@ def choose_epsilon(
     epsilons = sorted(set(map(float, candidates)))
     with observing(model) as taps, evaluating(taps.model), torch.no_grad():
         device = device_of(taps.model)
-        pairs = _Pairs(scores, epsilons, device)
+        pairs = _Pairs(scores, epsilons, device, output)
         for inputs, labels, _ in batches(loader, "Choosing epsilon", progress, unpack):
             check_label_range(labels, scores.num_classes)
             pairs.add(taps, inputs.to(device), labels.to(device).long())
@@ -138,8 +140,9 @@ def choose_epsilon(
 class _Pairs:
     """Right answers of the whole model and of the masked models, for every pair of classes."""
 
-    def __init__(self, scores: NeuronScores, epsilons: Sequence[float], device: torch.device) -> None:
+    def __init__(self, scores: NeuronScores, epsilons: Sequence[float], device: torch.device, output: Output) -> None:
         self._epsilons = epsilons
+        self._output = output
         self._classes = classes = scores.num_classes
         self._taps = scores.taps
         self._masks = [_to(masks_from_scores(scores, value), device) for value in epsilons]
@@ -149,7 +152,7 @@ class _Pairs:
 
     def add(self, taps: Taps, inputs: Inputs, labels: Tensor) -> None:
         """Run a batch as the whole model, and with every sample masked for each of its pairs."""
-        whole = check_logits(inputs.into(taps.model), self._classes)
+        whole = self._logits(taps, inputs)
         if taps.names != self._taps:
             raise ValueError(f"scores: expected the taps of the model {taps.names}, got {self._taps}")
         for shift in partners(self._classes):
@@ -159,7 +162,10 @@ class _Pairs:
             for number, masks in enumerate(self._masks, 1):
                 kept = [mask[labels] | mask[others] for mask in masks]
                 with taps.replacing(partial(_masked, kept)):
-                    self._score(number, inputs.into(taps.model), labels, others)
+                    self._score(number, self._logits(taps, inputs), labels, others)
+
+    def _logits(self, taps: Taps, inputs: Inputs) -> Tensor:
+        return logits_of(inputs.into(taps.model), self._classes, self._output)
 
     def _score(self, number: int, logits: Tensor, labels: Tensor, others: Tensor) -> None:
         own, other = (logits.gather(1, of[:, None])[:, 0] for of in (labels, others))

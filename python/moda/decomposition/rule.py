@@ -21,6 +21,7 @@ from moda.decomposition.rates import FiringRates
 from moda.decomposition.scores import NeuronScores
 from moda.decomposition.settings import BudgetRule, FiringRule
 from moda.observation.taps import Taps
+from moda.outputs import Output
 
 
 def masks_from_rates(
@@ -80,6 +81,7 @@ def decompose(
     loader: Iterable[Any] | None = None,
     tolerance: float | None = None,
     unpack: Unpack | None = None,
+    output: Output = None,
     allow_empty_classes: bool = False,
     progress: bool = True,
 ) -> Decomposition:
@@ -101,6 +103,7 @@ def decompose(
         loader: with epsilon="auto": batches of training data that are kept apart for this; never test data.
         tolerance: with epsilon="auto": percentage points, 0.5 unless given.
         unpack: with epsilon="auto": see `count_firings`.
+        output: with epsilon="auto": which of several outputs are the logits; see `attribute`.
         allow_empty_classes: give classes without samples a module all the same: with scores of 0 everywhere it is an
             arbitrary one (the published code's behaviour).
         progress: with epsilon="auto": show a progress bar and print the curve, on standard error.
@@ -113,9 +116,15 @@ def decompose(
         UserWarning: a whole layer has no score for a class, so that the neuron kept there is an arbitrary one; or, with
             firing rates, classes keep nearly all neurons.
     """
+    for_auto: dict[str, Any] = {
+        "model": model,
+        "loader": loader,
+        "tolerance": tolerance,
+        "unpack": unpack,
+        "output": output,
+    }
     if isinstance(scores, FiringRates):
-        given = {"epsilon": epsilon, "model": model, "loader": loader, "tolerance": tolerance, "unpack": unpack}
-        _check_unused(given, "attributions or activation shares", "firing rates")
+        _check_unused({"epsilon": epsilon, **for_auto}, "attributions or activation shares", "firing rates")
         _check_seen(scores, allow_empty_classes)
         return _by_threshold(scores, _or(threshold, FiringRule.threshold), _or(min_fraction, FiringRule.min_fraction))
     if not isinstance(scores, NeuronScores):
@@ -126,13 +135,14 @@ def decompose(
     _check_unused({"threshold": threshold, "min_fraction": min_fraction}, "firing rates", scores.noun)
     _check_seen(scores, allow_empty_classes)
     if epsilon != "auto":
-        given = {"model": model, "loader": loader, "tolerance": tolerance, "unpack": unpack}
-        _check_unused(given, 'epsilon="auto"', f"epsilon={epsilon}")
+        _check_unused(for_auto, 'epsilon="auto"', f"epsilon={epsilon}")
         return _by_budget(scores, _or(epsilon, 0.05))
     if model is None or loader is None:
         missing = "model" if model is None else "loader"
         raise TypeError(f'{missing}: expected the {_NEEDED[missing]} with epsilon="auto", got none')
-    choice = choose_epsilon(scores, model, loader, tolerance=_or(tolerance, 0.5), unpack=unpack, progress=progress)
+    choice = choose_epsilon(
+        scores, model, loader, tolerance=_or(tolerance, 0.5), unpack=unpack, output=output, progress=progress
+    )
     return _by_budget(scores, choice.epsilon, choice.to_dict())
 
 

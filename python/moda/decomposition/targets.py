@@ -65,19 +65,3 @@ def evaluated(target: Target, logits: Tensor, labels: Tensor) -> Tensor:
     if not values.requires_grad:
         raise ValueError("target: expected a function of the logits, got values that do not depend on any tap")
     return values
-
-
-def check_logits(logits: Tensor, num_classes: int) -> Tensor:
-    """(N, num_classes) logits.
-
-    Raises:
-        TypeError, ValueError: they are not.
-    """
-    if not isinstance(logits, Tensor):
-        raise TypeError(f"model: expected logits (N, {num_classes}) as its output, got {type(logits).__name__}")
-    if logits.dim() != 2 or logits.shape[1] != num_classes:
-        raise ValueError(
-            f"model: expected logits (N, {num_classes}) as its output, of num_classes={num_classes}, "
-            f"got shape {tuple(logits.shape)}"
-        )
-    return logits

@@ -48,6 +48,8 @@ class Root(Part):
         try:
             output = run.conduct(partial(self._within, module, call, args, kwargs))
             run.finish(output)
+            if taps._after is not None and run.record is not None:
+                output = taps._after(args, kwargs, output)
             return output
         except BaseException:
             if run.record is not None:

@@ -25,6 +25,7 @@ class Handle(Protocol):
     neuron_dim: int | Mapping[str, int] | None
     _run: Any  # the forward pass that is on its way, a `Run`; None between passes
     _mode: Any  # a `FunctionMode`
+    _after: Any  # an `After`
 
     def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Begin a forward pass; gives its `Run`, or None where nothing is to be seen."""

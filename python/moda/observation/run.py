@@ -24,6 +24,7 @@ from moda_kernels.pooling import mark_pooled
 
 Receiver: TypeAlias = "Callable[[int, Tensor], None]"  # of an activation's place in execution order, and the activation
 Function: TypeAlias = "Callable[[int, Tensor], Tensor]"  # what it gives takes the activation's place in the model
+After: TypeAlias = "Callable[[tuple[Any, ...], dict[str, Any], Any], Any]"  # gives what a forward pass puts out
 Call: TypeAlias = "Callable[..., Any]"
 
 NEVER = float("inf")

@@ -39,7 +39,7 @@ from moda.observation.own import look_at, look_away
 from moda.observation.plan import Plan
 from moda.observation.probe import Probe, tensors_of
 from moda.observation.record import Record, inside_backward
-from moda.observation.run import FUSED_FROM_BYTES, NEVER, Function, FunctionMode, Receiver, Run
+from moda.observation.run import FUSED_FROM_BYTES, NEVER, After, Function, FunctionMode, Receiver, Run
 
 Route = Literal["grouped", "fused", "auto"]
 
@@ -82,6 +82,7 @@ class Taps:
         self._receiver: Receiver | None = None
         self._function: Function | None = None
         self._marking = False
+        self._after: After | None = None
         self._overwriting = False
         self._paused: list[tuple[nn.Module, Part]] = []
         self._attached: dict[int, weakref.ref[nn.Module]] = {}  # by id: classes may say that all modules are equal
@@ -220,6 +221,19 @@ class Taps:
             yield
         finally:
             self._record.adding = outer
+
+    def after_recording(self, function: After | None) -> None:
+        """Let `function(args, kwargs, output)` give what a recorded forward pass puts out.
+
+        It runs when the forward pass is over, so that it may call `activations()`: a loss can be added there to one
+        that the model puts out itself. None ends it.
+
+        Raises:
+            TypeError: `function` cannot be called.
+        """
+        if function is not None and not callable(function):
+            raise TypeError(f"function: expected one of (args, kwargs, output), got {type(function).__name__}")
+        self._after = function
 
     # ---- the end ---
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from moda.composition.structure import Structure, flatten
+from moda.structure import Structure, flatten
 
-__all__ = ["Output", "logit_places", "pick"]
+__all__ = ["Output", "logit_places", "logits_of", "pick"]
 
 Output = str | int | Iterable["str | int"] | None
 """A key or place of an output, several of them, or None for what the model's outputs say themselves."""
@@ -47,14 +47,19 @@ def _named(paths: Sequence[str], fitting: Sequence[int], num_classes: int, outpu
     names = [output] if isinstance(output, str | int) else list(output)
     found = []
     for name in names:
-        ends = (f"[{name!r}]", f".{name}")
-        places = [place for place, path in enumerate(paths) if path.startswith(ends) or path == name]
-        if not places:
-            raise ValueError(f"output: expected one of {paths}, got {name!r}")
+        places = _places(paths, name)
         if not set(places) & set(fitting):
             raise ValueError(f"output: expected logits (N, {num_classes}), but {name!r} has another shape")
         found += [place for place in places if place in fitting]
     return found
+
+
+def _places(paths: Sequence[str], name: str | int) -> list[int]:
+    ends = (f"[{name!r}]", f".{name}")
+    places = [place for place, path in enumerate(paths) if path.startswith(ends) or path == name]
+    if not places:
+        raise ValueError(f"output: expected one of {paths}, got {name!r}")
+    return places
 
 
 def pick(value: Any, classes: Sequence[int], num_classes: int, output: Output = None) -> Any:
@@ -65,3 +70,42 @@ def pick(value: Any, classes: Sequence[int], num_classes: int, output: Output = 
     for place in places:
         picked[place] = tensors[place].index_select(1, torch.tensor(classes, device=tensors[place].device))
     return structure.rebuild(iter(picked))
+
+
+def logits_of(value: Any, num_classes: int | None = None, output: Output = None) -> Tensor:
+    """The logits `(N, K)` among what a model puts out; the first of several heads.
+
+    Args:
+        value: a tensor, or tensors in a tuple, list, dict or data class.
+        num_classes: K; None if it is not known: then the logits are the only tensor, or those called `logits`.
+        output: which of them, by key or place.
+
+    Raises:
+        TypeError: what is put out is nothing of that.
+        ValueError: none of it is logits, `output` names none, or they are not `(N, num_classes)`.
+    """
+    held = None if output is not None else value if isinstance(value, Tensor) else _called_logits(value)
+    logits = held if isinstance(held, Tensor) else _looked_up(value, num_classes, output)
+    if logits.dim() != 2 or logits.shape[1] != (num_classes or logits.shape[1]):
+        raise ValueError(
+            f"model: expected logits (N, {num_classes or 'K'}) as its output, "
+            f"{'' if num_classes is None else f'of num_classes={num_classes}, '}got shape {tuple(logits.shape)}"
+        )
+    return logits
+
+
+def _looked_up(value: Any, num_classes: int | None, output: Output) -> Tensor:
+    structure, tensors = flatten(value, "output of the model")
+    paths = list(structure.paths())
+    if num_classes is not None:
+        return tensors[logit_places(structure, [tuple(x.shape) for x in tensors], num_classes, output)[0]]
+    if output is not None:
+        first = output if isinstance(output, str | int) else next(iter(output))
+        return tensors[_places(paths, first)[0]]
+    if len(tensors) != 1:
+        raise ValueError(f"model: expected one tensor, or one called logits, as its output, got {paths}")
+    return tensors[0]
+
+
+def _called_logits(value: Any) -> Any:
+    return value.get("logits") if isinstance(value, Mapping) else getattr(value, "logits", None)
