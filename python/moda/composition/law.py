@@ -124,7 +124,6 @@ def _difference(got: Sequence[Tensor], expected: Sequence[Tensor]) -> tuple[floa
 
 def _nudged(example: Example) -> Example:
     """With every number changed by about its rounding."""
-
     return Example(*torch.utils._pytree.tree_map(_nudge, (example.args, dict(example.kwargs))))
 
 
