@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import gc
+import re
 import weakref
 
 import pytest
@@ -307,10 +308,11 @@ def residual() -> nn.Module:
 
 
 @functools.cache
-def residual_and_image() -> tuple[nn.Module, Tensor]:
-    """One observed model for all examples: its graphs are read once."""
+def residual_and_image(mode: bool = False) -> tuple[nn.Module, Tensor]:
+    """One observed model for all tests that only look at it: its graphs are read once."""
     torch.manual_seed(0)
-    return watched(residual()), image(2, 3, 8, 8)
+    x = image(2, 3, 8, 8)
+    return watched(residual().train(mode), x), x
 
 
 @settings(max_examples=25, deadline=None)
@@ -465,12 +467,13 @@ def test_linear_in_first_layer_of_a_convolution_sees_every_position():
 
 
 def composed_residual(mode: bool = False) -> tuple[nn.Module, ComposedModel]:
-    model = watched(residual().train(mode))
-    return model, compose(model, random_modules(widths(model, image(2, 3, 8, 8)), 4, 0.5), [2, 0])
+    model, x = residual_and_image(mode)
+    return model, compose(model, random_modules(widths(model, x), 4, 0.5), [2, 0])
 
 
 def test_it_holds_copies_and_lets_the_model_go():
-    model, composed = composed_residual()
+    model = watched(residual(), image(2, 3, 8, 8))
+    composed = compose(model, random_modules(widths(model, image(2, 3, 8, 8)), 4, 0.5), [2, 0])
     storages = {tensor.untyped_storage().data_ptr() for tensor in model.state_dict().values()}
     assert not storages & {tensor.untyped_storage().data_ptr() for tensor in composed.state_dict().values()}
     assert all(t.untyped_storage().nbytes() == t.numel() * t.element_size() for t in composed.state_dict().values())
@@ -671,6 +674,65 @@ def test_decomposition_of_other_sizes():
         compose(model, Decomposition({"1": torch.ones(3, 5, dtype=torch.bool)}), [0])
     with pytest.raises(ValueError, match="decomposition: has 2 classes, but the model puts out 3 logits"):
         compose(model, Decomposition({"1": torch.ones(2, 4, dtype=torch.bool)}), [0])
+
+
+class Deciding(nn.Sequential):
+    def forward(self, x: Tensor) -> Tensor:
+        x = self[1](self[0](x))
+        if x.sum() > 0:
+            x = x * 2
+        return self[2](x)
+
+
+class Counting(nn.Sequential):
+    def forward(self, x: Tensor) -> Tensor:
+        return self[2](self[1](self[0](x))) * float(x.abs().max().item())
+
+
+@pytest.mark.parametrize(("kind", "line"), [(Deciding, "if x.sum() > 0:"), (Counting, "return self[2]")])
+def test_a_model_that_cannot_be_exported_is_told_its_line(kind, line):
+    model = kind(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 3))
+    decomposition = Decomposition({"1": torch.ones(3, 4, dtype=torch.bool)})
+    place = rf"test_compose\.py:\d+ \({re.escape(line)}.*\)"
+    with pytest.raises(
+        ValueError, match=rf"model: {kind.__name__} cannot be exported in eval mode, because of .*{place}"
+    ):
+        compose(model, decomposition, [0], example=torch.randn(2, 3))
+
+
+class Lengths(nn.Sequential):
+    """Asks for the number of samples in ways that a graph can follow."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self[1](self[0](x)).view(len(x), -1)
+        return self[2](x) + torch.zeros(x.shape[0], 1).expand(len(x), 3)
+
+
+def test_the_number_of_samples_stays_free():
+    model, decomposition = Lengths(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 3)), tiny()[1]
+    composed = compose(model, decomposition, [2, 0], example=torch.randn(2, 3))
+    for samples in (1, 2, 5):
+        x = torch.randn(samples, 3)
+        torch.testing.assert_close(composed(x), mask(model, decomposition, [2, 0])(x))
+
+
+def test_a_size_that_is_asked_for_as_a_number_is_fixed():
+    class Fixed(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            return self[2](self[1](self[0](x)).view(int(x.shape[0]), 4))
+
+    composed = compose(Fixed(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 3)), tiny()[1], [0], example=torch.randn(2, 3))
+    assert composed(torch.randn(2, 3)).shape == (2, 1)
+    with pytest.raises(ValueError, match=r"input 0: expected shape \(2, 3\), got \(5, 3\)"):
+        composed(torch.randn(5, 3))
+
+
+def test_little_that_goes_is_warned_of():
+    model = nn.Sequential(nn.Linear(30, 90), nn.ReLU(), nn.Linear(90, 3))
+    decomposition = Decomposition({"1": (torch.arange(90) > 1).repeat(3, 1)})
+    with pytest.warns(UserWarning, match=r"compose: 9[5-9]\.\d% of the parameters are left; composed.report\(\) says"):
+        composed = compose(model, decomposition, [0, 1, 2], example=torch.randn(2, 30))
+    assert re.search(r"^0 +88 of 90 +2728 of 2790", composed.report(), re.MULTILINE)
 
 
 def test_model_with_several_outputs():

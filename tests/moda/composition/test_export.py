@@ -6,6 +6,7 @@ import zipfile
 
 import pytest
 import torch
+from torch import nn
 
 import moda
 from moda.composition import export as exporting
@@ -100,3 +101,38 @@ def test_files_of_others_have_no_provenance(tmp_path):
         archive.writestr("archive/version", "1")
     with pytest.raises(FormatError, match="was not written by moda export: it has no moda-export entry"):
         read_provenance(tmp_path / "zip.pt2")
+
+
+class Tokens(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.hidden, self.head = nn.Embedding(50, 8), nn.Linear(8, 12), nn.Linear(12, 4)
+
+    def forward(self, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
+        x = self.embedding(tokens)
+        return {"embedded": x, "logits": self.head(torch.relu(self.hidden(x)).mean(1))}
+
+
+@pytest.mark.parametrize("suffix", [".pt2", ".onnx"])
+def test_tokens_and_several_outputs(tmp_path, suffix):
+    for package in ("onnx", "onnxruntime", "onnxscript"):
+        pytest.importorskip(package)
+    modules = moda.Decomposition({"relu": torch.arange(48).view(4, 12) % 3 > 0}, metadata={"class_names": list("abcd")})
+    tokens = torch.randint(50, (5, 7))
+    composed = moda.compose(Tokens(), modules, [2, 0], example=tokens[:2])
+    assert export(composed, tokens, tmp_path / f"m{suffix}") < 1e-5
+    assert read_provenance(tmp_path / f"m{suffix}")["class_names"] == ["c", "a"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("suffix", [".pt2", ".onnx"])
+def test_other_types(tmp_path, suffix, dtype):
+    for package in ("onnx", "onnxruntime", "onnxscript"):
+        pytest.importorskip(package)
+    layers = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(72, 4)
+    model, images = nn.Sequential(*layers).to(dtype), torch.randn(5, 3, 8, 8).to(dtype)
+    composed = moda.compose(
+        model, moda.Decomposition({"2": torch.arange(32).view(4, 8) % 3 > 0}), [2, 0], example=images[:2]
+    )
+    export(composed, images, tmp_path / f"m{suffix}")
+    assert composed.training  # as it was
