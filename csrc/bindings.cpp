@@ -24,6 +24,8 @@ using moda::FiringBatch;
 using moda::FiringLayer;
 using moda::Layer;
 using moda::Layout;
+using moda::NormBackward;
+using moda::NormForward;
 using moda::SegmentsView;
 using moda::StatisticsBatch;
 using moda::StatisticsLayer;
@@ -128,6 +130,23 @@ SegmentsView segments_of(const Integers& f) {
   return {address<const std::int64_t>(f[0]), address<const std::int64_t>(f[1]), address<const std::int64_t>(f[2]), f[3], f[4], f[5]};
 }
 
+// Fields: those of a Layer, residual, weight, bias, running_mean, running_var, saved, of_batch.
+NormForward norm_forward_of(const Integers& f, double momentum, double eps) {
+  if (f.size() != kLayerFields + 7) throw std::invalid_argument("norm: fields are missing");
+  const auto rest = f.begin() + kLayerFields;
+  return {layer_of(f.begin()),    address<const void>(rest[0]), address<const void>(rest[1]), address<const void>(rest[2]),
+          address<void>(rest[3]), address<void>(rest[4]),       address<void>(rest[5]),       momentum,
+          eps,                    rest[6] != 0};
+}
+
+// Fields: those of a Layer, dy, y, dresidual, saved, parameters, of_batch.
+NormBackward norm_backward_of(const Integers& f) {
+  if (f.size() != kLayerFields + 6) throw std::invalid_argument("norm: fields are missing");
+  const auto rest = f.begin() + kLayerFields;
+  return {layer_of(f.begin()),          address<const void>(rest[0]), address<const void>(rest[1]), address<void>(rest[2]),
+          address<const void>(rest[3]), address<void>(rest[4]),       rest[5] != 0};
+}
+
 py::dict build_info() {
   py::dict info;
   info["version"] = MODA_VERSION;
@@ -168,6 +187,18 @@ void relu_pool_backward(const Integers& fields, std::int64_t upstream, int threa
   const auto layers = layers_of(fields);
   py::gil_scoped_release release;
   kernels->relu_pool_backward(layers.at(0), address<const void>(upstream), threads);
+}
+
+void norm_relu_pool_forward(const Integers& fields, double momentum, double eps, int threads) {
+  const NormForward norm = norm_forward_of(fields, momentum, eps);
+  py::gil_scoped_release release;
+  kernels->norm_relu_pool_forward(norm, threads);
+}
+
+void norm_relu_pool_backward(const Integers& fields, int threads) {
+  const NormBackward norm = norm_backward_of(fields);
+  py::gil_scoped_release release;
+  kernels->norm_relu_pool_backward(norm, threads);
 }
 
 py::tuple losses_forward(const Integers& fields, const Integers& segment_fields, std::int64_t workspace, int threads) {
@@ -262,6 +293,8 @@ PYBIND11_MODULE(_native, module) {
   module.def("pool_backward", pool_backward);
   module.def("relu_pool_forward", relu_pool_forward);
   module.def("relu_pool_backward", relu_pool_backward);
+  module.def("norm_relu_pool_forward", norm_relu_pool_forward);
+  module.def("norm_relu_pool_backward", norm_relu_pool_backward);
   module.def("losses_forward", losses_forward);
   module.def("losses_backward", losses_backward);
   module.def("class_sums", class_sums);

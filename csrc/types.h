@@ -56,6 +56,31 @@ struct Terms {
   double compactness;
 };
 
+// Batch norm, a residual added to it, ReLU and pooling as one operation. A pointer to what is absent is null; numbers per neuron
+// are in the accumulation dtype. The layer is (N, C) if `layout` is kNoPositions, and has no rows then.
+struct NormForward {
+  Layer layer;           // data: x; rows: pooled activation; out: y, another tensor than x
+  const void* residual;  // like data
+  const void* weight;    // (C,)
+  const void* bias;      // (C,)
+  void* running_mean;    // (C,): updated with statistics of the batch, read without
+  void* running_var;     // (C,)
+  void* saved;           // (4, C), for backward: mean, 1 / standard deviation, that times weight, bias
+  double momentum;
+  double eps;
+  bool of_batch;  // normalise with the batch's statistics
+};
+
+struct NormBackward {
+  Layer layer;        // data: x; rows: gradient of the pooled activation, or null; out: gradient of x, another tensor than x
+  const void* dy;     // like data
+  const void* y;      // like data: what forward wrote, where it added a residual
+  void* dresidual;    // like data, where there was a residual
+  const void* saved;  // what forward wrote
+  void* parameters;   // (2, C): gradients of weight and bias
+  bool of_batch;
+};
+
 // One layer of a firing count.
 struct FiringLayer {
   const void* data;

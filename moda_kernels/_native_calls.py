@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from moda_kernels._version import __version__
+from moda_kernels.batch_norm import BatchNorm
 from moda_kernels.plain import resolved
 from moda_kernels.precision import accumulation
 from moda_kernels.segments import Segments
@@ -182,6 +183,74 @@ def _segment_fields(segments: Segments, room: int) -> tuple[int, ...]:
     """A `SegmentsView` of csrc/types.h."""
     addresses = (segments.order.data_ptr(), segments.offsets.data_ptr(), segments.segment.data_ptr())
     return *addresses, int(segments.same_pairs), int(segments.diff_pairs), room
+
+
+class NormForward(NamedTuple):
+    """What a forward call gives; `saved` is (4, C), see NormForward of csrc/types.h."""
+
+    y: Tensor
+    pooled: Tensor | None
+    saved: Tensor
+
+
+class NormBackward(NamedTuple):
+    """The gradients of x, of the residual if there was one, and of weight and bias: (2, C)."""
+
+    x: Tensor
+    residual: Tensor | None
+    parameters: Tensor
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _numbers(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """Numbers per neuron as the kernels read them."""
+    return None if tensor is None else tensor.detach().to(dtype).contiguous()
+
+
+def norm_relu_pool_forward(x: Tensor, norm: BatchNorm) -> NormForward:
+    """Run the kernel; running statistics are updated in place if they are dense and in the accumulation dtype."""
+    dtype = accumulation(x.dtype)
+    y, saved = torch.empty_like(x), x.new_empty((4, x.shape[1]), dtype=dtype)
+    pooled = None if x.dim() == 2 else x.new_empty(x.shape[:2], dtype=dtype)
+    residual = None if norm.residual is None else _like_layout(norm.residual, x)
+    weight, bias = _numbers(norm.weight, dtype), _numbers(norm.bias, dtype)
+    mean, var = _numbers(norm.running_mean, dtype), _numbers(norm.running_var, dtype)
+    fields = (
+        *_fields(x, _address(pooled), y.data_ptr()),
+        *map(_address, (residual, weight, bias, mean, var, saved)),
+        int(norm.training),
+    )
+    extension().norm_relu_pool_forward(fields, norm.momentum, norm.eps, torch.get_num_threads())
+    if norm.training:
+        _put_back(norm.running_mean, mean)
+        _put_back(norm.running_var, var)
+    return NormForward(y, pooled, saved)
+
+
+def _put_back(target: Tensor | None, updated: Tensor | None) -> None:
+    """Copy running statistics to where they belong, unless the kernel wrote them there."""
+    if target is not None and updated is not None and target.data_ptr() != updated.data_ptr():
+        target.copy_(updated)
+
+
+def norm_relu_pool_backward(
+    x: Tensor, y: Tensor | None, saved: Tensor, dy: Tensor | None, dpooled: Tensor | None, training: bool
+) -> NormBackward:
+    """The gradients; `y` is there if there was a residual. An upstream gradient that is None is zero."""
+    dx, parameters = torch.empty_like(x), saved.new_empty((2, x.shape[1]))
+    dy = torch.zeros_like(x) if dy is None else _like_layout(dy, x)
+    rows = None if dpooled is None else resolved(dpooled).contiguous()
+    dresidual = None if y is None else torch.empty_like(x)
+    fields = (
+        *_fields(x, _address(rows), dx.data_ptr()),
+        *map(_address, (dy, y, dresidual, saved, parameters)),
+        int(training),
+    )
+    extension().norm_relu_pool_backward(fields, torch.get_num_threads())
+    return NormBackward(dx, dresidual, parameters)
 
 
 def _losses_fields(layers: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> list[int]:

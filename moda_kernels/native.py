@@ -23,13 +23,16 @@ from torch import Tensor
 from moda_kernels import _native_calls as calls
 from moda_kernels import _native_ops as ops
 from moda_kernels import closed_form
+from moda_kernels._native_norm import norm_relu_pool as norm_relu_pool
 from moda_kernels.once import once_only, relu_pool_gradient
 from moda_kernels.plain import is_traced
 from moda_kernels.precision import accumulation
 from moda_kernels.segments import Segments
 from moda_kernels.tally import Tally
 
-OPS = frozenset({"grouped_losses", "pool", "relu_pool", "class_sums", "count_firings", "add_attributions"})
+OPS = frozenset(
+    {"grouped_losses", "pool", "relu_pool", "norm_relu_pool", "class_sums", "count_firings", "add_attributions"}
+)
 DTYPES: Mapping[str, frozenset[torch.dtype]] = {
     **dict.fromkeys(OPS, frozenset(calls.DTYPE_CODES)),
     "class_sums": frozenset({torch.float32, torch.float64}),

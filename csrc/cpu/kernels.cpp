@@ -10,9 +10,14 @@
 namespace moda {
 namespace MODA_ISA {
 
+// norm_relu_pool.cpp
+void norm_relu_pool_forward(const NormForward& norm, int threads);
+void norm_relu_pool_backward(const NormBackward& norm, int threads);
+
 extern const CpuKernels kKernels;
 const CpuKernels kKernels{pool_forward,    pool_backward, relu_pool_forward, relu_pool_backward, losses_forward,
-                          losses_backward, class_sums,    count_firings,     class_statistics,   class_attributions};
+                          losses_backward, class_sums,    count_firings,     class_statistics,   class_attributions,
+                          norm_relu_pool_forward, norm_relu_pool_backward};
 
 }  // namespace MODA_ISA
 }  // namespace moda

@@ -17,6 +17,8 @@ struct CpuKernels {
   void (*count_firings)(const FiringLayer* layers, int64_t count, const FiringBatch& batch, int threads);
   void (*class_statistics)(const StatisticsLayer* layers, int64_t count, const StatisticsBatch& batch, int threads);
   void (*class_attributions)(const AttributionLayer* layers, int64_t count, const StatisticsBatch& batch, int threads);
+  void (*norm_relu_pool_forward)(const NormForward& norm, int threads);
+  void (*norm_relu_pool_backward)(const NormBackward& norm, int threads);
 };
 
 // "portable", "avx2" or "avx512": the widest that this processor runs.

@@ -203,7 +203,7 @@ MODA_INLINE void spread_task(const Layer& layer, int64_t task) {
   spread_rows(x, task_rows(layer, task), layer.positions, rows, static_cast<T*>(layer.out));
 }
 
-static void pool_forward(const Layer* layers, int64_t count, int threads) {
+static inline void pool_forward(const Layer* layers, int64_t count, int threads) {
   over_layers(
       count, threads, [&](int64_t l) { return pooling_tasks(layers[l]); },
       [&](int64_t l, int64_t task) {
@@ -211,7 +211,7 @@ static void pool_forward(const Layer* layers, int64_t count, int threads) {
       });
 }
 
-static void pool_backward(const Layer* layers, int64_t count, int threads) {
+static inline void pool_backward(const Layer* layers, int64_t count, int threads) {
   for (int64_t l = 0; l < count; ++l) prepare_output(layers[l]);
   over_layers(
       count, threads, [&](int64_t l) { return pooling_tasks(layers[l]); },

@@ -194,7 +194,7 @@ MODA_INLINE void relu_pool_gradient_task(const Layer& layer, const void* upstrea
   if (kPastCaches) fence_stores();
 }
 
-static void relu_pool_forward(const Layer& layer, int threads) {
+static inline void relu_pool_forward(const Layer& layer, int threads) {
   const bool past_caches = goes_past_caches(layer);
   prepare_output(layer);
   with_element(layer.dtype, [&](auto element) {
@@ -206,7 +206,7 @@ static void relu_pool_forward(const Layer& layer, int threads) {
 }
 
 // `upstream` is dy, like data.
-static void relu_pool_backward(const Layer& layer, const void* upstream, int threads) {
+static inline void relu_pool_backward(const Layer& layer, const void* upstream, int threads) {
   const bool past_caches = goes_past_caches(layer);
   prepare_output(layer);
   with_element(layer.dtype, [&](auto element) {

@@ -110,6 +110,78 @@ void check_pooling(const CpuKernels& kernels, const Shape& s, Dtype dtype, const
   kernels.relu_pool_forward(in_place, kThreads);
 }
 
+double number(const void* data, Dtype dtype, int64_t at) {
+  switch (dtype) {
+    case Dtype::kFloat32: return static_cast<const float*>(data)[at];
+    case Dtype::kFloat64: return static_cast<const double*>(data)[at];
+    case Dtype::kBfloat16: {
+      const uint32_t bits = uint32_t(static_cast<const uint16_t*>(data)[at]) << 16;
+      float value;
+      std::memcpy(&value, &bits, sizeof value);
+      return value;
+    }
+    case Dtype::kFloat16: {  // normal numbers and zero: others do not occur here
+      const uint32_t half = static_cast<const uint16_t*>(data)[at];
+      if ((half & 0x7C00u) == 0) return 0;
+      return (half & 0x8000u ? -1 : 1) * std::ldexp(1 + (half & 0x3FFu) / 1024.0, int((half >> 10) & 31) - 15);
+    }
+  }
+  return 0;
+}
+
+// Batch norm without weight and bias, with statistics of the batch and with running ones, with a residual (x itself) and without;
+// y against plain loops, the gradients' sums against what they must be.
+void check_norm(const CpuKernels& kernels, const Shape& s, Dtype dtype, const Buffer& x, const std::vector<double>& plain,
+                bool of_batch, bool with_residual) {
+  const int64_t N = s.samples, C = s.neurons, S = s.positions, elements = N * C * S, acc = dtype == Dtype::kFloat64 ? 8 : 4;
+  const Dtype wide = acc == 8 ? Dtype::kFloat64 : Dtype::kFloat32;
+  Buffer rows(N * C * acc), y(elements * width(dtype)), saved(4 * C * acc), running(2 * C * acc);
+  for (int64_t i = 0; i < 2 * C; ++i) set(running.as(), wide, i, 2.0);
+  void* var = running.as<unsigned char>() + C * acc;
+  const bool matrix = s.layout == Layout::kNoPositions;
+  const Layer layer{x.as(), dtype, s.layout, N, C, S, matrix ? nullptr : rows.as(), y.as()};
+  kernels.norm_relu_pool_forward({layer, with_residual ? x.as() : nullptr, nullptr, nullptr, running.as(), var, saved.as(), 0.5, 1e-3,
+                                  of_batch}, kThreads);
+  for (int64_t c = 0; c < C; ++c) {
+    double mean = 0, square = 0;
+    for (int64_t n = 0; n < N; ++n) {
+      for (int64_t p = 0; p < S; ++p) {
+        const double value = plain[static_cast<size_t>((n * C + c) * S + p)];
+        mean += value / double(N * S);
+        square += value * value / double(N * S);
+      }
+    }
+    const double variance = of_batch ? square - mean * mean : 2.0;
+    if (!of_batch) mean = 2.0;
+    for (int64_t n = 0; n < N; ++n) {
+      double sum = 0;
+      for (int64_t p = 0; p < S; ++p) {
+        const double value = plain[static_cast<size_t>((n * C + c) * S + p)];
+        const double z = (value - mean) / std::sqrt(variance + 1e-3) + (with_residual ? value : 0);
+        const double expected = z > 0 ? z : 0;
+        sum += expected;
+        require(std::fabs(number(y.as(), dtype, index_in(s, n, c, p)) - expected) < 0.02 * (1 + expected), "norm", s, dtype);
+      }
+      if (!matrix) require(std::fabs(row_mean(rows, dtype, n * C + c) - sum / double(S)) < 0.02 * (1 + sum), "norm's rows", s, dtype);
+    }
+  }
+  Buffer dx(elements * width(dtype)), dresidual(elements * width(dtype)), parameters(2 * C * acc);
+  const Layer gradient{x.as(), dtype, s.layout, N, C, S, matrix ? nullptr : rows.as(), dx.as()};
+  kernels.norm_relu_pool_backward({gradient, x.as(), with_residual ? y.as() : nullptr, with_residual ? dresidual.as() : nullptr,
+                                   saved.as(), parameters.as(), of_batch}, kThreads);
+  for (int64_t c = 0; c < C && of_batch && N * S > 1; ++c) {  // what statistics of the batch take away: the sum
+    double sum = 0, largest = 0;
+    for (int64_t n = 0; n < N; ++n) {
+      for (int64_t p = 0; p < S; ++p) {
+        const double value = number(dx.as(), dtype, index_in(s, n, c, p));
+        sum += value;
+        largest = std::fmax(largest, std::fabs(value));
+      }
+    }
+    require(std::fabs(sum) <= 0.02 * largest * double(N * S) + 1e-5, "norm's gradient", s, dtype);
+  }
+}
+
 int64_t up_to_line(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
 void check_losses(const CpuKernels& kernels, const Shape& s, Dtype dtype, const Buffer& x) {
@@ -284,6 +356,9 @@ void check(const CpuKernels* kernels, const Shape& s, Dtype dtype) {
   if (kernels == nullptr) return;  // the walk of the CUDA kernels: the firing counter alone
   check_losses(*kernels, s, dtype, x);
   check_attributions(*kernels, s, dtype, x, plain);
+  for (bool of_batch : {true, false}) {
+    for (bool with_residual : {true, false}) check_norm(*kernels, s, dtype, x, plain, of_batch, with_residual);
+  }
   if (s.layout != Layout::kNoPositions) return check_pooling(*kernels, s, dtype, x, plain);
   if (width(dtype) >= 4) check_class_sums(*kernels, s, dtype, x);
 }
@@ -296,7 +371,7 @@ int main() {
   const std::vector<Shape> shapes{{1, 1, 1, none}, {5, 130, 1, none},  {3, 1030, 1, none}, {2, 3, 1, first},
                                   {3, 5, 4, first}, {2, 17, 49, first}, {3, 2, 1001, first}, {2, 3, 4, last},
                                   {3, 21, 9, last}, {2, 64, 67, last},  {2, 530, 5, last},   {40, 6, 16, first},
-                                  {3, 70, 3, first}, {3, 70, 9, first}, {2, 35, 2, first}};
+                                  {3, 70, 3, first}, {3, 70, 9, first}, {2, 35, 2, first}, {90, 20, 4, first}};
   const CpuKernels* const all[] = {nullptr, &MODA_ISA::kKernels};
   for (const CpuKernels* kernels : all) {
     for (const Shape& shape : shapes) {

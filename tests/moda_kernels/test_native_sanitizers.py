@@ -22,6 +22,7 @@ SOURCES = (
     "csrc/cuda/firing_emulated.cpp",
     "csrc/cuda/statistics_emulated.cpp",
     "csrc/cpu/kernels.cpp",
+    "csrc/cpu/norm_relu_pool.cpp",
 )
 COMPILER = shutil.which("g++")
 OPTIONS = {  # as in CMakeLists.txt
@@ -65,4 +66,4 @@ def test_no_sanitizer_finds_anything(tmp_path: Path, sanitizers: str, isa: str):
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout == "checked 15 shapes\n"
+    assert done.stdout == "checked 16 shapes\n"

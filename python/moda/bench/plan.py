@@ -15,10 +15,21 @@ from moda.bench.counting import CountInputs, counting_case
 from moda.bench.decomposition import PassInputs, composition_case, decomposition_case
 from moda.bench.inputs import CIFAR, IMAGENET, MODELS, Shapes, tap_shapes
 from moda.bench.losses import LossInputs, loss_case
+from moda.bench.norm import norm_case
 from moda.bench.pooling import pooling_case
 from moda.bench.training_step import StepInputs, step_case
 
-SUITES = ("step", "loss", "relu_pool", "firing", "decomposition", "attribution", "composition", "scaling")
+SUITES = (
+    "step",
+    "loss",
+    "relu_pool",
+    "norm",
+    "firing",
+    "decomposition",
+    "attribution",
+    "composition",
+    "scaling",
+)
 
 _POOLED_CIFAR = ((64, 32, 32), (128, 16, 16), (256, 8, 8), (512, 4, 4), (512, 2, 2))
 _POOLED_IMAGENET = ((64, 224, 224), (128, 112, 112), (512, 14, 14))
@@ -81,6 +92,7 @@ class Plan:
             "step": self._step,
             "loss": self._loss,
             "relu_pool": self._relu_pool,
+            "norm": self._norm,
             "firing": self._firing,
             "decomposition": self._decomposition,
             "attribution": self._attribution,
@@ -128,6 +140,13 @@ class Plan:
             for dtype in self.dtypes:
                 compiling = not self.quick and (self.gpu or shape == named[0])
                 yield pooling_case(shape, self.device, self.budget, dtype=dtype, compiling=compiling)
+
+    def _norm(self) -> Iterator[Case]:
+        shapes = _POOLED_CIFAR[:1] if self.quick else _POOLED_CIFAR
+        for shape in shapes:
+            for dtype in self.dtypes:
+                for residual in (False,) if self.quick else (False, True):
+                    yield norm_case((128, *shape), self.device, self.budget, dtype=dtype, residual=residual)
 
     def _firing(self) -> Iterator[Case]:
         for model, size, shapes in self._shapes():

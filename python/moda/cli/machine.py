@@ -41,7 +41,7 @@ def bench(
     suite: Annotated[
         list[str] | None,
         typer.Option(
-            help="A suite: step, loss, relu_pool, firing, decomposition, attribution, composition or scaling; "
+            help="A suite: step, loss, relu_pool, norm, firing, decomposition, attribution, composition or scaling; "
             "repeat for several.",
             show_default="all",
         ),

@@ -1,0 +1,155 @@
+"""norm_relu_pool through the compiled extension: the calls, eager autograd, and the operators for `torch.compile`.
+
+The layouts, dtypes and determinism are those of `native.py`; kernels: csrc/cpu/norm_relu_pool.h. The operators are
+`torch.ops.moda_kernels.native_norm_relu_pool` and its backward. They change no tensor: running statistics come back
+as a result, and the caller copies them to where they belong.
+"""
+
+# No `from __future__ import annotations`: torch.library reads the annotations to infer the schemas.
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moda_kernels import _native_calls as calls
+from moda_kernels import closed_form
+from moda_kernels.batch_norm import BatchNorm
+from moda_kernels.once import once_only, refuse_second_backward
+from moda_kernels.plain import is_traced
+from moda_kernels.precision import accumulation
+
+
+def norm_relu_pool(x: Tensor, norm: BatchNorm) -> tuple[Tensor, Tensor]:
+    """`relu(batch_norm(x) + residual)` and its pooled activation; differentiable once."""
+    x = calls.dense(x)
+    if is_traced():
+        y, pooled = _through_operator(x, norm)
+    else:
+        y, pooled = _NormReluPool.apply(x, norm.residual, norm.weight, norm.bias, norm)  # type: ignore[no-untyped-call]
+    return y, closed_form.pooled_activation(y) if x.dim() == 2 else pooled
+
+
+def _through_operator(x: Tensor, norm: BatchNorm) -> tuple[Tensor, Tensor]:
+    statistics = (norm.running_mean, norm.running_var)
+    settings = (norm.training, norm.momentum, norm.eps)
+    y, pooled, _, running_mean, running_var = operator(x, norm.residual, norm.weight, norm.bias, *statistics, *settings)
+    if norm.training and norm.running_mean is not None and norm.running_var is not None:
+        norm.running_mean.copy_(running_mean)
+        norm.running_var.copy_(running_var)
+    return y, pooled
+
+
+class _NormReluPool(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, norm: BatchNorm
+    ) -> tuple[Tensor, Tensor | None]:
+        ctx.set_materialize_grads(False)
+        y, pooled, saved = calls.norm_relu_pool_forward(x, norm)
+        ctx.training = norm.training
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        # Like batch norm, which keeps its weight: a change of it before backward is an error.
+        ctx.save_for_backward(x, saved, weight, None if residual is None else y)
+        return y, pooled
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None, dpooled: Tensor | None) -> tuple[Tensor | None, ...]:
+        if dy is None and dpooled is None:
+            return None, None, None, None, None
+        x, saved, weight, y = ctx.saved_tensors
+        gradients = calls.norm_relu_pool_backward(x, y, saved, dy, dpooled, ctx.training)
+        dweight = None if weight is None else gradients.parameters[0].to(weight.dtype)
+        dbias = None if ctx.bias_dtype is None else gradients.parameters[1].to(ctx.bias_dtype)
+        found = [gradients.x, gradients.residual, dweight, dbias]
+        return *once_only(found, [x, weight, dy, dpooled]), None
+
+
+@torch.library.custom_op("moda_kernels::native_norm_relu_pool", mutates_args=())
+def operator(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """y, pooled, what backward needs, and the running statistics after the batch.
+
+    x is dense. What is not there comes back empty: pooled of an (N, C) activation, running statistics nobody keeps.
+    """
+    mean, var = (None if kept is None else kept.clone() for kept in (running_mean, running_var))
+    norm = BatchNorm(mean, var, weight, bias, residual, training, momentum, eps)
+    y, pooled, saved = calls.norm_relu_pool_forward(x, norm)
+    return (
+        y,
+        x.new_empty(0) if pooled is None else pooled,
+        saved,
+        x.new_empty(0) if mean is None else mean,
+        x.new_empty(0) if var is None else var,
+    )
+
+
+@operator.register_fake
+def _(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    dtype, neurons = accumulation(x.dtype), x.shape[1]
+    pooled = x.new_empty(0) if x.dim() == 2 else x.new_empty((x.shape[0], neurons), dtype=dtype)
+    mean, var = (x.new_empty(0) if kept is None else kept.new_empty(neurons) for kept in (running_mean, running_var))
+    return torch.empty_like(x), pooled, x.new_empty((4, neurons), dtype=dtype), mean, var
+
+
+@torch.library.custom_op("moda_kernels::native_norm_relu_pool_backward", mutates_args=())
+def operator_backward(
+    x: Tensor, y: Tensor | None, saved: Tensor, dy: Tensor | None, dpooled: Tensor | None, training: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of x, of the residual (empty if there was none), and of weight and bias: (2, C)."""
+    dx, dresidual, parameters = calls.norm_relu_pool_backward(x, y, saved, dy, dpooled, training)
+    return dx, x.new_empty(0) if dresidual is None else dresidual, parameters
+
+
+@operator_backward.register_fake
+def _(
+    x: Tensor, y: Tensor | None, saved: Tensor, dy: Tensor | None, dpooled: Tensor | None, training: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    dresidual = x.new_empty(0) if y is None else torch.empty_like(x)
+    return torch.empty_like(x), dresidual, saved.new_empty((2, x.shape[1]))
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, residual, weight, bias, _, _, training, _, _ = inputs
+    y, _, saved, mean, var = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(saved, mean, var)
+    ctx.training, ctx.matrix = training, x.dim() == 2
+    ctx.dtypes = tuple(None if tensor is None else tensor.dtype for tensor in (weight, bias))
+    ctx.save_for_backward(x, saved, None if residual is None else y)
+
+
+def _differentiate(ctx: Any, dy: Tensor | None, dpooled: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    x, saved, y = ctx.saved_tensors
+    dpooled = None if ctx.matrix else dpooled
+    if dy is None and dpooled is None:
+        return (None,) * 9
+    dx, dresidual, parameters = operator_backward(x, y, saved, dy, dpooled, ctx.training)
+    dweight, dbias = (
+        None if dtype is None else gradient.to(dtype)
+        for dtype, gradient in zip(ctx.dtypes, parameters.unbind(), strict=True)
+    )
+    return dx, None if y is None else dresidual, dweight, dbias, None, None, None, None, None
+
+
+operator.register_autograd(_differentiate, setup_context=_save)
+operator_backward.register_autograd(refuse_second_backward)

@@ -1,0 +1,114 @@
+"""Suite "norm": batch norm, ReLU and pooling as one operation, against PyTorch's, at one tensor's shape."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moda.bench import gate
+from moda.bench.case import Case, Contender
+from moda.bench.clock import Budget, Timed
+from moda_kernels import BackendUnavailableError, norm_relu_pool
+from moda_kernels.backends import select
+
+NORM = "batch norm, ReLU"
+_BACKENDS = ("torch", "triton", "native")
+
+# Everything that a contender is called with: x, residual or None, weight, bias, running mean and variance.
+Inputs = tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor, Tensor]
+Function = Callable[[Inputs], tuple[Tensor, ...]]
+
+
+def norm_case(
+    shape: tuple[int, ...], device: torch.device, budget: Budget, *, dtype: torch.dtype, residual: bool
+) -> Case:
+    """Batch norm (training), ReLU and pooling of a (N, C, H, W) tensor by every backend, against PyTorch's, not pooled.
+
+    With `residual`, one is added before the ReLU, as at the end of a residual block.
+    """
+    values, pooled = math.prod(shape) * dtype.itemsize, shape[0] * shape[1] * 4
+    # Forward reads x twice and writes y; backward reads x and dy twice and writes dx. A residual is read, and its
+    # gradient is written; for the mask backward reads y, and the second time the residual's gradient in place of dy.
+    forward, backward = (4, 7) if residual else (3, 5)
+    moved = {"forward": forward * values + pooled, "backward": backward * values + pooled}
+    return Case(
+        suite="norm",
+        name=f"{'x'.join(map(str, shape))} {str(dtype).removeprefix('torch.')}{' residual' if residual else ''}",
+        baseline=NORM,
+        build=lambda: _contenders(shape, device, dtype, residual),
+        budget=budget,
+        moved=moved | {"both": sum(moved.values())},
+        parameters={"bytes": values, "residual": int(residual)},
+    )
+
+
+def _contenders(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype, residual: bool) -> list[Contender]:
+    x = torch.randn(shape, device=device, dtype=dtype).requires_grad_()
+    beside = torch.randn_like(x).requires_grad_() if residual else None
+    weight, bias, mean, var = (torch.full(shape[1:2], value, device=device) for value in (0.8, 0.1, 0.0, 1.0))
+    inputs = (x, beside, weight.requires_grad_(), bias.requires_grad_(), mean, var)
+    found = [_contender(NORM, lambda given: (_norm_relu(given),), inputs)]
+    for backend in _BACKENDS:
+        try:
+            select("norm_relu_pool", backend, [x])
+        except BackendUnavailableError as error:
+            found.append(Contender(backend, skipped=str(error)))
+            continue
+        found.append(_contender(backend, lambda given, backend=backend: _fused(given, backend), inputs))  # type: ignore[misc]
+    return found
+
+
+def _norm_relu(inputs: Inputs) -> Tensor:
+    x, residual, weight, bias, mean, var = inputs
+    z = F.batch_norm(x, mean, var, weight, bias, training=True)
+    return torch.relu_(z if residual is None else z.add_(residual))
+
+
+def _fused(inputs: Inputs, backend: str) -> tuple[Tensor, Tensor]:
+    x, residual, weight, bias, mean, var = inputs
+    return norm_relu_pool(x, mean, var, weight, bias, residual=residual, training=True, backend=backend)
+
+
+def _contender(name: str, function: Function, inputs: Inputs) -> Contender:
+    x = inputs[0]
+    leaves = [tensor for tensor in inputs[:4] if tensor is not None]
+    gradients = [torch.randn_like(x), torch.randn(x.shape[:2], device=x.device)]
+
+    def forward(_: object = None) -> tuple[Tensor, ...]:
+        return function(inputs)
+
+    def backward(outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(outputs, leaves, gradients[: len(outputs)])
+
+    def check() -> str:
+        outputs = forward()
+        return _problem(inputs, outputs, backward(outputs), gradients)
+
+    phases = {
+        "forward": Timed(forward),
+        "backward": Timed(backward, prepare=forward),
+        "both": Timed(lambda _: backward(forward())),
+    }
+    return Contender(name, phases, check)
+
+
+def _problem(inputs: Inputs, outputs: tuple[Tensor, ...], found: tuple[Tensor, ...], gradients: list[Tensor]) -> str:
+    """Against PyTorch in float64."""
+    wide: list[Tensor | None] = [
+        None if tensor is None else tensor.detach().double().requires_grad_(tensor.requires_grad) for tensor in inputs
+    ]
+    y = _norm_relu(tuple(wide))  # type: ignore[arg-type]
+    expected = (y, y.mean((2, 3)))[: len(outputs)]
+    leaves = [tensor for tensor in wide[:4] if tensor is not None]
+    upstream = [gradient.double() for gradient in gradients[: len(outputs)]]
+    tolerance = gate.TOLERANCES[inputs[0].dtype]
+    right = torch.autograd.grad(expected, leaves, upstream)
+    # The gradients of weight and bias are sums of terms of either sign.
+    noise = 1e-6 * (inputs[0].numel() / inputs[0].shape[1]) ** 0.5
+    return gate.first_difference("outputs", outputs, expected, tolerance) or gate.first_difference(
+        "gradients", found, right, tolerance, noise
+    )
