@@ -62,7 +62,7 @@ void check_fields(const Integers& fields, std::size_t per_layer) {
   if (fields.size() % per_layer != 0) throw std::invalid_argument("layers: fields are missing");
 }
 
-// Of eight fields from `f` on.
+// Reads the eight fields of a Layer from `f` on.
 Layer layer_of(Integers::const_iterator f) {
   return {address<const void>(f[0]), static_cast<Dtype>(f[1]), static_cast<Layout>(f[2]), f[3], f[4], f[5],
           address<void>(f[6]), address<void>(f[7])};
@@ -87,7 +87,7 @@ std::vector<FiringLayer> firing_layers_of(const Integers& fields) {
   return layers;
 }
 
-// Fields: labels, whether they are int64, samples, classes, class_sizes, invalid.
+// The fields are labels, whether they are int64, samples, classes, class_sizes, invalid.
 FiringBatch firing_batch_of(const Integers& f) {
   if (f.size() != kFiringBatchFields) throw std::invalid_argument("batch: fields are missing");
   return {address<const void>(f[0]), f[1] != 0, f[2], f[3], address<std::int64_t>(f[4]), address<std::int64_t>(f[5])};
@@ -305,7 +305,7 @@ PYBIND11_MODULE(_native, module) {
   module.def("count_firings_cuda", count_firings_cuda);
   module.def("class_statistics_cuda", class_statistics_cuda);
 #endif
-  // For tests: what the CUDA kernels do, on the host.
+  // The tests call these: they run on the host what the CUDA kernels do.
   module.def("count_firings_emulated", count_firings_emulated);
   module.def("class_statistics_emulated", class_statistics_emulated);
 }

@@ -1,4 +1,4 @@
-// What the bindings hand to the kernels: plain pointers and sizes. Everything here is the same for every instruction set.
+// The bindings hand these structs of plain pointers and sizes to the kernels. They are the same for every instruction set.
 #pragma once
 
 #include <cstddef>
@@ -20,7 +20,7 @@ constexpr int64_t width(Dtype dtype) {
   return dtype == Dtype::kFloat64 ? 8 : dtype == Dtype::kFloat32 ? 4 : 2;
 }
 
-// How an activation of N samples, C neurons and S positions lies in memory; densely in all.
+// How an activation of N samples, C neurons and S positions lies in memory. It is dense in every layout.
 enum class Layout : int64_t {
   kPositionsLast = 0,  // (N, C, S): contiguous
   kNeuronsLast = 1,    // (N, S, C): channels_last, tokens
@@ -46,7 +46,7 @@ struct SegmentsView {
   const int64_t* segment;
   int64_t same_pairs;
   int64_t diff_pairs;
-  int64_t room;  // for so many segments' class sums in a workspace; at least as many as there are
+  int64_t room;  // number of segments that the workspace has room for class sums of; at least the number of segments
 };
 
 // Gradients that flow into the three terms, or the terms themselves.

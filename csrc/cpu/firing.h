@@ -116,7 +116,7 @@ MODA_INLINE Vector<I> largest_of_rows(const I* x, int64_t S) {
   }, larger_of);
 }
 
-// Adds one to the counts of the lanes that are set.
+// Adds one to the count of every lane that is set.
 template <class I>
 MODA_INLINE void add_where(Vector<I> mask, int64_t* counts) {
   constexpr int64_t wide = kLanes<int64_t>;

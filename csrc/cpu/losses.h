@@ -18,7 +18,7 @@ namespace MODA_ISA {
 constexpr int64_t kSumColumns = 128;  // columns of a block of class sums
 constexpr double kFloor = 1e-12;      // of a row's norm
 
-// What is worked out per layer, in the workspace that the forward pass fills and the backward pass reads.
+// The numbers of one layer in the workspace, which the forward pass fills and the backward pass reads.
 template <class Acc>
 struct LayerSums {
   Acc* rows;          // (N, C)
@@ -100,7 +100,7 @@ MODA_INLINE double sum_of_absolute(const Acc* a, int64_t count) {
       [&](int64_t i) { return absolute(a[i]); });
 }
 
-// |a|^2, also where it is outside of what Acc can hold.
+// |a|^2 in double, which holds it also where Acc cannot.
 template <class Acc>
 MODA_INLINE double square_of(const Acc* a, int64_t count) {
   const double square = dot(a, a, count);

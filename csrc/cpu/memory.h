@@ -1,4 +1,4 @@
-// Memory, as the kernels ask for it. Out of line, so that no instruction set's translation unit holds library code.
+// The memory that the kernels ask for. The functions are out of line, so that no instruction set's translation unit holds library code.
 #pragma once
 
 #include <cstdint>

@@ -1,8 +1,8 @@
-// How batch norm's kernels cut a layer, and loops over the pieces.
+// How batch norm's kernels split a layer, and loops over the parts.
 //
-// Statistics are sums over all samples of one neuron, and what they are for needs every element again. A block of neurons is so
+// Statistics are sums over all samples of one neuron, and normalising reads every element again. A block of neurons is so
 // small that its elements of all samples are still in a cache when they are read the second time: 4 KiB a sample, half a megabyte
-// of a batch of 128. Where there are too few blocks for the threads, their samples are cut into chunks and the two readings become
+// of a batch of 128. Where there are too few blocks for the threads, their samples are split into chunks and the two readings become
 // two parallel loops. Sums are taken chunk by chunk either way, so that results do not depend on the choice.
 #pragma once
 
@@ -79,7 +79,7 @@ MODA_INLINE void in_two_readings(const Layer& layer, const Blocks& cut, int thre
   parallel_for(tasks, threads, [&](int64_t task) { second((tasks - 1 - task) % cut.blocks, (tasks - 1 - task) / cut.blocks); });
 }
 
-// Whole vectors, or single elements, of whatever type: what a loop's body is written for once.
+// Loads and stores of whole vectors, or of single elements, under the same names, so that a loop's body is written once for both.
 template <class Acc>
 struct Vectors {
   using Value = Vector<Acc>;

@@ -1,5 +1,5 @@
-// Batch norm, a residual added to it, ReLU and pooling as one operation, and its gradient. Compiled once for each instruction set, apart
-// from the other kernels: both take long to compile.
+// Batch norm, a residual added to it, ReLU and pooling as one operation, and its gradient. The file is compiled once for each instruction
+// set, apart from the other kernels, because both take long to compile.
 //
 //     z = (x - mean) * scale + bias [+ residual]          scale = weight / sqrt(var + eps)
 //     y = relu(z)          rows[n, c] = mean over positions of y[n, c, :]
@@ -18,7 +18,7 @@
 namespace moda {
 namespace MODA_ISA {
 
-// Numbers per neuron that forward keeps for backward.
+// The numbers per neuron that forward keeps for backward: views of NormForward::saved.
 template <class Acc>
 struct Saved {
   Saved(void* from, int64_t neurons)
@@ -93,7 +93,7 @@ struct Moments {
 
 MODA_INLINE bool is_finite(double value) { return value - value == 0; }
 
-// Mean first, then squares of deviations from it, in double: right for all that double holds, and slow.
+// Takes the mean first and then the squares of deviations from it, in double: right for every number that float holds, and slow.
 template <class T>
 MODA_INLINE Moments exact_moments(const Layer& layer, int64_t neuron) {
   const int64_t N = layer.samples, C = layer.neurons, S = layer.positions;
@@ -111,13 +111,13 @@ MODA_INLINE Moments exact_moments(const Layer& layer, int64_t neuron) {
   return {mean, sum_of([&](double value) { return (value - mean) * (value - mean); })};
 }
 
-// What the sums say of x - shift.
+// The moments of x - shift by its sums.
 MODA_INLINE Moments shifted_moments(const Layer& layer, double sum, double square) {
   const double count = double(layer.samples * layer.positions), offset = sum / count;
   return {offset, square / count - offset * offset};
 }
 
-// Whether the difference of the sums lost more than a bit or two, or is no number.
+// Whether the variance, a difference of two sums, lost more than a bit or two, or is NaN.
 MODA_INLINE bool is_far(const Moments& shifted) { return !(shifted.mean * shifted.mean <= 2 * shifted.variance); }
 
 template <class Acc>
@@ -173,7 +173,7 @@ MODA_INLINE void mend_shifts(const Layer& layer, const Blocks& cut, int64_t bloc
   for (int64_t chunk = 0; moved && chunk < cut.chunks; ++chunk) sum_chunk<T>(layer, cut, block, chunk, shifts, sums);
 }
 
-// Statistics of the batch, and into the running ones.
+// Takes the statistics of the batch and moves the running ones towards them.
 template <class T>
 MODA_INLINE void finish_statistics(const NormForward& norm, const Blocks& cut, int64_t block, AccOf<T>* shifts, double* sums) {
   using Acc = AccOf<T>;
@@ -313,14 +313,14 @@ MODA_INLINE typename As::Value gradient_at(const GradientTensors<T>& tensors, in
   return as.where_fires(typename As::Value(centred * scale + bias), upstream);
 }
 
-// What the first reading writes of g: the residual's gradient, and with running statistics the gradient of x.
+// Writes what the first reading knows already: the residual's gradient, and with running statistics the gradient of x.
 template <bool kResidual, bool kFrozen, class T, class As, class Each>
 MODA_INLINE void write_gradient(const GradientTensors<T>& tensors, int64_t at, As as, typename As::Value g, Each scale) {
   if constexpr (kResidual) as.save(tensors.dresidual + at, g);
   if constexpr (kFrozen) as.save(tensors.dx + at, typename As::Value(g * scale));
 }
 
-// share[e]: what the pooled activation's gradient gives to each element of a segment of sample n.
+// share[e] = what the pooled activation's gradient gives to element e of a segment of sample n.
 template <class Acc>
 MODA_INLINE void expand_share(const Layer& layer, Range neurons, int64_t n, Acc* share) {
   if (layer.rows == nullptr) return;  // stays 0

@@ -20,7 +20,7 @@ const char* threading();
 // `body` must not throw.
 void parallel(std::int64_t tasks, int threads, void (*body)(void*, std::int64_t), void* context);
 
-// The same for a callable.
+// The same for any callable `body`.
 template <class Body>
 void parallel_for(std::int64_t tasks, int threads, Body&& body) {
   using Function = std::remove_reference_t<Body>;

@@ -14,7 +14,7 @@ namespace MODA_ISA {
 constexpr int64_t kBlock = 4096;        // positions of a block of the layout (N, C, S)
 constexpr int64_t kColumnBlock = 64;    // positions of a block of the layout (N, S, C)
 
-// Sum of |x| over `count` elements, each of which is shown to see(vector) or see1(element) on the way.
+// The sum of |x| over `count` elements. see(vector) or see1(element) is called with each of them on the way.
 template <class T, class See, class See1>
 MODA_INLINE AccOf<T> sum_absolute(const T* x, int64_t count, See see, See1 see1) {
   using Acc = AccOf<T>;
@@ -65,7 +65,7 @@ MODA_INLINE void add_columns(int64_t positions, int64_t columns, Acc* totals, Ad
   }
 }
 
-// Means over positions; as `add_columns`.
+// Means over positions; the arguments are those of `add_columns`.
 template <class Acc, class Add>
 MODA_INLINE void sum_columns(int64_t positions, int64_t columns, Acc* means, Add add) {
   add_columns(positions, columns, means, add);

@@ -64,7 +64,7 @@ MODA_INLINE AccOf<T> relu_row(const T* x, T* y, int64_t count) {
   return total;
 }
 
-// y = relu(x), and added to sums, element by element.
+// y = relu(x); adds y to sums, element by element.
 template <bool kPastCaches, class T>
 MODA_INLINE void relu_columns(const T* x, T* y, AccOf<T>* sums, int64_t count) {
   using Acc = AccOf<T>;
@@ -82,7 +82,7 @@ MODA_INLINE void relu_columns(const T* x, T* y, AccOf<T>* sums, int64_t count) {
   }
 }
 
-// Rows too short for vectors of their own: all of them as one row, then their sums from the first cache.
+// Rows that are too short for vectors of their own are taken as one long row; their sums are then read from the first cache.
 template <class T>
 MODA_INLINE void relu_short_rows(const T* x, T* y, AccOf<T>* rows, int64_t count, int64_t positions) {
   using Acc = AccOf<T>;

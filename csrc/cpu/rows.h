@@ -23,7 +23,7 @@ MODA_INLINE Vector<Acc> shuffled(Vector<Acc> a, Vector<Acc> b, From from) {
 #endif
 }
 
-// Of a, then of b: blocks of `width` lanes, each first of two joined with the second.
+// Splits a, and then b, into blocks of `width` lanes, and joins every first block of two with the second.
 template <class Lane, int64_t width, class Join>
 MODA_INLINE Vector<Lane> join_neighbours(Vector<Lane> a, Vector<Lane> b, Join join) {
   const auto first = [](int64_t i) { return 2 * (i / width) * width + i % width; };
@@ -74,7 +74,7 @@ MODA_INLINE Vector<Lane> lanes_of_row(int64_t offset, int64_t S, Get get, Join j
     even = join(even, get(offset + i));
     i += lanes;
   }
-  // A vector that ends where the row does, but for the lanes that earlier ones have given.
+  // The last vector ends where the row does; its lanes that earlier vectors have given are left out.
   if (i < S) odd = join(odd, keep_where<Lane>(~first_lanes<Lane>(lanes - (S - i)), get(offset + S - lanes)));
   return join(even, odd);
 }
@@ -119,7 +119,7 @@ MODA_INLINE void reduce_rows(int64_t begin, int64_t end, int64_t S, Get get, Get
   for (; row < end; ++row) put1(row, join_lanes<Lane>(lanes_of(row), join));
 }
 
-// means[row] = mean of the row's values; as `reduce_rows`.
+// means[row] = mean of the row's values; the other arguments are those of `reduce_rows`.
 template <class Acc, class Get, class Get1>
 MODA_INLINE void mean_of_rows(int64_t begin, int64_t end, int64_t S, Acc* means, Get get, Get1 get1) {
   reduce_rows<Acc>(

@@ -90,7 +90,7 @@ MODA_INLINE Vector<Acc> absolute(Vector<Acc> value) {
 MODA_INLINE float absolute(float value) { return __builtin_fabsf(value); }
 MODA_INLINE double absolute(double value) { return __builtin_fabs(value); }
 
-// All lanes joined: halves first, so that their order is that of a tree.
+// Joins all lanes, the two halves first, so that the order is that of a tree.
 template <class Lane, int64_t count = MODA_VECTOR_BYTES / sizeof(Lane), class Join>
 MODA_INLINE Lane join_lanes(Vector<Lane, count> value, Join join) {
   if constexpr (count == 2) {
@@ -128,7 +128,7 @@ MODA_INLINE bool any(Vector<Lane> mask) {
 template <class Lane>
 MODA_INLINE bool all(Vector<Lane> mask) { return !any<Lane>(~mask); }
 
-// half <-> float as IEEE 754 has it: subnormals, infinities and NaN included, ties to even.
+// half <-> float by IEEE 754: subnormals, infinities and NaN included, ties to even.
 MODA_INLINE float half_to_float(uint16_t half) {
   const uint32_t sign = uint32_t(half & 0x8000u) << 16, exponent = (half >> 10) & 0x1fu, fraction = half & 0x3ffu;
   if (exponent == 0x1f) return bit_cast<float>(sign | 0x7f800000u | (fraction << 13));

@@ -32,7 +32,7 @@ MODA_INLINE AccOf<T> marked_row(const T* x, int64_t positions, Bits<AccOf<T>> th
   return marked(sum / Acc(positions), any<Bits<Acc>>(fired) || rest_fired);
 }
 
-// Short rows, many at a time: their means first, then their largest magnitudes, from the cache.
+// Takes many short rows at a time: first their means, then, from the cache, their largest magnitudes.
 template <class T>
 MODA_INLINE void mark_rows(const T* x, Range part, int64_t S, Bits<AccOf<T>> threshold, AccOf<T>* rows) {
   using Acc = AccOf<T>;
@@ -88,7 +88,7 @@ MODA_INLINE void mark_task(const StatisticsLayer& of, int64_t task) {
   for (int64_t c = 0; c < columns; ++c) rows[c] = marked(rows[c], fired[c] != 0);
 }
 
-// Adds a sample's row to the sums and counts of its class. An own pool is signed and has no marks.
+// Adds a sample's row to the sums and counts of its class. A layer that is its own pool is signed, and its sign bits are no marks.
 template <class Acc, bool own_pool>
 MODA_INLINE void add_marked(const Acc* row, Bits<Acc> threshold, Acc* sums, Bits<Acc>* counts, int64_t columns) {
   for (int64_t c = 0; c < columns; ++c) {
@@ -110,7 +110,7 @@ MODA_INLINE void over_classes(const StatisticsBatch& batch, Body body) {
 }
 
 // Second step: some neurons of all samples, class after class. The batch's sum is taken first and then joins the running one,
-// which so meets one rounding a batch.
+// which is thus rounded once a batch.
 template <class Acc, bool own_pool>
 MODA_INLINE void add_rows(const StatisticsLayer& of, const StatisticsBatch& batch, int64_t task) {
   const int64_t C = of.layer.neurons, begin = task * kAddColumns;

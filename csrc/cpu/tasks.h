@@ -1,5 +1,5 @@
-// How the work of a kernel is cut into tasks for threads. Cuts depend on shapes alone, never on the number of threads, and no
-// two tasks write the same number: results are bitwise equal from run to run and for any number of threads.
+// How the work of a kernel is split into tasks for threads. Tasks depend on shapes alone, never on the number of threads, and no
+// two of them write the same number: results are bitwise equal from run to run and for any number of threads.
 #pragma once
 
 #include "cpu/memory.h"
@@ -9,7 +9,7 @@
 namespace moda {
 namespace MODA_ISA {
 
-constexpr int64_t kTaskBytes = 64 << 10;  // about what a task reads: long against the take of a task, short against a layer
+constexpr int64_t kTaskBytes = 64 << 10;  // about what a task reads: long beside the cost of fetching a task, short beside a layer
 constexpr int64_t kColumns = 512;         // neurons of a task of the layout (N, S, C): their sums stay in the first cache
 
 // Calls body(layer, task) for task in [0, count(layer)) of every layer.

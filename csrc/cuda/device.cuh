@@ -1,4 +1,4 @@
-// What every CUDA file of the firing counter needs of a GPU.
+// Helpers that the CUDA files of the firing counter share.
 #pragma once
 
 #include <cuda_runtime.h>

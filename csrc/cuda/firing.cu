@@ -34,7 +34,7 @@ __device__ __forceinline__ void count_rows(const Task& task, const FiringBatch& 
     const Row row = some ? row_of<width>(task, sample * task.neurons + neuron) : Row{nullptr, 0, 0, 0};
     const int64_t steps = row_steps(row, task.lanes);
     bool fired = false;
-    // Rows of a layer may differ by a step, as their alignments do; a group that has finished waits for the others.
+    // Rows of a layer may take one step more or less, because their alignments differ; a group that has finished waits for the others.
     for (int64_t step = 0; __any_sync(kFull, some && !fired && step < steps); ++step) {
       const bool fires = some && !fired && step < steps && row_step<width>(row, step, within, task.lanes, task.threshold);
       fired |= (__ballot_sync(kFull, fires) & group_mask) != 0;

@@ -5,7 +5,7 @@
 
 namespace moda {
 
-// Null pointers where there is no error.
+// The message is a null pointer where there is no error.
 struct CudaError {
   const char* name;
   const char* meaning;

@@ -1,11 +1,11 @@
-// The firing counter on CUDA, but for the launch: which block counts what, how a warp's lanes walk an activation, and when they
-// may stop. Compiled for host and device alike; csrc/cuda/firing_emulated.cpp runs it lane by lane on the host, where it is tested.
+// The firing counter on CUDA without its launch: which block counts what, how a warp's lanes walk an activation, and when they
+// may stop. It compiles for host and device alike; csrc/cuda/firing_emulated.cpp runs it lane by lane on the host, where it is tested.
 //
 // A block counts a tile of neurons over a chunk of samples of one layer. In the layout (N, C, S) a group of `lanes` lanes reads
 // one row (one sample's one neuron), 16 bytes each, and stops at the first step in which one of them fires. In the layout
 // (N, S, C) each lane holds 16 bytes of neurons and walks the positions until all of them have fired; where a row of neurons
-// does not fill a warp, its lanes share the positions out, and where there are many, up to eight warps do. Only an element's width matters, not its type: bits of magnitudes are
-// ordered as magnitudes are, with NaN above all.
+// does not fill a warp, its lanes share the positions out, and where there are many positions, up to eight warps do. Only an
+// element's width matters, not its type: the bits of magnitudes are ordered as the magnitudes are, with NaN above all.
 #pragma once
 
 #include "types.h"
@@ -114,7 +114,7 @@ MODA_HOST_DEVICE int64_t label_of(const FiringBatch& batch, int64_t sample) {
                            : static_cast<const int32_t*>(batch.labels)[sample];
 }
 
-// The class of a sample, or -1 if its label is none.
+// The class of a sample, or -1 if its label is outside of [0, classes).
 MODA_HOST_DEVICE int64_t class_of(const FiringBatch& batch, int64_t sample) {
   const int64_t label = label_of(batch, sample);
   return label >= 0 && label < batch.classes ? label : -1;
@@ -284,7 +284,7 @@ MODA_HOST_DEVICE int32_t power_of_two_from(int64_t number, int32_t at_most) {
   return power;
 }
 
-// The walk of a layer, or of whatever has the same fields.
+// The walk of a layer, or of any other struct that has the same fields.
 template <class Of>
 inline Walk walk_of(const Of& layer) {
   const auto bytes = static_cast<int32_t>(width(layer.dtype));
@@ -305,7 +305,7 @@ inline Walk walk_of(const Of& layer) {
 inline Task task_of(const FiringLayer& layer) {
   Task task{walk_of(layer), layer.counts, layer.threshold, 0, 1, 1};
   if (task.across) task.warps = power_of_two_from(divide_up(column_steps(task), kLeastSteps), kWarps);
-  const int64_t least = task.across ? kWarps / task.warps : 1;  // every team has one
+  const int64_t least = task.across ? kWarps / task.warps : 1;  // every team has at least one sample
   const int64_t wanted = kBlockBytes / (tile(task) * task.positions * task.width);
   task.samples = static_cast<int32_t>(wanted < least ? least : wanted < kMostSamples ? wanted : kMostSamples);
   return task;

@@ -9,7 +9,7 @@ namespace {
 
 using firing::kFull;
 
-// What the lanes of a block's warps hand to the first warp of their team.
+// The shared memory in which the lanes of a block's warps hand their sums to the first warp of their team.
 struct Shared {
   alignas(16) unsigned char sums[kWarps * kWarp * 8 * sizeof(float)];  // up to 8 neurons a lane in float32, 2 in float64
   unsigned fired[kWarps * kWarp];
@@ -67,7 +67,7 @@ __device__ __forceinline__ void pool_columns(const PoolTask& task, int64_t sampl
   }
 }
 
-// Three blocks per multiprocessor, as of csrc/cuda/firing.cu: the eight sums of half precision and their parts leave room for no more.
+// Three blocks per multiprocessor, as in csrc/cuda/firing.cu: the eight sums of half precision and their parts leave registers for no more.
 __global__ void __launch_bounds__(kThreads, 3) pool_kernel(const __grid_constant__ Launch<PoolTask> launch) {
   __shared__ Shared shared;
   const PoolTask& task = launch.tasks[firing::layer_of(launch, blockIdx.x)];

@@ -1,5 +1,5 @@
-// Class statistics on CUDA, but for the launches. Compiled for host and device alike, as csrc/cuda/firing_logic.h is, whose walk this
-// takes to the end of every row; csrc/cuda/statistics_emulated.cpp runs it lane by lane on the host.
+// Class statistics on CUDA without their launches. The file compiles for host and device alike, as csrc/cuda/firing_logic.h does, and
+// takes that file's walk to the end of every row; csrc/cuda/statistics_emulated.cpp runs it lane by lane on the host.
 //
 // Two steps. The first reads the activations and writes every sample's pooled row, the sign bit of each of its elements saying
 // whether the neuron fires: a mean of magnitudes has no sign of its own. The second adds the rows of each class in the order of
@@ -26,7 +26,7 @@ using firing::Walk;
 constexpr int kMaxLayers = 50;         // of a launch: its parameters stay below the 4 KiB that every GPU takes
 constexpr int64_t kThreads = int64_t(kWarp) * kWarps;
 constexpr int64_t kPasses = 4;         // rows of a group of lanes, one after the other: blocks are not too short to start
-constexpr int64_t kPartSteps = 16;     // steps whose sum is taken before it joins the row's: rounding grows with neither alone
+constexpr int64_t kPartSteps = 16;     // steps are added up before their sum joins the row's: both sums stay short
 constexpr int64_t kPositionsOfOrder = 8;  // sorted samples in which a block of the second step looks for beginnings of classes
 
 // Element types: their accumulation dtype, and the magnitude of an element in it.
@@ -193,7 +193,7 @@ static_assert(sizeof(Launch<PoolTask>) <= 4096 && sizeof(Launch<AddTask>) <= 409
 // First step, layout (N, C, S). The rows of a block: those of its groups of lanes, in passes.
 MODA_HOST_DEVICE int64_t rows_of_pass(const PoolTask& task) { return kThreads / task.lanes; }
 
-// The row of a thread's group in a pass; rows at and beyond N C are none.
+// The row of a thread's group in a pass; a number of N C or more stands for no row.
 MODA_HOST_DEVICE int64_t row_of_thread(const PoolTask& task, int64_t block, int64_t pass, int64_t thread) {
   return (block * kPasses + pass) * rows_of_pass(task) + thread / task.lanes;
 }
@@ -211,12 +211,12 @@ MODA_HOST_DEVICE int64_t teams(const PoolTask& task) { return kWarps / task.warp
 MODA_HOST_DEVICE int64_t tile(const PoolTask& task) { return int64_t(task.lanes) * task.per_vector; }
 MODA_HOST_DEVICE int64_t tiles(const PoolTask& task) { return divide_up(task.neurons, tile(task)); }
 
-// The sample of a thread's team; samples at and beyond N are none.
+// The sample of a thread's team; a number of N or more stands for no sample.
 MODA_HOST_DEVICE int64_t sample_of_thread(const PoolTask& task, int64_t block, int64_t thread) {
   return block / tiles(task) * teams(task) + thread / team_lanes(task);
 }
 
-// What a thread holds; without data if it has no sample or no neuron.
+// The neurons and positions that a thread holds; `data` is null if it has no sample or no neuron.
 template <class E>
 MODA_HOST_DEVICE Columns columns_of_thread(const PoolTask& task, int64_t samples, int64_t block, int64_t thread) {
   const int64_t sample = sample_of_thread(task, block, thread), first_neuron = block % tiles(task) * tile(task);
@@ -260,7 +260,7 @@ MODA_HOST_DEVICE int64_t end_of_class(const FiringBatch& sorted, int64_t begin) 
 }
 
 // Adds the samples at [begin, end) of the order to one neuron's count and sum of their class. The batch's sum is taken first and
-// then joins the running one, which so meets one rounding a batch.
+// then joins the running sum, which is thus rounded once a batch.
 template <class Acc>
 MODA_HOST_DEVICE void add_class(const AddTask& task, const int64_t* order, int64_t begin, int64_t end, int64_t label,
                                 int64_t neuron) {
