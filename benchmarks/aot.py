@@ -1,12 +1,13 @@
-"""Compile every Triton kernel ahead of time, for GPUs that are not here, and read what the compiler made of it.
+"""Compile every Triton kernel ahead of time for GPUs that this machine lacks, and read the resources it takes.
 
     python benchmarks/aot.py                 compile for all targets, write benchmarks/results/aot.json
     python benchmarks/aot.py --check         compile a sample (a tenth: every kernel and dtype, the
                                              targets in turn), compare with that file, exit 1 on a difference
 
 Per kernel, variant and target: registers per thread, shared memory, stack frame, spilled bytes, and how many global
-loads and stores of each width the machine code holds. Must be zero everywhere: stack frame and spills. Must be 128 bits
-in the hot paths: `Case.wide`. Registers depend on the compiler: compared only under the Triton that wrote the file.
+loads and stores of each width the machine code holds. Stack frame and spills must be zero everywhere; loads and stores
+in the hot paths (`Case.wide`) must be 128 bits wide. Registers depend on the compiler, so they are compared only under
+the Triton that wrote the file.
 """
 
 from __future__ import annotations
@@ -260,7 +261,7 @@ def jobs(complete: bool) -> list[tuple[str, int]]:
 
 def survey(complete: bool, workers: int) -> dict[str, dict[str, Any]]:
     """Resources by "case/target"."""
-    # Not forked: the compiler's threads do not survive it.
+    # The workers are spawned, because the compiler's threads do not survive a fork.
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
         return dict(sorted(pool.map(_task, *zip(*jobs(complete), strict=True))))
 

@@ -1,4 +1,4 @@
-"""Charts of results as SVG: transparent, a grey that reads on white and on black, hues that everybody tells apart."""
+"""Charts of results as transparent SVG, in colours that read on white and black and for colour-blind readers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from moda.bench.results import MEASURED, Results, Row
 from moda.bench.scaling import FRESH_MEMORY
 
 INK = "#7d7d7d"  # contrast above 4 on white and on black
-# Okabe and Ito's palette; the marker tells the same as the hue.
+# The palette is Okabe and Ito's; markers repeat what hues say.
 STYLE = {
     "reference": ("#D55E00", "o"),
     "torch": ("#E69F00", "s"),
@@ -189,7 +189,7 @@ def _roofline(results: Results) -> Figure | None:
 
 
 def _roof(results: Results, rows: Sequence[Row], figure: Figure) -> None:
-    """What a copy of so many bytes reaches: the cost of a call first, bandwidth from where that no longer counts."""
+    """The bandwidth that a copy of so many bytes reaches, with the cost of its call."""
     call = float(results.limits["call_seconds"]["median"])
     smallest = min(row.moved for row in rows if row.moved)
     largest = max(row.moved for row in rows if row.moved)

@@ -1,4 +1,4 @@
-"""What the collective of the distributed loss costs: bytes, simulated time, and a measurement that checks the model.
+"""The cost of the distributed loss's collective: bytes, simulated time, and a measurement that checks the simulation.
 
     python -m benchmarks.collective             # writes the tables of docs/distributed.md
     python -m benchmarks.collective measure     # times local processes, writes benchmarks/results/collective/, and both
@@ -58,7 +58,7 @@ class Network:
 
     @property
     def activation_bytes(self) -> int:
-        """Of one sample's activations."""
+        """Bytes of one sample's activations."""
         return FLOAT * sum(neurons * positions for neurons, positions in self.taps)
 
 
@@ -81,12 +81,12 @@ NETWORKS = (_vgg16(), _resnet50(), Network("ViT-B/16", ((3072, 197),) * 12, 86_5
 
 
 def buffer_bytes(classes: float, neurons: int) -> float:
-    """What is all-reduced: class sums, their squares' sums and sizes, and one number."""
+    """Bytes of the buffer that is all-reduced: class sums, sums of squares, class sizes and one number."""
     return FLOAT * (classes * (neurons + 2) + 1)
 
 
 def present_classes(classes: int, samples: float) -> float:
-    """How many of the classes `samples` samples have, in the mean, if every class is as likely."""
+    """The mean number of classes among `samples` samples, if all classes are equally likely."""
     if classes == 1:
         return 1
     return -classes * math.expm1(samples * math.log1p(-1 / classes))
@@ -115,7 +115,7 @@ class Cluster:
     between: Link
 
     def ring(self, ranks: int) -> list[Link]:
-        """The kinds of links in it."""
+        """The kinds of links in a ring."""
         return [self.inside, self.between] if ranks > NODE else [self.inside]
 
     def tree_depth(self, ranks: int) -> float:
@@ -151,9 +151,10 @@ HOST_READ = 20e-6  # seconds: a synchronisation of device and host, assumed
 
 
 def ring_seconds(links: Sequence[Link], chunk: float, steps: int) -> float:
-    """In each step every rank sends a chunk to the next one; it goes on when it has sent its own and got another.
+    """Seconds of a ring, in which every rank sends a chunk to the next one in each step.
 
-    Whoever has the slowest link never waits for another, and nobody is later than it: the slowest link sets the pace.
+    A rank goes on when it has sent its chunk and got another. The rank with the slowest link never waits, and no rank
+    is later than it, so the slowest link sets the pace.
     (tests/benchmarks/test_collective.py plays it message by message.)
     """
     return steps * max(link.seconds(chunk) for link in links)
@@ -161,7 +162,7 @@ def ring_seconds(links: Sequence[Link], chunk: float, steps: int) -> float:
 
 @dataclass(frozen=True)
 class Step:
-    """A step of a network with so many classes on so many ranks."""
+    """A training step of a network with a number of classes on a number of ranks."""
 
     network: Network
     classes: int
@@ -202,7 +203,7 @@ class Step:
 
     @property
     def chosen(self) -> str:
-        """What `moda_kernels` takes without `num_classes`."""
+        """The way that `moda_kernels` takes without `num_classes`."""
         present, own = round(self.rows["present"]), round(self.rows["owners"])
         return "owners" if owners_pay(present, own, self.network.neurons, self.ranks) else "present"
 
@@ -233,7 +234,9 @@ def measure() -> dict[str, Any]:
     machine = {
         "processor": platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
-        "load": os.getloadavg()[0],  # of others, before: the figures are worth something where it is near 0
+        "load": os.getloadavg()[
+            0
+        ],  # load by other work before the measurement; the figures mean little unless it is near 0
         "backend": "gloo",
     }
     runs = {}
@@ -284,7 +287,7 @@ def _step_seconds() -> dict[str, float]:
 
 
 def fit(times: dict[str, float], ranks: int) -> Link:
-    """Latency from the smallest message, bandwidth from the largest one; all in between is prediction."""
+    """Fit latency to the smallest message and bandwidth to the largest; times in between are predictions."""
     sizes = sorted(map(int, times))
     steps = 2 * (ranks - 1)
     latency = times[str(sizes[0])] / steps
@@ -359,7 +362,7 @@ def crossover_table() -> str:
 
 
 def measured_table(measured: dict[str, Any]) -> str:
-    """Measured against the model, fitted to the first and the last row."""
+    """The table of measured times beside those of the model, which is fitted to the first and the last row."""
     runs = measured["runs"]
     links = {ranks: fit(run["all_reduce"], int(ranks)) for ranks, run in runs.items()}
     head = ["bytes", *(f"{ranks} processes: {what}" for ranks in runs for what in ("measured", "model"))]
@@ -383,7 +386,7 @@ def step_table(measured: dict[str, Any]) -> str:
 
 
 def tables() -> dict[str, str]:
-    """By the name of the place in the page that each one goes to."""
+    """The tables of the page, by the names of their places in it."""
     made = {"bytes": bytes_table(), "crossover": crossover_table()}
     made |= {f"seconds-{index}": seconds_table(cluster) for index, cluster in enumerate(CLUSTERS)}
     for path in sorted(RESULTS.glob("*.json")):

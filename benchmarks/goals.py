@@ -1,4 +1,4 @@
-"""The numbers to reach, as data: which rows a goal is about, and what it asks of them."""
+"""The numbers to reach: which rows of results each goal is about, and what it asks of them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ LARGE = 16 << 20
 
 @dataclass(frozen=True)
 class Goal:
-    """What is asked of the worst of the rows that match.
+    """A number that the worst of the matching rows has to reach.
 
     Attributes:
         text: what is measured, in words.

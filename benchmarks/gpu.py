@@ -36,7 +36,7 @@ sys.exit(not bench(quick=sys.argv[1] == "quick", device="cuda", suites=(), folde
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a step went."""
+    """The outcome of a step."""
 
     step: str
     status: str
@@ -75,7 +75,7 @@ def tests() -> Outcome:
         for path in (ROOT / "tests").rglob("test_*.py")
         if "mark.gpu" in (text := path.read_text()) or "triton_oracle" in text
     )
-    # addopts asks for plugins' settings to be known; the plugins need not be here.
+    # pyproject.toml's addopts names settings of plugins that may not be installed here.
     options = ["-m", "gpu", "-q", "-o", "addopts=", "-p", "no:cacheprovider", "--continue-on-collection-errors"]
     return run("tests", [sys.executable, "-m", "pytest", *options, *files], LIMITS["tests"])
 

@@ -79,7 +79,7 @@ class Network:
         make: builds it, from the size of the images.
         image_size: height and width of the images.
         epochs: passes over the training samples.
-        adam: AdamW in the place of SGD.
+        adam: whether AdamW takes the place of SGD.
         batch: samples of a batch in training.
     """
 

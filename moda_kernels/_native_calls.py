@@ -1,6 +1,7 @@
-"""Calls into the compiled extension: tensors become addresses and sizes. No autograd, no dispatch, nothing checked.
+"""Calls into the compiled extension, which turn tensors into addresses and sizes.
 
-Everything here takes *dense* activations, those with a `layout`; `dense` makes one of any. Outputs are allocated here.
+There is no autograd and no dispatch here, and nothing is checked. Every function takes *dense* activations, those with
+a `layout`; `dense` makes one of any tensor. Outputs are allocated here.
 """
 
 from __future__ import annotations
@@ -38,14 +39,14 @@ _INSTALL = "`pip install --no-build-isolation --no-deps -e .` in a checkout buil
 
 
 class NotBuiltError(RuntimeError):
-    """There is no extension to call; the message says why and what to do about it."""
+    """The extension cannot be called; the message says why and what to do about it."""
 
 
 def extension() -> Any:
     """The extension module.
 
     Raises:
-        NotBuiltError: it is not there, is stale, or cannot run on this processor.
+        NotBuiltError: the extension is missing or stale, or cannot run on this processor.
     """
     loaded = _load()
     if isinstance(loaded, NotBuiltError):
@@ -55,7 +56,7 @@ def extension() -> Any:
 
 @functools.cache
 def _load() -> Any:
-    """The extension module or a NotBuiltError: looked for once, because backends are chosen in every step."""
+    """The extension module, or the error; kept from the first call on, because backends are chosen in every step."""
     try:
         return _checked_extension()
     except NotBuiltError as error:
@@ -85,14 +86,14 @@ def _checked_extension() -> Any:
 
 
 def source_digest(sources: Path) -> str:
-    """What CMakeLists.txt stamps into the extension: SHA-256 of the files' SHA-256s, in the order of their paths."""
+    """The SHA-256 of the files' SHA-256s in order of their paths, which CMakeLists.txt stamps into the extension."""
     files = sorted((path for path in sources.rglob("*") if path.is_file()), key=Path.as_posix)
     digests = [hashlib.sha256(path.read_bytes()).hexdigest() for path in files]
     return hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
 def layout(x: Tensor) -> int | None:
-    """How a dense (N, C, *spatial) tensor lies in memory; None if it does in no way that the kernels read."""
+    """How an (N, C, *spatial) tensor lies in memory; None if the kernels cannot read it as it lies."""
     if x.is_contiguous():
         return _NO_POSITIONS if x.dim() == 2 else _POSITIONS_LAST
     if x.dim() == 2:
@@ -103,7 +104,7 @@ def layout(x: Tensor) -> int | None:
 
 
 def dense(x: Tensor) -> Tensor:
-    """`x`, or a contiguous copy if it lies in no way that the kernels read."""
+    """`x`, or a contiguous copy if the kernels cannot read it as it lies."""
     return x.contiguous() if layout(x) is None else x
 
 
@@ -148,7 +149,7 @@ def pool_backward(upstream: Sequence[Tensor | None], layers: Sequence[Tensor]) -
 
 
 def relu_pool_forward(x: Tensor, y: Tensor) -> Tensor:
-    """Write relu(x) to y, of the same strides (x itself is fine); the pooled activation."""
+    """Write relu(x) to y, which has the strides of x and may be x; return the pooled activation."""
     pooled = x.new_empty(x.shape[:2], dtype=accumulation(x.dtype))
     extension().relu_pool_forward(_fields(x, pooled.data_ptr(), y.data_ptr()), torch.get_num_threads())
     return pooled
@@ -173,7 +174,7 @@ class SavedLosses(NamedTuple):
 
     @staticmethod
     def of(saved_tensors: Sequence[Tensor]) -> SavedLosses:
-        """From a context's tensors, which are these fields one after the other."""
+        """The fields from a context's saved tensors, which hold them one after the other."""
         tensors = iter(saved_tensors)
         workspace = next(tensors)
         return SavedLosses(workspace, Segments(*islice(tensors, len(Segments._fields))), tuple(tensors))
@@ -186,7 +187,7 @@ def _segment_fields(segments: Segments, room: int) -> tuple[int, ...]:
 
 
 class NormForward(NamedTuple):
-    """What a forward call gives; `saved` is (4, C), see NormForward of csrc/types.h."""
+    """The results of a forward call; `saved` is (4, C), described at NormForward in csrc/types.h."""
 
     y: Tensor
     pooled: Tensor | None
@@ -273,12 +274,12 @@ def losses_dtype(layers: Sequence[Tensor]) -> torch.dtype:
 
 
 def segment_count(segments: Segments) -> int:
-    """How many segments there are; reads a value, which on the CPU costs nothing."""
+    """How many segments there are. This reads a value of a tensor, which costs nothing on the CPU."""
     return int(segments.segment[segments.order[-1]]) + 1
 
 
 def losses_workspace_bytes(layers: Sequence[Tensor], room: int) -> int:
-    """Room for every layer's rows (unless the layer is its own pool), norms and class sums of `room` segments."""
+    """Bytes for every layer's rows (unless the layer is its own pool), norms and class sums of `room` segments."""
     total = 0
     for x in layers:
         samples, neurons = x.shape[:2]
@@ -290,7 +291,7 @@ def losses_workspace_bytes(layers: Sequence[Tensor], room: int) -> int:
 
 
 def losses_forward(layers: Sequence[Tensor], segments: Segments, workspace: Tensor, room: int) -> list[float]:
-    """The three terms. Writes to the workspace what the backward pass reads."""
+    """Compute the three terms, and write to the workspace what the backward pass reads."""
     terms: list[float] = extension().losses_forward(
         _losses_fields(layers, [None] * len(layers)),
         _segment_fields(segments, room),
@@ -377,7 +378,7 @@ def count_firings(activations: Sequence[Tensor], labels: Tensor, threshold: floa
 
 
 def _statistics_rows(x: Tensor) -> Tensor:
-    """Room for the pooled activation of a dense layer; an (N, C) layer is its own."""
+    """An (N, C) tensor to write the pooled activation of a dense layer to; an (N, C) layer is its own pool."""
     dtype = accumulation(x.dtype)
     return x.to(dtype) if x.dim() == 2 else x.new_empty(x.shape[:2], dtype=dtype)
 

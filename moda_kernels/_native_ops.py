@@ -115,7 +115,7 @@ relu_pool_backward.register_autograd(refuse_second_backward)
 @torch.library.custom_op("moda_kernels::native_grouped_losses", mutates_args=())
 def grouped_losses(activations: Sequence[Tensor], segments: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Affinity, dispersion, compactness, and the workspace of the backward pass."""
-    # Zeros, because an output of an operator must not differ from call to call.
+    # The workspace is zeros, because an operator's outputs must not differ from call to call.
     room = len(activations[0])
     workspace = activations[0].new_zeros(calls.losses_workspace_bytes(activations, room), dtype=torch.uint8)
     terms = calls.losses_forward(activations, Segments(*segments), workspace, room)

@@ -1,9 +1,10 @@
-"""Operations that `torch.compile` must not fuse on the CPU, each as an opaque one.
+"""Opaque operators for operations that `torch.compile` must not fuse on the CPU.
 
-What Inductor's C++ code gets wrong there (seen with PyTorch 2.13, 2 threads and layers of 1024 neurons):
+Inductor's C++ code gets two things wrong there (seen with PyTorch 2.13, 2 threads and layers of 1024 neurons):
 
 - `index_add` of rows that it computes in the same kernel adds them once per OpenMP thread: class sums twice too large;
-- a kernel that spreads the gradient of rows over 2 x 2 positions while it computes that gradient takes other rows'.
+- a kernel that spreads the gradient of rows over 2 x 2 positions while it computes that gradient takes the gradients
+  of other rows.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ segment_add.register_autograd(_gather, setup_context=_keep_segment)
 
 @torch.library.custom_op("moda_kernels::apart", mutates_args=())
 def apart(rows: Tensor) -> Tensor:
-    """A copy: what makes the rows and what is done with them are kernels of their own, forward and backward."""
+    """A copy, which keeps the kernels that make the rows apart from those that use them, forward and backward."""
     return rows.clone()
 
 

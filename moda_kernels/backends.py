@@ -1,4 +1,4 @@
-"""Which implementation runs, and why the others cannot.
+"""The choice among backends, and the reasons why others cannot run.
 
 A backend is a module with the names of `Backend` (see CONTRIBUTING.md, "How to add a backend"). It may leave out
 operations that its `OPS` does not list.
@@ -167,7 +167,7 @@ def _first_that_runs(operation: str, tensors: Sequence[Tensor], beside: Sequence
 
 
 def _refusal(backend: Backend, operation: str, tensors: Sequence[Tensor]) -> str | None:
-    """Why the backend cannot run `operation` on `tensors`; None if it can. Cheap: it is on the path of every step."""
+    """Why the backend cannot run `operation` on `tensors`; None if it can. It is cheap: every step asks it."""
     if operation not in backend.OPS:
         return f"it does not implement it (it has: {', '.join(sorted(backend.OPS))})"
     device = tensors[0].device

@@ -1,4 +1,4 @@
-"""What batch norm is given beside its input, and whether it fits."""
+"""The arguments of batch norm beside its input, and the check that they fit it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class BatchNorm(NamedTuple):
     eps: float
 
     def tensors(self) -> list[Tensor]:
-        """Every tensor that is there."""
+        """Every tensor that is not None."""
         found = (self.running_mean, self.running_var, self.weight, self.bias, self.residual)
         return [tensor for tensor in found if tensor is not None]
 
@@ -37,7 +37,7 @@ _PER_NEURON = ("running_mean", "running_var", "weight", "bias")
 
 
 def check_batch_norm(x: Tensor, norm: BatchNorm) -> None:
-    """The arguments fit an activation `x`, which was checked before.
+    """Check that the arguments fit an activation `x`, which was checked before.
 
     Raises:
         TypeError, ValueError: an argument is of another kind, shape, dtype or device than `x` asks for, or statistics

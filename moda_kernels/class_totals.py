@@ -1,4 +1,4 @@
-"""What is added up per class and neuron over batches: the base of `FiringCounter` and `AttributionSums`."""
+"""Totals per class and neuron over batches: the base of `FiringCounter` and `AttributionSums`."""
 
 from __future__ import annotations
 
@@ -23,14 +23,16 @@ _Totals = TypeVar("_Totals", bound="ClassTotals")
 
 
 class ClassTotals:
-    """Totals of one or two kinds, (K, C) per layer, on the device of the activations, and how many samples they are of.
+    """Totals of one or two kinds, (K, C) per layer, and the number of samples of each class that are in them.
+
+    They live on the device of the activations.
 
     Counts are int64, sums float64 for float64 layers and float32 otherwise. Labels outside [0, num_classes) are an
     error: at once on the CPU; on a GPU, where looking would be a synchronisation per batch, at the next read.
     Threads may share one.
     """
 
-    _WORD = "summed"  # for a layer that has been seen, in errors
+    _WORD = "summed"  # what errors say was done to a layer
 
     def __init__(self, num_classes: int, backend: str, kinds: Sequence[str]) -> None:
         check_num_classes(num_classes)
@@ -65,10 +67,10 @@ class ClassTotals:
         return (self.class_sizes == 0).nonzero().flatten().tolist()
 
     def merge(self: _Totals, other: _Totals) -> None:
-        """Add the totals of another one of the same settings and layers.
+        """Add the totals of `other`, which has the same settings and layers.
 
         Raises:
-            TypeError, ValueError: the two differ in kind, or in one of these; nothing is added.
+            TypeError, ValueError: the two differ in kind, settings or layers; nothing is added.
         """
         if type(other) is not type(self):
             raise TypeError(f"other: expected {type(self).__name__} as here, got {type(other).__name__}")
@@ -159,7 +161,7 @@ class ClassTotals:
             self._class_sizes = _own(state["class_sizes"])
             self._invalid = torch.zeros((), dtype=torch.int64, device=self._class_sizes.device)
 
-    # What a kind of totals says of itself.
+    # Subclasses override these.
 
     _SAME = "classes and layers"  # of all ranks
 
@@ -168,33 +170,33 @@ class ClassTotals:
         return {}
 
     def _settings(self) -> dict[str, Any]:
-        """What two must agree in."""
+        """The settings in which two that are merged must agree."""
         return {"num_classes": self.num_classes}
 
     def _expected_state(self) -> str:
         return "class_sizes and sums.0, sums.1, ..."
 
     def _describe(self, settings: Mapping[str, Any], widths: list[int], dtypes: list[torch.dtype]) -> str:
-        """A rank's totals, in an error."""
+        """A rank's totals, as an error describes them."""
         return f"num_classes={settings['num_classes']}, neurons {widths}, sums {names_of(dtypes)}"
 
     # The totals.
 
     @property
     def _counts(self) -> list[Tensor]:
-        """Per layer; none if there is no such kind."""
+        """The totals of this kind, one per layer; empty if it is not taken."""
         return self._totals.get(COUNTS, [])
 
     @property
     def _sums(self) -> list[Tensor]:
-        """Per layer; none if there is no such kind."""
+        """The totals of this kind, one per layer; empty if it is not taken."""
         return self._totals.get(SUMS, [])
 
     def _tally(self) -> Tally:
         return Tally(self._counts, self._class_sizes, self._invalid, self._sums)
 
     def _alone(self) -> AbstractContextManager[Any]:
-        """Keeps other threads out; a compiler traces one thread, and knows no locks."""
+        """A context that keeps other threads out; an empty one for a compiler, which knows no locks."""
         return nullcontext() if torch.compiler.is_compiling() else self._lock
 
     def __getstate__(self) -> dict[str, Any]:
@@ -220,9 +222,9 @@ class ClassTotals:
             )
 
     def _place(self, widths: list[int], dtypes: list[torch.dtype], device: torch.device) -> None:
-        """The totals, with the sums of `dtypes`, on the device; made at the first batch.
+        """Make the totals at the first batch, with sums of `dtypes`, or move them to the device.
 
-        Tensors made in inference mode could not be added to outside of it.
+        They are made outside of inference mode, because tensors made in it could not be added to later.
         """
         made = bool(self._widths())
         if made and self._class_sizes.device == device:
@@ -254,14 +256,14 @@ def names_of(dtypes: Sequence[torch.dtype]) -> list[str]:
 
 
 def _own(tensor: Tensor) -> Tensor:
-    """A copy that kernels may add to."""
+    """A contiguous copy, which kernels may add to."""
     return tensor.clone(memory_format=torch.contiguous_format)
 
 
 def _check_state_tensor(
     name: str, tensor: Any, dtypes: Sequence[torch.dtype], num_classes: int, neurons: int | None = None
 ) -> None:
-    """A tensor of a state: (K,) class sizes, or (K, C) for any C unless `neurons` says which."""
+    """Check a tensor of a state: (K,) class sizes, or (K, C) totals, where any C will do unless `neurons` gives it."""
     dims = 1 if name == "class_sizes" else 2
     right = tensor.dtype in dtypes and tensor.dim() == dims and tensor.shape[0] == num_classes
     if not right or (neurons is not None and tensor.shape[1] != neurons):

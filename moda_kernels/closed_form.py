@@ -9,10 +9,10 @@ q_k = sum over segment k of |n_i|^2:
 which are the published N x N means at O(N C) (arXiv 2411.01074). Both are written per segment, so that a batch in
 which one kind of pair is rare does not lose it in the difference of two large numbers.
 
-Any device and floating dtype, any strides, differentiable twice, no host synchronisation, traceable by
-`torch.compile(fullgraph=True)`. Sums are in float32 for half precision and float32, in float64 for float64.
-Run to run: bitwise equal on the CPU; on CUDA `index_add` sums in no fixed order unless
-`torch.use_deterministic_algorithms(True)` is set (the Triton backend always is deterministic).
+The functions take tensors of any device, floating dtype and strides, are differentiable twice, do not synchronise with
+the host, and can be traced by `torch.compile(fullgraph=True)`. Sums are in float32 for half precision and float32, and
+in float64 for float64. On the CPU results are bitwise equal from run to run; on CUDA `index_add` sums in no fixed order
+unless `torch.use_deterministic_algorithms(True)` is set (the Triton backend always is deterministic).
 """
 
 from __future__ import annotations
@@ -76,15 +76,15 @@ def _pooled_relu(y: Tensor) -> Tensor:
 
 
 def _mean_over_positions(magnitude: Tensor) -> Tensor:
-    """Means of numbers of at least 0 over all axes behind the second, in the accumulation dtype; finite if they are."""
+    """The means over all axes behind the second, in the accumulation dtype; finite for finite magnitudes."""
     dtype, positions = accumulation(magnitude.dtype), tuple(range(2, magnitude.dim()))
-    if magnitude.dtype == torch.float16:  # no sum of those leaves float32
+    if magnitude.dtype == torch.float16:  # a sum of float16 numbers always fits float32
         return magnitude.mean(positions, dtype=dtype)
     if magnitude.device.type == "cpu" and not (is_traced() or is_transformed()):
         mean = magnitude.mean(positions, dtype=dtype)
         if not mean.numel() or mean.detach().amax() <= torch.finfo(dtype).max:
             return mean
-    # A sum of shares is finite. Where values may be looked at, as above, it is taken only if it is needed.
+    # A sum of values that were divided first is finite. Where values can be read, as above, it is taken only if needed.
     return twice((magnitude.to(dtype) * (0.5 / math.prod(magnitude.shape[2:]))).sum(positions))
 
 
@@ -93,18 +93,18 @@ def norm_relu_pool(x: Tensor, norm: BatchNorm) -> tuple[Tensor, Tensor]:
     z = F.batch_norm(
         x, norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.training, norm.momentum, norm.eps
     )
-    # Neither batch norm nor an addition keeps its result: the ReLU may have its memory.
+    # Neither batch norm nor the addition keeps its result for backward, so the ReLU may overwrite it.
     y = torch.relu_(z if norm.residual is None else z + norm.residual)
     return y, _pooled_relu(y)
 
 
 def normalized_rows(pooled: Tensor) -> Tensor:
-    """Rows divided by max(L2 norm, 1e-12), whatever finite numbers they hold; NaN in a row makes all of it NaN.
+    """Rows divided by max(L2 norm, 1e-12), right for all finite numbers; a NaN makes the whole row NaN.
 
     An all-zero row stays zero and passes gradient 0 (published: g / 1e-12).
     """
-    # Divided by the largest magnitude before they are squared: no square leaves the dtype's range. It cancels out, so
-    # that the derivative may take it for a constant.
+    # Rows are divided by their largest magnitude before they are squared, so that no square leaves the dtype's range.
+    # The divisor cancels out, so the derivative may take it for a constant.
     largest = pooled.detach().abs().amax(1, keepdim=True)
     zero = largest == 0
     scaled = pooled / torch.where(zero, 1, largest)
@@ -120,7 +120,7 @@ def mean_magnitude(layers: Sequence[Tensor]) -> Tensor:
 
 
 def twice(half: Tensor) -> Tensor:
-    """Twice a mean's half. Rounding makes no mean of finite numbers infinite."""
+    """A mean from its half, without letting rounding make the mean of finite numbers infinite."""
     doubled = 2 * half
     rounded = doubled.isinf() & half.isfinite()
     return torch.where(rounded, doubled.clamp_max(torch.finfo(half.dtype).max), doubled)
@@ -177,7 +177,7 @@ def count_firings(activations: Sequence[Tensor], labels: Tensor, threshold: floa
     index = torch.where(valid, labels, 0).long()
     weight = valid.long()
     for activation, count in zip(activations, tally.counts, strict=True):
-        # Largest and smallest, for NaN and for speed: no temporary of the activation's size.
+        # Comparing the largest and the smallest value keeps NaN and makes no temporary of the activation's size.
         positions = tuple(range(2, activation.dim()))
         largest = activation.amax(positions) if positions else activation
         smallest = activation.amin(positions) if positions else activation

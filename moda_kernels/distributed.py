@@ -149,7 +149,7 @@ class _GlobalLosses(torch.autograd.Function):
         widths = [rows.shape[1] for rows in pooled]
         values = torch.cat(pooled, 1)
         columns, column_weight = _columns(tuple(widths), values)
-        # As in closed_form.normalized_rows: divided by the largest magnitude before they are squared.
+        # Rows are divided by their largest magnitude before they are squared, as in closed_form.normalized_rows.
         largest = _reduce_layers(values.abs(), widths, torch.amax)
         divisor = torch.where(largest == 0, 1, largest)
         scaled = values / divisor.index_select(1, columns)
@@ -186,7 +186,7 @@ class _GlobalLosses(torch.autograd.Function):
             )
         values, rows, floored, inverse, index, sums, others, samples, same_pairs, diff_pairs = ctx.saved_tensors
         columns, column_weight = _columns(tuple(ctx.widths), values)
-        # W dF/dx, not dF/dx: the gradients are going to be averaged over the W ranks (module's docstring).
+        # The gradient is W dF/dx, because engines average gradients over the W ranks (see the module's docstring).
         scale = ctx.ranks / len(ctx.widths)
         of_same = torch.where(same_pairs > 0, -affinity * scale / same_pairs.clamp_min(1), 0)
         of_diff = torch.where(diff_pairs > 0, dispersion * scale / diff_pairs.clamp_min(1), 0)
@@ -194,7 +194,7 @@ class _GlobalLosses(torch.autograd.Function):
 
         expanded = inverse.index_select(1, columns)
         gradient = (sums.index_select(0, index) - rows) * of_same + others.index_select(0, index) * of_diff
-        # A row shorter than EPS is scaled by the constant 1 / EPS: no projection, as in closed_form.normalized_rows.
+        # A row shorter than EPS is scaled by the constant 1 / EPS, so its gradient has no projection.
         along = torch.where(floored, 0, _reduce_layers(gradient * rows, ctx.widths, torch.sum))
         gradient = (gradient - along.index_select(1, columns) * rows) * expanded + values.sign() * (
             column_weight * of_magnitude
@@ -205,7 +205,7 @@ class _GlobalLosses(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class _Local:
-    """What this rank brings.
+    """The local batch of this rank.
 
     Attributes:
         index: (N_r,) int64, the row of the class sums that each sample adds to.
@@ -229,7 +229,7 @@ class _Local:
 
 
 class _Total(NamedTuple):
-    """What the ranks have together.
+    """The sums over all ranks.
 
     Attributes:
         sums: (classes, D) S_k, of the classes that `_Local.index` points to.
@@ -258,11 +258,13 @@ def _all_reduced(local: _Local, classes: int, group: ProcessGroup) -> _Total:
     sums = sums.view(classes, neurons)
     _add_rows(sums, local.index, local.rows)
     _add_rows(own, local.index, local.own)
-    # Whole numbers, so their order does not matter; and scatter_add_ refuses an index out of range, on a GPU too.
+    # Sizes are whole numbers, whose order of addition does not matter. scatter_add_ refuses an index out of range on a
+    # GPU too.
     sizes.scatter_add_(0, local.index, local.rows.new_ones(len(local.index)))
     magnitude.add_(local.magnitude)
     dist.all_reduce(buffer, group=group)
-    # In float64: where one class is nearly the whole batch, float32 would lose the others in the difference.
+    # The total is in float64: where one class is nearly the whole batch, float32 would lose the others in the
+    # difference.
     others = (sums.sum(0, dtype=torch.float64) - sums).to(sums.dtype)
     same, different = _pair_sums(sums, own, others)
     return _Total(sums, others, same, different, magnitude[0], *_pair_counts(sizes.round().long()))
@@ -280,7 +282,7 @@ def _by_owner(local: _Local, classes: int, owners: _Owners, group: ProcessGroup)
     owned = mine.new_zeros(owners.owned, neurons + 1)
     _add_rows(owned, owners.received, received)
 
-    # S from the very sums that it is going to be compared with, in float64: see _all_reduced.
+    # S is added up in float64 from the very sums that it is compared with below; _all_reduced says why.
     whole = torch.cat([owned[:, :neurons].sum(0, dtype=torch.float64), local.magnitude.double()[None]])
     dist.all_reduce(whole, group=group)
     owned_others = (whole[:neurons] - owned[:, :neurons]).to(mine.dtype)
@@ -311,7 +313,7 @@ def _add_rows(sums: Tensor, index: Tensor, rows: Tensor) -> None:
 
 
 def _reduce_layers(values: Tensor, widths: Sequence[int], reduce: Callable[[Tensor, int], Tensor]) -> Tensor:
-    """(N, D) -> (N, L): a sum or the largest over each layer's neurons."""
+    """Reduce (N, D) to (N, L): the sum or the largest value over each layer's neurons."""
     return torch.stack([reduce(part, 1) for part in torch.split(values, list(widths), 1)], 1)
 
 
@@ -323,9 +325,9 @@ def _pair_counts(sizes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _columns(widths: tuple[int, ...], like: Tensor) -> tuple[Tensor, Tensor]:
-    """Of each of the D columns: its layer (int64), and 1 / (L C), its weight in the mean over neurons and layers."""
-    # Kept from step to step: a copy from the host is a synchronisation, and not allowed while a CUDA graph is captured.
-    # Columns made by a trace or in inference mode are of no use outside of it.
+    """The layer (int64) of each of the D columns, and 1 / (L C), its weight in the mean over neurons and layers."""
+    # The columns are kept from step to step: a copy from the host synchronises, and is not allowed while a CUDA graph
+    # is captured. Columns made by a trace or in inference mode cannot be used outside of it.
     keep = not (is_traced() or torch.is_inference_mode_enabled())
     make = _cached_columns if keep else _make_columns
     return make(widths, like.dtype, like.device)
@@ -354,7 +356,7 @@ class _Layout:
         return f"{len(self.widths)} layers ({layers}), num_classes={self.num_classes}"
 
     def digest(self) -> int:
-        """63 bits of it."""
+        """A hash of the layout, of 63 bits."""
         return int.from_bytes(hashlib.blake2b(str(self).encode(), digest_size=8).digest(), "big") >> 1
 
 
@@ -378,7 +380,8 @@ def _agree_once(layout: _Layout, device: torch.device, group: ProcessGroup) -> N
     """Raise on every rank if the ranks' layouts differ; costs a host read when this rank's layout is a new one."""
     agreed = _agreed.setdefault(group, _Agreed())
     if layout not in agreed.layouts:
-        # As long as a first exchange of labels, so that ranks with and without num_classes meet in an error.
+        # The row is as long as that of a first exchange of labels, so that ranks with and without num_classes both get
+        # an error.
         header = _all_gather(torch.tensor([layout.digest(), 0], device=device), group)
         _check_same(header[:, 0].tolist(), layout, group)
         agreed.layouts.add(layout)
@@ -444,7 +447,7 @@ def owners_pay(present: int, most_of_a_rank: int, neurons: int, ranks: int) -> b
 
 
 def _own(class_of: Tensor, had: Sequence[Tensor], rank: int, sizes: Tensor) -> tuple[Tensor, int, _Owners]:
-    """Rows by owner, for this rank's samples of these classes, where rank r has samples of the classes `had[r]`."""
+    """Each local sample's row, the number of rows, and the owners, where rank r has samples of classes `had[r]`."""
     ranks, mine = len(had), had[rank]
     in_order = mine[torch.argsort(mine % ranks, stable=True)]
     row_of = torch.empty_like(sizes)
@@ -489,14 +492,14 @@ def _check_same(digests: Sequence[int], layout: _Layout, group: ProcessGroup) ->
 
 
 def gather_objects(value: Any, group: ProcessGroup) -> list[Any]:
-    """Every rank's `value`, by rank in the group; pickled, so for set-up and errors, not for steps."""
+    """Every rank's `value`, by rank in the group. Values are pickled, which is too slow for every step."""
     values: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(values, value, group=group)
     return values
 
 
 def describe(by_rank: Sequence[Any]) -> str:
-    """`a on rank 0, 2; b on rank 1`."""
+    """What the ranks hold, for an error: `a on rank 0, 2; b on rank 1`."""
     ranks: dict[str, list[str]] = {}
     for rank, value in enumerate(by_rank):
         ranks.setdefault(str(value), []).append(str(rank))

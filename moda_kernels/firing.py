@@ -1,4 +1,4 @@
-"""Class statistics per neuron: firing counts, which are behind a decomposition, and sums of pooled activations."""
+"""Statistics per class and neuron: firing counts, from which models are decomposed, and sums of pooled activations."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ class FiringCounter(ClassTotals):
     they are bitwise equal from run to run.
 
     With `sums=True` the pooled activations (mean over positions of the absolute value; an (N, C) layer is its own,
-    signed) are added up per class and neuron as well, from the same read of each activation: how strongly a neuron
-    fires, beside how often. Without, reading stops at a neuron's first firing position. Sums of the same batches in the
-    same order are bitwise equal from run to run, with backend "native" on any device, and for any number of threads;
-    another order of samples or batches rounds differently.
+    signed) are added up per class and neuron as well, from the same read of each activation: they say how strongly a
+    neuron fires, beside how often. Without sums, reading stops at a neuron's first firing position. Sums of the same
+    batches in the same order are bitwise equal from run to run, with backend "native" on any device, and for any number
+    of threads; another order of samples or batches rounds differently.
 
     Threads may share a counter: each batch is added as a whole.
 
@@ -133,7 +133,7 @@ class FiringCounter(ClassTotals):
         return f"num_classes={settings['num_classes']}, threshold={settings['threshold']:g}, neurons {widths}{sums}"
 
     def _check_unpooled(self, layers: Sequence[Tensor]) -> None:
-        if self.threshold == 0:  # a mean of magnitudes is above 0 where one of them is
+        if self.threshold == 0:  # a mean of magnitudes is above 0 exactly where one of them is
             return
         for index, layer in enumerate(layers):
             if is_pooled(layer):

@@ -101,7 +101,7 @@ def _losses(
 
 
 def _why_useless(labels: Tensor) -> str | None:
-    """Why affinity and dispersion say nothing about this batch; None if they do. Cheap: it is asked in every step."""
+    """Why affinity and dispersion say nothing about this batch; None if they do. It is cheap: every step asks it."""
     if is_traced() or is_transformed() or labels.is_meta:
         return None
     if labels.shape[0] == 1:
@@ -184,7 +184,7 @@ class ModularLoss(nn.Module):
             self._warned = True
             warnings.warn(useless, stacklevel=2)
         self.last = ModularLosses(*(term.detach() for term in losses))
-        # A term of weight 0 is left out, not multiplied: 0 * inf would poison the sum.
+        # A term of weight 0 is left out of the sum, because 0 * inf would make it NaN.
         terms = [weight * term for weight, term in zip(self.weights, losses, strict=True) if weight != 0]
         return torch.stack(terms).sum() if terms else torch.zeros_like(losses.affinity)
 

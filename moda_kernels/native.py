@@ -1,4 +1,4 @@
-"""The compiled extension: backend "native". C++ kernels for the CPU, and the firing counter in CUDA.
+"""Backend "native", the compiled extension: C++ kernels for the CPU, and the firing counter in CUDA.
 
 Two roads lead to the same kernels (`_native_calls.py`):
 
@@ -109,7 +109,7 @@ def grouped_losses(activations: Sequence[Tensor], segments: Segments) -> tuple[T
 
 def class_sums(pooled: Sequence[Tensor], labels: Tensor, num_classes: int, *, normalize: bool = True) -> list[Tensor]:
     """Per layer the (K, C) sum over each class's samples of the rows, L2-normalised by default. Not differentiable."""
-    if not normalize:  # a sum of rows as they are is no work for a kernel of its own
+    if not normalize:  # plain sums of rows need no kernel of their own
         return closed_form.class_sums(pooled, labels, num_classes, normalize=False)
     run = ops.class_sums if is_traced() else calls.class_sums
     sums: list[Tensor] = run([rows.detach() for rows in pooled], labels, num_classes)
@@ -182,7 +182,7 @@ class _GroupedLosses(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, segments: Segments, *layers: Tensor) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
-        # How many segments there are is the labels' affair; a compiler, which sees no values, has to allow for N.
+        # The number of segments depends on the labels' values; a compiler, which sees none, has to allow for N of them.
         ctx.room = calls.segment_count(segments)
         workspace = layers[0].new_empty(calls.losses_workspace_bytes(layers, ctx.room), dtype=torch.uint8)
         terms = calls.losses_forward(layers, segments, workspace, ctx.room)

@@ -1,6 +1,6 @@
-"""Gradients that compiled kernels computed: differentiating them again is an error that says what to do.
+"""Gradients that compiled kernels computed, and the error for differentiating them again.
 
-Autograd would take such a gradient for a constant and hand out a wrong second derivative without a word.
+Without the error, autograd would take such a gradient for a constant and silently give a wrong second derivative.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def relu_pool_gradient(y: Tensor, dy: Tensor | None, dpooled: Tensor | None) -> 
 
 
 def once_only(gradients: Sequence[Tensor | None], depends_on: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
-    """The gradients; if a graph of them is being made (create_graph=True), it ends in the error above.
+    """The gradients. If a graph of them is being made (create_graph=True), differentiating it raises the error above.
 
     Args:
         gradients: what a backward pass computed; None where nothing is needed.
@@ -53,7 +53,7 @@ def once_only(gradients: Sequence[Tensor | None], depends_on: Sequence[Tensor | 
 
 
 class _OnceOnly(torch.autograd.Function):
-    """Passes the first `count` tensors on; stands in the graph as a function of all of them."""
+    """Passes the first `count` tensors on, and stands in the graph as a function of all tensors."""
 
     @staticmethod
     def forward(ctx: Any, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:

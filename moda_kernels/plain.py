@@ -1,7 +1,8 @@
 """Which tensors compiled kernels may take: those whose numbers lie in memory, while nobody records what is done.
 
-A compiled kernel reads addresses. Fake, distributed, batched, functional and other wrapped tensors have no memory of
-their own, a zero tensor and one whose storage was freed have none at all, and a pending negation is not in memory yet.
+A compiled kernel reads memory at addresses. Fake, distributed, batched, functional and other wrapped tensors have no
+memory of their own; a zero tensor and one whose storage was freed have none at all; and a pending negation has not been
+written to memory yet.
 """
 
 from __future__ import annotations
@@ -18,9 +19,10 @@ _TYPES = (Tensor, Parameter)
 
 
 def is_traced() -> bool:
-    """Whether operations are recorded or replaced: kernels must then be called as registered operators.
+    """Whether operations are recorded or replaced, so that kernels must be called as registered operators.
 
-    `torch.compile`, `torch.export`, `make_fx`, `FakeTensorMode`, a FLOP counter, any other dispatch mode.
+    That is so under `torch.compile`, `torch.export`, `make_fx`, `FakeTensorMode`, a FLOP counter and every other
+    dispatch mode.
     """
     return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
 
@@ -28,7 +30,7 @@ def is_traced() -> bool:
 def is_transformed() -> bool:
     """Whether a function transform is at work, for which compiled kernels have no rule.
 
-    `torch.func` (grad, vmap, jvp, functionalize), forward-mode derivatives, `torch.jit.trace`.
+    These are `torch.func` (grad, vmap, jvp, functionalize), forward-mode derivatives and `torch.jit.trace`.
     """
     return (
         torch._C._functorch.peek_interpreter_stack() is not None
@@ -38,7 +40,7 @@ def is_transformed() -> bool:
 
 
 def obstacle(tensors: Iterable[Tensor]) -> str | None:
-    """Why compiled kernels cannot take these tensors; None if they can. Cheap: it is on the path of every step."""
+    """Why compiled kernels cannot take these tensors; None if they can. It is cheap: every step asks it."""
     if torch.compiler.is_compiling():
         return None
     if is_transformed():
@@ -67,7 +69,7 @@ def _has_address(tensor: Tensor) -> bool:
 
 
 def is_freed(tensor: Tensor) -> bool:
-    """Whether a tensor ought to have memory and has none: PyTorch itself would read address 0."""
+    """Whether a tensor's memory was freed, so that PyTorch itself would read address 0."""
     if torch.compiler.is_compiling() or type(tensor) not in _TYPES or _has_address(tensor):
         return False
     if tensor.numel() == 0 or tensor.is_meta:
@@ -77,20 +79,20 @@ def is_freed(tensor: Tensor) -> bool:
 
 
 def _dispatches(kind: type[Tensor]) -> bool:
-    """Whether a subclass stands for something else than its memory; one that only replaces functions does not."""
+    """Whether a subclass stands for something other than its memory; one that only overrides functions does not."""
     return kind.__torch_dispatch__ is not Tensor.__torch_dispatch__
 
 
 def holds_numbers(tensor: Tensor) -> bool:
-    """Whether there are numbers to be counted: a fake tensor has shape and dtype alone."""
+    """Whether the tensor has values; a fake tensor has only a shape and a dtype."""
     return type(tensor) in _TYPES or not isinstance(tensor, FakeTensor)
 
 
 def resolved(tensor: Tensor) -> Tensor:
-    """The tensor with its numbers in memory of its own, for gradients that autograd hands to a kernel.
+    """The tensor with its values in memory of its own, for gradients that autograd hands to a kernel.
 
     Raises:
-        TypeError: it is of a type that has no such memory.
+        TypeError: its type has no such memory.
     """
     problem = _problem(tensor)
     if problem is None:

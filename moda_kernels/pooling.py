@@ -75,7 +75,7 @@ def relu_pool(x: Tensor, *, inplace: bool = False, backend: str = "auto") -> tup
 
 
 def _is_guarded(x: Tensor) -> bool:
-    """Whether autograd may forbid to overwrite x, or must hear of it first; `torch.relu_` asks it before it writes."""
+    """Whether autograd may forbid overwriting x, or must be told first; `torch.relu_` asks it before it writes."""
     if torch.compiler.is_compiling():  # the compiler looks after what is overwritten
         return False
     if x.is_inference():
@@ -84,11 +84,11 @@ def _is_guarded(x: Tensor) -> bool:
 
 
 def mark_pooled(rows: Tensor) -> None:
-    """Say of a tensor that it holds means over positions: the activation's own values are not in it any more."""
+    """Mark a tensor as means over positions, which no longer hold the activation's own values."""
     if not torch.compiler.is_compiling():
         rows._moda_pooled = True  # type: ignore[attr-defined]
 
 
 def is_pooled(tensor: Tensor) -> bool:
-    """Whether `mark_pooled` was called for this tensor; a tensor computed from it has no mark."""
+    """Whether `mark_pooled` marked this very tensor; tensors computed from it have no mark."""
     return getattr(tensor, "_moda_pooled", False)

@@ -1,4 +1,4 @@
-"""In which dtype sums are taken: the one rule of every backend."""
+"""The dtype in which every backend takes sums."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The published implementation, literally: the oracle of the tests and the baseline of the benchmarks.
+"""The published implementation as it is: the oracle of the tests and the baseline of the benchmarks.
 
 N x N cosine similarities and lists of pair indices per layer (with the host synchronisation that building such a list
 takes), gradients by autograd; firing rates by a loop over classes; masks by a loop over classes and layers
@@ -33,10 +33,10 @@ def unavailable(device: torch.device | None = None) -> str | None:
 
 
 def normalized_rows(pooled: Tensor) -> Tensor:
-    """Rows over max(L2 norm, 1e-12), as the published code has them.
+    """Rows divided by max(L2 norm, 1e-12), as in the published code.
 
-    Two rules are ours: rows whose squares might leave the dtype's range are divided by their largest magnitude before,
-    and an all-zero row gets gradient 0 (published: g / 1e-12).
+    Two rules differ from it: rows whose squares might leave the dtype's range are first divided by their largest
+    magnitude, and an all-zero row gets gradient 0 (published: g / 1e-12).
     """
     largest = pooled.detach().abs().amax(1, keepdim=True)
     rows = F.normalize(pooled / torch.where(largest > 1e9, largest, 1), dim=1, eps=closed_form.EPS)
@@ -70,7 +70,7 @@ def grouped_losses(activations: Sequence[Tensor], segments: Segments) -> tuple[T
 
 @torch.no_grad()
 def count_firings(activations: Sequence[Tensor], labels: Tensor, threshold: float, tally: Tally) -> None:
-    """The published counting loop, a boolean selection per class and layer."""
+    """Count by the published loop, which selects the samples of each class and layer."""
     num_classes = tally.class_sizes.shape[0]
     for activation, count in zip(activations, tally.counts, strict=True):
         if threshold == 0:
@@ -90,7 +90,7 @@ def count_firings(activations: Sequence[Tensor], labels: Tensor, threshold: floa
 
 @torch.no_grad()
 def add_attributions(activations: Sequence[Tensor], gradients: Sequence[Tensor], labels: Tensor, tally: Tally) -> None:
-    """A loop over classes, a boolean selection each."""
+    """Add attributions by a loop over classes, which selects the samples of each."""
     num_classes = tally.class_sizes.shape[0]
     for activation, gradient, total in zip(activations, gradients, tally.sums, strict=True):
         for k in range(num_classes):

@@ -1,4 +1,4 @@
-"""What firing counts and attributions are added to."""
+"""The tensors that firing counts and attributions are added to."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Tally:
         class_sizes: (K,) int64: samples of each class.
         invalid: () int64: samples whose label is outside of [0, K); they are counted nowhere else.
         sums: (K, C) of each layer, in the accumulation dtype: pooled activations, or attributions, added over the
-            class's samples. Empty where nobody asks for sums.
+            class's samples. Empty where no sums are taken.
     """
 
     counts: Sequence[Tensor]
@@ -26,5 +26,5 @@ class Tally:
     sums: Sequence[Tensor] = ()
 
     def tensors(self) -> list[Tensor]:
-        """All of them."""
+        """All tensors of the tally."""
         return [*self.counts, self.class_sizes, self.invalid, *self.sums]

@@ -1,4 +1,4 @@
-"""What the front doors accept. Every error names the argument, what was given and what is expected."""
+"""Checks of the arguments of public functions. Every error names the argument, what was given and what is expected."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ _LABEL_DTYPES = (torch.int64, torch.int32)
 
 
 def check_batch(activations: Sequence[Tensor], labels: Tensor, *, allow_empty: bool = False) -> tuple[Tensor, ...]:
-    """The activations as a tuple, if they and the labels are one batch of at least one layer.
+    """The activations as a tuple, if they and the labels are one batch of at least one layer and one sample.
 
-    And of at least one sample, unless `allow_empty`: a process may hold none of a batch that others share.
+    With `allow_empty` there may be no sample, because a process may hold none of a batch that others share.
     """
     check_labels(labels, allow_empty=allow_empty)
     layers = check_layers(activations, allow_empty=allow_empty)
@@ -37,7 +37,7 @@ def check_batch(activations: Sequence[Tensor], labels: Tensor, *, allow_empty: b
 
 
 def check_layers(activations: Sequence[Tensor], *, allow_empty: bool = False) -> tuple[Tensor, ...]:
-    """The activations as a tuple of at least one floating-point layer."""
+    """The activations as a tuple, if they are at least one layer and all floating-point."""
     if isinstance(activations, Tensor) or not isinstance(activations, Sequence):
         raise TypeError(f"activations: expected a sequence of tensors, one per layer, got {type(activations).__name__}")
     layers = tuple(activations)
@@ -61,7 +61,7 @@ def check_gradients(gradients: Sequence[Tensor], layers: Sequence[Tensor]) -> tu
 
 
 def check_strided_like(tensor: Any, activation: Tensor, name: str) -> None:
-    """A strided tensor of the shape, dtype and device of an activation."""
+    """Check that this is a strided tensor of the shape, dtype and device of an activation."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
     check_strided(tensor, name)
@@ -73,13 +73,13 @@ def check_strided_like(tensor: Any, activation: Tensor, name: str) -> None:
 
 
 def check_activation(activation: Any, name: str, *, allow_empty: bool = False) -> None:
-    """A floating-point (N, C) or (N, C, *spatial) tensor without an empty axis, but for N if `allow_empty`."""
+    """Check that this is a floating-point (N, C) or (N, C, *spatial) tensor; only N may be 0, if `allow_empty`."""
     if problem := _problem(activation, allow_empty):
         raise type(problem)(f"{name}: {problem}")
 
 
 def _problem(activation: Any, allow_empty: bool) -> TypeError | ValueError | None:
-    """What is wrong with an activation. Cheap while nothing is: it is on the path of every step."""
+    """The error for an activation; None if nothing is wrong. It is cheap then: every step asks it."""
     if not isinstance(activation, Tensor):
         return TypeError(f"expected a tensor, got {type(activation).__name__}")
     if activation.dtype not in _FLOATS:
@@ -96,13 +96,13 @@ def _problem(activation: Any, allow_empty: bool) -> TypeError | ValueError | Non
 
 
 def check_strided(tensor: Tensor, name: str) -> None:
-    """A tensor whose elements lie in memory at strides, or one that stands for such a tensor."""
+    """Check that a tensor's elements lie in memory at strides, or that it stands for such a tensor."""
     if unfit := _unfit(tensor):
         raise TypeError(f"{name}: expected a strided tensor, got {unfit}")
 
 
 def _unfit(tensor: Tensor) -> str | None:
-    """What a tensor is whose elements do not lie at strides: sparse, nested, masked, opaque, freed. None for others."""
+    """The kind of a tensor whose elements do not lie at strides (sparse, nested, masked, freed); None for others."""
     if tensor.is_nested:
         return "a nested one"
     if tensor.layout is not torch.strided:
@@ -115,7 +115,7 @@ def _unfit(tensor: Tensor) -> str | None:
 
 
 def check_labels(labels: Any, *, allow_empty: bool = False) -> None:
-    """An (N,) int64 or int32 tensor, not empty unless `allow_empty`."""
+    """Check that labels are an (N,) int64 or int32 tensor, not empty unless `allow_empty`."""
     if not isinstance(labels, Tensor):
         raise TypeError(f"labels: expected a tensor, got {type(labels).__name__}")
     if labels.dtype not in _LABEL_DTYPES:
@@ -138,7 +138,7 @@ def check_magnitude(number: Any, name: str, noun: str = "number") -> float:
 
 
 def check_num_classes(num_classes: Any) -> None:
-    """A positive integer."""
+    """Check that the number of classes is a positive integer."""
     if not isinstance(num_classes, int) or isinstance(num_classes, bool):
         raise TypeError(f"num_classes: expected an int, got {type(num_classes).__name__}")
     if num_classes < 1:
@@ -146,7 +146,7 @@ def check_num_classes(num_classes: Any) -> None:
 
 
 def check_label_range(labels: Tensor, num_classes: int) -> None:
-    """All labels in [0, num_classes). Reads the labels on the host."""
+    """Check that all labels are in [0, num_classes). This reads the labels on the host."""
     if labels.shape[0] == 0:
         return
     smallest, largest = map(int, labels.aminmax())

@@ -17,9 +17,9 @@ from torch import Tensor
 from moda_kernels.segments import Segments
 from moda_kernels.tally import Tally
 
-_INSTALLED = find_spec("triton") is not None  # asked once: torch.compile cannot trace the question
+_INSTALLED = find_spec("triton") is not None  # looked up at import, because torch.compile cannot trace it
 _FLOATS = frozenset({torch.float16, torch.bfloat16, torch.float32})
-_OLDEST = (8, 0)  # bfloat16 arithmetic; older GPUs are not compiled for in our tests
+_OLDEST = (8, 0)  # older GPUs have no bfloat16 arithmetic, and the tests do not compile for them
 
 OPS = frozenset({"grouped_losses", "pool", "relu_pool", "class_sums", "add_attributions"})
 DTYPES: Mapping[str, frozenset[torch.dtype]] = dict.fromkeys(OPS, _FLOATS)

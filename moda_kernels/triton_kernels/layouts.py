@@ -78,7 +78,7 @@ class Layout:
 
 
 def arrange(activation: Tensor) -> tuple[Tensor, Layout]:
-    """The activation, copied if it lies in none of the three ways, and its layout."""
+    """The activation and its layout; the activation is copied if it lies in none of the three ways."""
     layout = _layout(tuple(activation.shape), activation.stride())
     if layout is None:
         activation = activation.contiguous()

@@ -64,7 +64,7 @@ class _SavedLosses(NamedTuple):
 
     @staticmethod
     def of(saved_tensors: Sequence[Tensor]) -> _SavedLosses:
-        """From a context's tensors, which are these fields one after the other."""
+        """The fields from a context's saved tensors, which hold them one after the other."""
         tensors = iter(saved_tensors)
         saved = Saved(*islice(tensors, len(Saved._fields)))
         return _SavedLosses(saved, Segments(*islice(tensors, len(Segments._fields))), tuple(tensors))

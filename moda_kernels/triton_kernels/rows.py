@@ -72,21 +72,21 @@ class Rows:
 
     @property
     def blocks(self) -> int:
-        """Blocks of samples."""
+        """The number of blocks of samples."""
         return -(-self.samples // BLOCK_SAMPLES)
 
     @property
     def tiles(self) -> int:
-        """Tiles of neurons, all layers."""
+        """The number of tiles of neurons in all layers."""
         return sum(-(-neurons // TILE_NEURONS) for neurons in self.neurons)
 
     @property
     def width(self) -> int:
-        """Neurons of all layers, each layer rounded up to whole tiles."""
+        """The number of neurons of all layers, each layer rounded up to whole tiles."""
         return self.tiles * TILE_NEURONS
 
     def table(self, targets: Sequence[int]) -> torch.Tensor:
-        """The device table, `targets` being the address per layer that the kernel writes to."""
+        """The device table; `targets` gives the address per layer that the kernel writes to."""
         first, starts = 0, []
         for neurons in self.neurons:
             starts.append(first)

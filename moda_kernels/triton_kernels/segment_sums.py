@@ -129,7 +129,7 @@ def combine_kernel(
 
 @dataclass(frozen=True)
 class Labelling:
-    """For sums per class: the label of each sample (int64) and the number of classes."""
+    """The label of each sample (int64) and the number of classes, where sums per class are wanted."""
 
     labels: Tensor
     classes: int

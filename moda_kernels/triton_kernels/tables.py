@@ -70,7 +70,7 @@ def _write_kernel(
 
 
 def device_table(columns: Sequence[Sequence[int]], device: torch.device) -> Tensor:
-    """The columns one after the other as int64 on `device`, without a synchronisation."""
+    """Put the columns one after the other, as int64, on `device` without a synchronisation."""
     entries = tuple(entry for column in columns for entry in column)
     if device.type != "cuda":
         return torch.tensor(entries, dtype=torch.int64, device=device)
@@ -105,7 +105,7 @@ def _written_by_kernels(entries: Sequence[int], device: torch.device) -> Tensor:
 
 
 def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
-    """Makes the tensor's device current, as a launch needs it."""
+    """A context in which the tensor's device is current, as a launch needs it."""
     if tensor.device.type == "cuda" and tensor.device.index != torch.cuda.current_device():
         return torch.cuda.device(tensor.device)
     return nullcontext()
