@@ -1,8 +1,8 @@
 """norm_relu_pool through the compiled extension: the calls, eager autograd, and the operators for `torch.compile`.
 
-The layouts, dtypes and determinism are those of `native.py`; kernels: csrc/cpu/norm_relu_pool.h. The operators are
-`torch.ops.moda_kernels.native_norm_relu_pool` and its backward. They change no tensor: running statistics come back
-as a result, and the caller copies them to where they belong.
+The layouts, dtypes and determinism are those of `native.py`; the kernels are in csrc/cpu/norm_relu_pool.cpp. The
+operators are `torch.ops.moda_kernels.native_norm_relu_pool` and its backward. They change no tensor: running statistics
+come back as a result, and the caller copies them to where they belong.
 """
 
 # No `from __future__ import annotations`: torch.library reads the annotations to infer the schemas.
@@ -10,18 +10,19 @@ as a result, and the caller copies them to where they belong.
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from moda_kernels import _native_calls as calls
 from moda_kernels import closed_form
 from moda_kernels.batch_norm import BatchNorm
-from moda_kernels.once import once_only, refuse_second_backward
+from moda_kernels.once import refuse_second_backward, relu_pool_gradient
 from moda_kernels.plain import is_traced
 from moda_kernels.precision import accumulation
 
 
 def norm_relu_pool(x: Tensor, norm: BatchNorm) -> tuple[Tensor, Tensor]:
-    """`relu(batch_norm(x) + residual)` and its pooled activation; differentiable once."""
+    """`relu(batch_norm(x) + residual)` and its pooled activation; as an operator differentiable once, else twice."""
     x = calls.dense(x)
     if is_traced():
         y, pooled = _through_operator(x, norm)
@@ -47,9 +48,9 @@ class _NormReluPool(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor | None]:
         ctx.set_materialize_grads(False)
         y, pooled, saved = calls.norm_relu_pool_forward(x, norm)
-        ctx.training = norm.training
+        ctx.training, ctx.eps = norm.training, norm.eps
         ctx.bias_dtype = None if bias is None else bias.dtype
-        # Like batch norm, which keeps its weight: a change of it before backward is an error.
+        # Like batch norm, this keeps the weight: a change of it before backward is an error.
         ctx.save_for_backward(x, saved, weight, None if residual is None else y)
         return y, pooled
 
@@ -57,12 +58,37 @@ class _NormReluPool(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor | None, dpooled: Tensor | None) -> tuple[Tensor | None, ...]:
         if dy is None and dpooled is None:
             return None, None, None, None, None
+        if torch.is_grad_enabled():
+            return *_gradients_with_graph(ctx, dy, dpooled), None
         x, saved, weight, y = ctx.saved_tensors
         gradients = calls.norm_relu_pool_backward(x, y, saved, dy, dpooled, ctx.training)
         dweight = None if weight is None else gradients.parameters[0].to(weight.dtype)
         dbias = None if ctx.bias_dtype is None else gradients.parameters[1].to(ctx.bias_dtype)
-        found = [gradients.x, gradients.residual, dweight, dbias]
-        return *once_only(found, [x, weight, dy, dpooled]), None
+        return gradients.x, gradients.residual, dweight, dbias, None
+
+
+def _gradients_with_graph(ctx: Any, dy: Tensor | None, dpooled: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Gradients of x, residual, weight and bias in operations of PyTorch, for a graph of them (create_graph=True)."""
+    x, saved, weight, y = ctx.saved_tensors
+    mean, _, scale, bias = (numbers.view(-1, *[1] * (x.dim() - 2)) for numbers in saved.detach().unbind())
+    z = (x.to(saved.dtype) - mean) * scale + bias if y is None else y  # positive exactly where y is
+    g = relu_pool_gradient(z.sign().to(x.dtype), dy, dpooled)
+    present = [tensor for tensor in (x, weight) if tensor is not None]
+    with_respect_to = [tensor if tensor.requires_grad else tensor.detach().requires_grad_() for tensor in present]
+    dtype = saved.dtype if weight is None else weight.dtype
+    statistics = (None, None) if ctx.training else (saved[0].to(dtype), saved[1].pow(-2).to(dtype))
+    normalized = F.batch_norm(
+        with_respect_to[0],
+        *statistics,
+        None if weight is None else with_respect_to[1],
+        training=ctx.training,
+        momentum=0.0,
+        eps=ctx.eps if ctx.training else 0.0,
+    )
+    dx, *dweight = torch.autograd.grad(normalized, with_respect_to, g, create_graph=True)
+    over = (0, *range(2, x.dim()))
+    dbias = None if ctx.bias_dtype is None else g.sum(over, dtype=saved.dtype).to(ctx.bias_dtype)
+    return dx, None if y is None else g, dweight[0] if dweight else None, dbias
 
 
 @torch.library.custom_op("moda_kernels::native_norm_relu_pool", mutates_args=())

@@ -244,12 +244,46 @@ def test_backward_twice_and_inputs_left_alone():
     assert all(torch.equal(a, b) for a, b in zip(case.leaves(), kept, strict=True))
 
 
-def test_double_backward_is_an_error_that_names_the_way_out():
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("shape", [(4, 3), (2, 2, 3), (2, 2, 2, 2)])
+def test_gradgradcheck(options: dict[str, bool], shape: tuple[int, ...]):
+    case = as_leaves(make_case(shape, torch.float64, constant=False, **options))
+    frozen = case.norm if not case.norm.training else case.norm._replace(running_mean=None, running_var=None)
+
+    def run(*leaves: Tensor) -> tuple[Tensor, Tensor]:
+        given = iter(leaves)
+        x, norm = next(given), frozen
+        for name in ("residual", "weight", "bias"):
+            if getattr(norm, name) is not None:
+                norm = norm._replace(**{name: next(given)})
+        return native.norm_relu_pool(x, norm)
+
+    assert torch.autograd.gradgradcheck(run, case.leaves())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("used", ["y", "pooled", "both"])
+def test_a_gradient_with_a_graph_is_the_gradient(dtype: torch.dtype, used: str):
+    for options in OPTIONS:
+        case = as_leaves(make_case((4, 6, 5, 5), dtype, **options))
+        y, pooled = native.norm_relu_pool(case.x, case.norm)
+        outputs = [out for out, name in ((y, "y"), (pooled, "pooled")) if used in (name, "both")]
+        upstream = [case.dy if out is y else case.dpooled for out in outputs]
+        plain, graphed = (
+            torch.autograd.grad(outputs, case.leaves(), upstream, retain_graph=True, create_graph=graph)
+            for graph in (False, True)
+        )
+        rounding = {torch.bfloat16: 2e-2, torch.float16: 3e-3}.get(dtype, 1e-5)
+        for a, b in zip(plain, graphed, strict=True):
+            assert b.requires_grad
+            torch.testing.assert_close(b, a, rtol=rounding, atol=rounding * float(a.abs().max()))
+
+
+def test_differentiating_an_operators_gradient_is_an_error_that_names_the_way_out():
     case = as_leaves(make_case((4, 6, 5, 5)))
-    for run in (native.norm_relu_pool, through_operator):
-        (gradient,) = torch.autograd.grad(run(case.x, case.norm)[1].sum(), case.x, create_graph=True)
-        with pytest.raises(RuntimeError, match='differentiable once.*backend="torch"'):
-            gradient.sum().backward()
+    (gradient,) = torch.autograd.grad(through_operator(case.x, case.norm)[1].sum(), case.x, create_graph=True)
+    with pytest.raises(RuntimeError, match='differentiable once.*backend="torch"'):
+        gradient.sum().backward()
 
 
 def test_a_weight_that_changes_before_backward_is_an_error():
