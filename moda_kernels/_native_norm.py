@@ -76,10 +76,10 @@ def _gradients_with_graph(ctx: Any, dy: Tensor | None, dpooled: Tensor | None) -
     present = [tensor for tensor in (x, weight) if tensor is not None]
     with_respect_to = [tensor if tensor.requires_grad else tensor.detach().requires_grad_() for tensor in present]
     dtype = saved.dtype if weight is None else weight.dtype
-    statistics = (None, None) if ctx.training else (saved[0].to(dtype), saved[1].pow(-2).to(dtype))
     normalized = F.batch_norm(
         with_respect_to[0],
-        *statistics,
+        None if ctx.training else saved[0].to(dtype),
+        None if ctx.training else saved[1].pow(-2).to(dtype),
         None if weight is None else with_respect_to[1],
         training=ctx.training,
         momentum=0.0,

@@ -3,6 +3,7 @@
 Functions and classes:
 
     observe         taps on a model whose own code goes on to run
+    accelerate      standard training with batch norm and ReLU as one operation
     count_firings   firing rates per class and neuron
     attribute       how much of a class's margin goes through each neuron; activation_shares, without gradients
     decompose       firing rates, attributions or shares -> Decomposition: one module per class
@@ -49,7 +50,7 @@ if TYPE_CHECKING:
     from moda.decomposition.rule import decompose
     from moda.decomposition.scores import ActivationShares, Attributions
     from moda.methods.running import modularize
-    from moda.observation.taps import Taps, observe
+    from moda.observation.taps import Taps, accelerate, observe
     from moda.runs.config import TrainingConfig
     from moda.training.callback import ModularCallback
     from moda_kernels import __version__
@@ -63,6 +64,7 @@ __all__ = [
     "Taps",
     "TrainingConfig",
     "__version__",
+    "accelerate",
     "activation_shares",
     "attribute",
     "bench",
@@ -97,6 +99,7 @@ _HOME = {
     "Taps": "moda.observation.taps",
     "TrainingConfig": "moda.runs.config",
     "__version__": "moda_kernels",
+    "accelerate": "moda.observation.taps",
     "activation_shares": "moda.decomposition.counting",
     "attribute": "moda.decomposition.attribution",
     "compose": "moda.composition.compose",

@@ -46,7 +46,7 @@ class Root(Part):
         if run is None:
             return self._within(module, call, args, kwargs)
         try:
-            output = run.conduct(partial(self._within, module, call, args, kwargs))
+            output = run.settled(run.conduct(partial(self._within, module, call, args, kwargs)))
             run.finish(output)
             if taps._after is not None and run.record is not None:
                 output = taps._after(args, kwargs, output)
@@ -107,6 +107,25 @@ class Caller(Part):
             run.caller = outer
 
 
+class Norm(Part):
+    """A batch norm that feeds nothing but one ReLU, directly or through one addition.
+
+    Attributes:
+        dims: axes of the ReLU's activation in the probe; 0 where the last probe saw something else.
+    """
+
+    def __init__(self, taps: Handle, dims: int) -> None:
+        super().__init__(taps)
+        self.dims = dims
+
+    def call(self, module: nn.Module, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Its result may be left to the ReLU."""
+        run = self.taps._run
+        if run is None or run.inside or torch.compiler.is_compiling():
+            return call(*args, **kwargs)
+        return run.call_norm(self, module, call, args, kwargs)
+
+
 class Whole(Part):
     """A module whose forward pass takes another road where calls of functions are watched: they are not."""
 
@@ -115,6 +134,7 @@ class Whole(Part):
         run = self.taps._run
         if run is None or not run.watching or torch.compiler.is_compiling():
             return call(*args, **kwargs)
+        args, kwargs = run.plain(args), run.plain(kwargs)
         with torch._C.DisableTorchFunction():
             output = call(*args, **kwargs)
         run.whole(module, args, kwargs, output)

@@ -18,11 +18,13 @@ class Handle(Protocol):
         model: the observed model.
         known: which modules and functions are activations.
         neuron_dim: the axis of neurons, where the user says it.
+        fuse_norms: whether a batch norm and the ReLU behind it may be one operation.
     """
 
     model: nn.Module
     known: Known
     neuron_dim: int | Mapping[str, int] | None
+    fuse_norms: bool
     _run: Any  # the forward pass that is on its way, a `Run`; None between passes
     _mode: Any  # a `FunctionMode`
     _after: Any  # an `After`

@@ -21,7 +21,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from moda.observation.activations import FUNCTIONS, FUSED_ROADS, ActivationFunction, plain_class
-from moda.observation.attached import Caller, Part, Root, Site, Whole, part_of
+from moda.observation.attached import Caller, Norm, Part, Root, Site, Whole, part_of
+from moda.observation.deferred import NORMS, hooks_on_saved_tensors
 from moda.observation.handle import Handle
 from moda.observation.labels import Node, Ref, fold_of, map_refs
 from moda.observation.layout import Layout
@@ -35,6 +36,7 @@ _MAKERS = frozenset((
     "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "linear", "batch_norm",
     "add", "__add__", "__radd__",
 ))  # fmt: skip
+_ADDITIONS = frozenset(("add", "__add__", "__radd__", "__iadd__"))
 _METADATA = frozenset((
     "size", "dim", "ndimension", "stride", "numel", "nelement", "is_contiguous", "is_floating_point", "__len__",
     "get_device", "element_size", "storage_offset", "is_complex", "type",
@@ -57,6 +59,30 @@ class _Found:
         return Tap(self.name, self.index, self.width, self.layout, self.relu, self.overwritten, self.spare)
 
 
+class _NormResult:
+    """The result of a batch norm module, and whether its input has been left alone."""
+
+    def __init__(self, module: nn.Module, x: Tensor) -> None:
+        self.module = module
+        self._x = weakref.ref(x)
+        self._version = x._version
+
+    @property
+    def input_is_intact(self) -> bool:
+        """Whether nobody has overwritten the input so far; what is gone cannot be."""
+        x = self._x()
+        return x is None or x._version == self._version
+
+
+@dataclass(frozen=True)
+class _NormedReLU:
+    """A ReLU behind a batch norm: the norm, axes of the activation, and what must have one reader each."""
+
+    module: nn.Module
+    dims: int
+    read_once: tuple[Node, ...]
+
+
 class Probe(Run):
     """A forward pass that is followed."""
 
@@ -73,6 +99,9 @@ class Probe(Run):
         self._nodes = WeakTensorKeyDictionary()
         self._memory: dict[int, tuple[StorageWeakRef, list[_Found]]] = {}
         self._spares: dict[int, tuple[StorageWeakRef, _Found]] = {}
+        self._norms: dict[Node, _NormResult] = {}
+        self._reads: dict[Node, int] = {}  # of results of norms, and of sums with them
+        self._normed: list[_NormedReLU] = []
         self._hooked = any_global_hooks()
         self._idle = False
         self._blind = torch.is_inference_mode_enabled()  # such tensors do not tell when they are overwritten
@@ -165,6 +194,8 @@ class Probe(Run):
         name = unique_name(path, self._names)
         calls = self._calls.setdefault(site, [])
         if relu and not hooked and args and isinstance(args[0], Tensor):
+            self._note_normed(args[0])
+        if relu and not hooked and args and isinstance(args[0], Tensor):
             found = self._fused_at_once(name, args[0])
             if found is not None:
                 calls.append(found)
@@ -182,7 +213,8 @@ class Probe(Run):
         calls.append(found)
         if found is not None:
             if relu and not inplace and args and isinstance(args[0], Tensor):
-                self._note_spare(args[0], found)
+                with self._resting():
+                    self._note_spare(args[0], found)
             value = self._delivered(found, value)
         if copied:
             with self._resting():
@@ -199,13 +231,16 @@ class Probe(Run):
         if isinstance(layout, str):
             return None
         found = _Found(name, layout, x.shape[layout.neurons], len(self.found), True)
-        if not self._fuses(found.tap(), x):
+        with self._resting():
+            fuses = self._fuses(found.tap(), x)
+        if not fuses:
             return None
         self.found.append(found)
         return found
 
     def _pooling(self, found: _Found, x: Tensor, inplace: bool) -> Tensor:
         ref = self._ref(x)
+        self._note_reads([x])
         with self._resting():
             y = self._fused(found.tap(), x, inplace)
         self._nodes[y] = Node(torch.relu, "relu", (ref,), {}, tuple(y.shape))
@@ -310,6 +345,55 @@ class Probe(Run):
             for found in known[1]:
                 found.overwritten = found.overwritten or found is not but
 
+    # ---- norms that feed a ReLU ---
+
+    def _note_norm(self, node: Node, args: tuple[Any, ...]) -> None:
+        """A batch norm gave the result that `node` stands for."""
+        module = self._stack[-1]
+        if plain_class(type(module)) in NORMS and args and isinstance(args[0], Tensor) and not self._blind:
+            self._norms[node] = _NormResult(module, args[0])
+            self._reads[node] = 0
+
+    def _note_sum(self, node: Node) -> None:
+        """An addition gave the result that `node` stands for."""
+        if any(isinstance(ref, Ref) and ref.node in self._norms for ref in node.args):
+            self._reads[node] = 0
+
+    def _note_reads(self, tensors: list[Tensor]) -> None:
+        for node in [self._nodes.get(tensor) for tensor in tensors]:
+            if node in self._reads:
+                self._reads[node] += 1
+
+    def _note_normed(self, x: Tensor) -> None:
+        """A ReLU without hooks is called with `x`: note the norm that it may be computed with."""
+        node = self._nodes.get(x)
+        if node is None or torch.is_grad_enabled() != self.gradients or hooks_on_saved_tensors():
+            return
+        total = node.name in _ADDITIONS and len(node.args) == 2 and not node.kwargs
+        sources = [ref.node for ref in node.args if isinstance(ref, Ref)] if total else [node]
+        if total and (len(sources) != 2 or len({ref.shape for ref in node.args}) != 1 or sources[0] is sources[1]):
+            return
+        for source in sources:
+            found = None if source is None else self._norms.get(source)
+            if found is not None and source is not None and found.input_is_intact:
+                self._normed.append(_NormedReLU(found.module, x.dim(), (source, node) if total else (source,)))
+                return
+
+    def _attach_norms(self) -> None:
+        """Let the norms whose results a ReLU alone reads leave them to it; of modules that are called once."""
+        calls = [found.module for found in self._norms.values()]
+        fusible: dict[nn.Module, int] = {}
+        for normed in self._normed:
+            once = sum(module is normed.module for module in calls) == 1
+            if once and all(self._reads[node] == 1 for node in normed.read_once):
+                fusible[normed.module] = normed.dims
+        for module in self.paths:
+            part = _own_part(module)
+            if isinstance(part, Norm):
+                part.dims = fusible.get(module, 0)
+            elif part is None and module in fusible:
+                self.taps._attach(module, Norm(self.taps, fusible[module]))
+
     # ---- following ---
 
     def follow(self, function: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -318,13 +402,21 @@ class Probe(Run):
         tensors = list(_tensors(args)) + (list(_tensors(tuple(kwargs.values()))) if kwargs else [])
         before = [(tensor, tensor._version) for tensor in tensors if not tensor.is_inference()]
         output = function(*args, **kwargs)
-        if self._spares and not (name in _METADATA or (name in _PROPERTIES and not isinstance(output, Tensor))):
-            self._note_uses(tensors)
+        if not (name in _METADATA or (name in _PROPERTIES and not isinstance(output, Tensor))):
+            if self._spares:
+                self._note_uses(tensors)
+            if self._reads:
+                self._note_reads(tensors)
         for tensor, version in before:
             if tensor._version != version:
                 self._note_overwritten(tensor)
         if isinstance(output, Tensor):
-            self._nodes[output] = Node(function, name, self._refs(args), self._refs(kwargs), tuple(output.shape))
+            node = Node(function, name, self._refs(args), self._refs(kwargs), tuple(output.shape))
+            self._nodes[output] = node
+            if name == "batch_norm":
+                self._note_norm(node, args)
+            elif name in _ADDITIONS:
+                self._note_sum(node)
         elif isinstance(output, tuple | list) and not isinstance(output, torch.Size):
             refs, named = self._refs(args), self._refs(kwargs)
             for index, item in enumerate(output):
@@ -354,6 +446,8 @@ class Probe(Run):
             found.overwritten = True
         for reference, found in self._spares.values():
             found.spare = reference.expired()
+        if self.training and self.taps.fuse_norms:
+            self._attach_norms()
         taps = tuple(found.tap() for found in self.found)
         for site, calls in self._calls.items():
             site.planned[self.training] = tuple(None if call is None else taps[call.index] for call in calls)

@@ -14,7 +14,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import CheckpointFunction
 
 from moda.observation.activations import FUNCTIONS, ActivationFunction
-from moda.observation.attached import Caller, Site
+from moda.observation.attached import Caller, Norm, Site
+from moda.observation.deferred import Deferred, NormCall, defer, plain_values
 from moda.observation.handle import Handle
 from moda.observation.plan import Plan, Tap
 from moda.observation.record import Record, version_of
@@ -35,6 +36,10 @@ OTHER_CALLS = "model: expected the activation calls of the first forward pass in
 # measured: from here on a pass over memory should cost more than a launch.
 FUSED_FROM_BYTES = {"cpu": 0, "cuda": 16 << 20}
 
+# Batch norm and ReLU are one operation from so many bytes of activation on: below, a step's time is in calls, not in
+# memory, and results stay those of PyTorch bit for bit. Elsewhere than on the CPU no backend has the operation.
+NORMS_FUSED_FROM_BYTES = 1 << 20
+
 
 class Run:
     """A forward pass in which taps have something to do.
@@ -44,7 +49,8 @@ class Run:
         receiver: gets activations at once.
         function: makes what takes an activation's place.
         marking: whether values pass the marker operator.
-        fusing: whether ReLU and pooling may be one pass; None to go by size.
+        fuse_from: from how many bytes of an activation on ReLU and pooling are one pass.
+        norms_from: from how many bytes on batch norm and ReLU are one operation.
         overwriting: whether ReLUs overwrite inputs that nobody else reads.
         samples: how many there are.
     """
@@ -60,6 +66,7 @@ class Run:
         function: Function | None = None,
         marking: bool = False,
         fuse_from: float = NEVER,
+        norms_from: float = NEVER,
         overwriting: bool = False,
     ) -> None:
         self.plan = plan
@@ -70,11 +77,13 @@ class Run:
         self.function = function
         self.marking = marking
         self.fuse_from = fuse_from
+        self.norms_from = norms_from
+        self.norms: list[NormCall] = []  # whose results were deferred in this pass
         self.overwriting = overwriting
         self.changes = function is not None or marking
         self.gradients = torch.is_grad_enabled()
         self.plainly = not (self.changes or receiver is not None)
-        self.only_records = self.plainly and fuse_from == NEVER and not overwriting
+        self.only_records = self.plainly and fuse_from == norms_from == NEVER and not overwriting
         self.pooling: dict[tuple[torch.dtype, torch.device], Any] = {}  # backends that pool, found once a pass
         self.caller: Caller | None = None  # whose calls of functions are looked at
         self.watching = False  # whether the function mode is entered
@@ -93,7 +102,14 @@ class Run:
         tap = self.next(site)
         if tap is not None and self.only_records and self.caller is None and not site.opaque:
             return self.deliver(tap, call(*args, **kwargs))  # the short way, for the sake of its cost
-        if tap is not None and self._may_compute(tap, args, kwargs) and not (has_hooks(module) or any_global_hooks()):
+        hooked = has_hooks(module) or any_global_hooks()
+        if self.norms and args and type(args[0]) is Deferred:
+            inplace = bool(getattr(module, "inplace", False))
+            y = None if tap is None or hooked else self._rectified(tap, args[0], inplace)
+            if y is not None:
+                return y
+            args = plain_values(args)
+        if tap is not None and self._may_compute(tap, args, kwargs) and not hooked:
             if self._fuses(tap, args[0]):
                 return self._fused(tap, args[0], bool(module.inplace))
             if self.overwriting and tap.spare:
@@ -120,6 +136,11 @@ class Run:
         if self.only_records:
             return self.deliver(tap, function(*args, **kwargs))
         inplace = known.overwrites(args, kwargs)
+        if self.norms and args and type(args[0]) is Deferred:
+            y = self._rectified(tap, args[0], inplace)
+            if y is not None:
+                return y
+            args = plain_values(args)
         if self._may_compute(tap, args, kwargs):
             if self._fuses(tap, args[0]):
                 return self._fused(tap, args[0], inplace)
@@ -147,6 +168,21 @@ class Run:
         x, *rest = args
         x.copy_(self.deliver(tap, call(x.clone(), *rest, **kwargs)))
         return x
+
+    def call_norm(self, site: Norm, module: nn.Module, call: Call, args: tuple[Any, ...], kwargs: Any) -> Any:
+        """A batch norm is called that feeds nothing but a ReLU, as far as the probe saw."""
+        x = args[0] if len(args) == 1 and not kwargs else None
+        if type(x) is not Tensor or x.dim() != site.dims or x.numel() * x.element_size() < self.norms_from:
+            return call(*args, **kwargs)
+        others = torch._C._len_torch_function_stack() > int(self.watching)  # modes of the user's look at each call
+        if others or not torch.is_grad_enabled() or has_hooks(module) or any_global_hooks():
+            return call(*args, **kwargs)
+        deferred = defer(module, x)
+        if deferred is None:
+            return call(*args, **kwargs)
+        value, of_norm = deferred
+        self.norms.append(of_norm)
+        return value
 
     # ---- values ---
 
@@ -232,14 +268,44 @@ class Run:
                 backend = self.pooling[key] = select("relu_pool", "auto", (x,))
             y, pooled = backend.relu_pool(x, inplace)
             mark_pooled(pooled)
+        self._note_pooled(tap, pooled)
+        return y
+
+    def _note_pooled(self, tap: Tap, pooled: Tensor) -> None:
+        record = self.record
+        assert record is not None
         if tap.index in record.values:
             self.others = True
         record.values[tap.index] = pooled
         if not torch.compiler.is_compiling():
             record.versions[tap.index] = pooled._version
+
+    def _rectified(self, tap: Tap, value: Deferred, inplace: bool) -> Tensor | None:
+        """A ReLU of a deferred batch norm, in one operation with it; None where that cannot be."""
+        if not tap.relu or value.dim() != tap.layout.dims:
+            return None
+        results = value.rectified(inplace)
+        if results is None:
+            return None
+        y, pooled = results
+        if self.record is None or not self._fuses(tap, y):
+            return self.deliver(tap, y)
+        mark_pooled(pooled)
+        self._note_pooled(tap, pooled)
         return y
 
     # ---- the end ---
+
+    def plain(self, values: Any) -> Any:
+        """The nested values, with nothing deferred among them."""
+        return plain_values(values) if self.norms else values
+
+    def settled(self, output: Any) -> Any:
+        """The model's output, with nothing deferred in it; batches that no ReLU took join the running statistics."""
+        output = self.plain(output)
+        for norm in self.norms:
+            norm.settle()
+        return output
 
     def whole(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """A module that is left whole has run."""

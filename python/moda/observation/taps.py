@@ -33,17 +33,26 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_map
 
 from moda.observation.activations import Known
-from moda.observation.attached import Caller, Part, Root, Site, Whole, attach, detach, part_of
+from moda.observation.attached import Caller, Norm, Part, Root, Site, Whole, attach, detach, part_of
 from moda.observation.names import nothing_tapped
 from moda.observation.own import look_at, look_away
 from moda.observation.plan import Plan
 from moda.observation.probe import Probe, tensors_of
 from moda.observation.record import Record, inside_backward
-from moda.observation.run import FUSED_FROM_BYTES, NEVER, After, Function, FunctionMode, Receiver, Run
+from moda.observation.run import (
+    FUSED_FROM_BYTES,
+    NEVER,
+    NORMS_FUSED_FROM_BYTES,
+    After,
+    Function,
+    FunctionMode,
+    Receiver,
+    Run,
+)
 
 Route = Literal["grouped", "fused", "auto"]
 
-__all__ = ["Route", "Taps", "observe", "observing", "taps_of"]
+__all__ = ["Route", "Taps", "accelerate", "observe", "observing", "taps_of"]
 
 
 class Taps:
@@ -62,9 +71,13 @@ class Taps:
         activations: tuple[Any, ...] = (),
         neuron_dim: int | Mapping[str, int] | None = None,
         sites: tuple[str, ...] = (),
+        fuse_norms: bool = True,
+        reading: bool = True,
     ) -> None:
         self.model = model
         self.route: Route = route
+        self.fuse_norms = fuse_norms and route != "grouped"
+        self.reading = reading  # whether forward passes with gradients are recorded
         self.known = Known(activations, sites)
         self.neuron_dim = neuron_dim
         self.example: tuple[tuple[Any, ...], dict[str, Any]] | None = None
@@ -136,6 +149,8 @@ class Taps:
             RuntimeError: nothing is recorded; or two forward passes are, outside `adding()`; or an activation was
                 overwritten, or computed in a reentrant checkpoint.
         """
+        if not (self.reading or self.recorded):
+            raise RuntimeError("model: is accelerated, and nothing of it is recorded; use moda.observe for that")
         plan = self._plan
         if not plan.taps:
             raise RuntimeError(nothing_tapped(plan.skipped))
@@ -292,16 +307,17 @@ class Taps:
         plan = self._plans[training]
         backward = not compiling and inside_backward()
         gradients = torch.is_grad_enabled()
-        recorded = (gradients or self._forced > 0) and not (backward or apart or self._marking)
+        recorded = ((gradients and self.reading) or self._forced > 0) and not (backward or apart or self._marking)
         if plan is None and apart:
             raise RuntimeError("taps: run the observed model once before it is exported or traced, or pass example=")
         if plan is None or (plan.provisional and not apart and not compiling):
             run = None if backward else self._probe(plan, training, args, kwargs, recorded)
             if run is not None or plan is None:
                 return run
-        if not (recorded or changes or backward or (self._overwriting and not gradients)):
-            return None
         pooled = gradients and not (self._forced or changes)
+        norms = self.fuse_norms and training and pooled and not (compiling or backward or apart)
+        if not (recorded or changes or backward or norms or (self._overwriting and not gradients)):
+            return None
         record = self._record if recorded and self._receiver is None else None
         if backward:
             record = Record()  # the recomputation of a checkpoint does what was done, for nobody
@@ -313,7 +329,8 @@ class Taps:
             receiver=self._receiver if recorded else None,
             function=self._function,
             marking=self._marking,
-            fuse_from=self._fuse_from(args, kwargs, compiling) if pooled else NEVER,
+            fuse_from=self._fuse_from(args, kwargs, compiling) if pooled and self.reading else NEVER,
+            norms_from=NORMS_FUSED_FROM_BYTES if norms else NEVER,
             overwriting=self._overwriting and not gradients and not changes,
         )
         for site in plan.repeated:
@@ -351,7 +368,7 @@ class Taps:
             record=self._record if recorded and self._receiver is None else None,
             receiver=self._receiver if recorded else None,
             function=self._function,
-            fuse_from=self._fuse_from(args, kwargs, compiling=False) if pooled else NEVER,
+            fuse_from=self._fuse_from(args, kwargs, compiling=False) if pooled and self.reading else NEVER,
         )
         if run.record is not None:
             run.record.begin()
@@ -387,7 +404,15 @@ class Taps:
                 made._learn(bool(training), Plan(plan.taps, plan.skipped, repeated, plan.samples, plan.folded))
 
     def _like(self, model: nn.Module) -> Taps:
-        return Taps(model, route=self.route, activations=self._own, neuron_dim=self.neuron_dim, sites=self._sites)
+        return Taps(
+            model,
+            route=self.route,
+            activations=self._own,
+            neuron_dim=self.neuron_dim,
+            sites=self._sites,
+            fuse_norms=self.fuse_norms,
+            reading=self.reading,
+        )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Taps:
         copied = copy.deepcopy(self.model, memo)
@@ -397,17 +422,17 @@ class Taps:
         return made
 
     def __reduce__(self) -> Any:
-        return _observe_again, (self.model, self.route, self._own, self.neuron_dim, self._sites)
+        settings = {"route": self.route, "activations": self._own, "neuron_dim": self.neuron_dim, "sites": self._sites}
+        return _attach_again, (self.model, {**settings, "fuse_norms": self.fuse_norms, "reading": self.reading})
 
 
 _keys = count()
 _handles: weakref.WeakValueDictionary[str, Taps] = weakref.WeakValueDictionary()  # by their keys
 
 
-def _observe_again(
-    model: nn.Module, route: Route, activations: tuple[Any, ...], neuron_dim: Any, sites: tuple[str, ...]
-) -> Taps:
-    return observe(model, route=route, activations=activations, neuron_dim=neuron_dim, sites=sites)
+def _attach_again(model: nn.Module, settings: dict[str, Any]) -> Taps:
+    _check_model(model)
+    return _attach_taps(Taps(model, **settings))
 
 
 def _attach_copy(taps: Taps, module: nn.Module, part: Part | None, sites: dict[int, Site]) -> None:
@@ -423,6 +448,8 @@ def _attach_copy(taps: Taps, module: nn.Module, part: Part | None, sites: dict[i
         taps._attach(module, caller)
     elif isinstance(part, Whole):
         taps._attach(module, Whole(taps))
+    elif isinstance(part, Norm):
+        taps._attach(module, Norm(taps, part.dims))
 
 
 def _site_copy(taps: Taps, site: Site, sites: dict[int, Site]) -> Site:
@@ -527,13 +554,14 @@ def observe(
     activations: tuple[Any, ...] = (),
     neuron_dim: int | Mapping[str, int] | None = None,
     sites: Sequence[str] = (),
+    fuse_norms: bool = True,
     example: Any = None,
 ) -> Taps:
     """Attach taps to a model: the very object given, whose own code goes on to run.
 
-    An observed model gives what the plain one gives, bit for bit: outputs, buffers, gradients and random state. Saved
-    with `torch.save` it is the plain model; a deep copy has taps of its own. Observe first, then wrap
-    (`torch.compile`, DistributedDataParallel).
+    An observed model gives what the plain one gives: outputs, buffers, gradients and random state, bit for bit where no
+    norm is fused (see `fuse_norms`). Saved with `torch.save` it is the plain model; a deep copy has taps of its own.
+    Observe first, then wrap (`torch.compile`, DistributedDataParallel).
 
     Args:
         model: any module.
@@ -546,6 +574,10 @@ def observe(
         neuron_dim: the axis of neurons, where the probe cannot find it; or axes by names of taps.
         sites: paths of modules whose outputs are tapped in place of activations, as methods act on them: convolutions,
             linear layers, norms.
+        fuse_norms: let batch norm (in training mode) and the ReLU behind it be one operation, and the addition that may
+            stand between them, on the CPU and from `NORMS_FUSED_FROM_BYTES` bytes of activation on. That saves time and
+            memory, and gives the plain model's numbers to the dtype's rounding; with False they are the same bit for
+            bit. Route "grouped" never does it.
         example: an input to probe with at once: a tensor, a tuple of positional arguments or a dict of keyword
             arguments. Buffers and random state are put back. Without it, the first forward pass is the probe.
 
@@ -558,16 +590,73 @@ def observe(
         raise ValueError(f"route: expected 'grouped', 'fused' or 'auto', got {route!r}")
     _check_neuron_dim(neuron_dim)
     _check_sites(model, sites)
-    taps = Taps(model, route=route, activations=tuple(activations), neuron_dim=neuron_dim, sites=tuple(sites))
-    taps._attach(model, Root(taps))
-    look_at(taps.known.functions, taps)
+    if not isinstance(fuse_norms, bool):
+        raise TypeError(f"fuse_norms: expected a bool, got {type(fuse_norms).__name__}")
+    taps = Taps(
+        model,
+        route=route,
+        activations=tuple(activations),
+        neuron_dim=neuron_dim,
+        sites=tuple(sites),
+        fuse_norms=fuse_norms,
+    )
+    _attach_taps(taps)
     if example is not None:
-        try:
+        with _removed_on_error(taps):
             _run_example(taps, example)
-        except BaseException:
-            taps.remove()
-            raise
+            if not taps._plan.taps:
+                raise ValueError(nothing_tapped(taps.skipped))
     return taps
+
+
+def accelerate(model: nn.Module, *, example: Any = None) -> Taps:
+    """Let a model train faster: batch norm and the ReLU behind it become one operation, and nothing is recorded.
+
+    The operation is `moda_kernels.norm_relu_pool`, with the addition that may stand between the two (as in ResNets). It
+    is used in training mode, on the CPU, from `NORMS_FUSED_FROM_BYTES` bytes of activation on, where the first forward
+    pass showed that the norm feeds nothing but this ReLU. Losses, gradients and running statistics are the plain
+    model's to the dtype's rounding. Hooks on either module, control flow, evaluation, `torch.compile`, checkpoints and
+    everything else that asks for the norm's result by itself get what PyTorch computes. An observed model needs no
+    call of this: `moda.observe` does the same.
+
+    Args:
+        model: any module; the very object is changed, and its own code goes on to run.
+        example: as for `observe`.
+
+    Returns:
+        A handle, whose `remove()` makes the model plain again; also a context manager.
+
+    Raises:
+        TypeError, ValueError: as for `observe`, but a model without activations is fine.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
+        >>> with accelerate(model, example=torch.zeros(2, 3, 8, 8)):
+        ...     loss = model(torch.ones(64, 3, 32, 32)).mean()
+        ...     loss.backward()
+    """
+    _check_model(model)
+    taps = _attach_taps(Taps(model, reading=False))
+    if example is not None:
+        with _removed_on_error(taps):
+            _run_example(taps, example)
+    return taps
+
+
+def _attach_taps(taps: Taps) -> Taps:
+    """Attach a new handle to its model."""
+    taps._attach(taps.model, Root(taps))
+    look_at(taps.known.functions, taps)
+    return taps
+
+
+@contextmanager
+def _removed_on_error(taps: Taps) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        taps.remove()
+        raise
 
 
 def taps_of(model: nn.Module) -> Taps | None:
@@ -648,7 +737,10 @@ def _check_model(model: nn.Module) -> None:
         raise TypeError(
             f"model: is wrapped in {type(model).__name__}; observe the model inside it (before it is wrapped)"
         )
-    if taps_of(model) is not None:
+    present = taps_of(model)
+    if present is not None and not present.reading:
+        raise ValueError("model: is accelerated already; remove() that first (moda.observe fuses norms as well)")
+    if present is not None:
         raise ValueError(
             "model: is observed already; use the handle that moda.observe gave "
             "(moda.observation.taps.taps_of(model) returns it), or remove() it first"
@@ -687,8 +779,6 @@ def _run_example(taps: Taps, example: Any) -> None:
             f"{type(example).__name__}"
         )
     _run_in_both_modes(taps, args, kwargs)
-    if not taps._plan.taps:
-        raise ValueError(nothing_tapped(taps.skipped))
 
 
 def _run_in_both_modes(taps: Taps, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -1,0 +1,241 @@
+"""A batch norm whose result is computed when somebody asks for it: by the ReLU behind it in one operation, or plainly.
+
+Where the probe saw that a batch norm feeds nothing but one ReLU, directly or through one addition, the norm's module
+gives a `Deferred` in the place of its result. The ReLU takes it apart and runs `moda_kernels.norm_relu_pool`. Every
+other use computes what PyTorch's own batch norm (and the addition) gives, from the same tensors, so that a model which
+does something else than in the probe still gets its own numbers, bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._pytree import tree_map
+
+from moda.observation.activations import plain_class
+from moda_kernels import closed_form
+from moda_kernels.backends import Backend, select
+from moda_kernels.batch_norm import BatchNorm, check_batch_norm
+
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+"""Classes of modules whose calls may be deferred. Subclasses may do anything; SyncBatchNorm asks other processes."""
+
+_WAY_OUT = "observe the model with fuse_norms=False"
+_OVERWRITTEN = (
+    "a batch norm's input, weight or bias, or what is added to its result, was overwritten in place before the ReLU "
+    f"behind it ran, in a way that the first forward pass did not show; {_WAY_OUT}"
+)
+_BYPASSED = (
+    "the result of a batch norm goes somewhere else than in the first forward pass, past PyTorch's functions (a custom "
+    f"autograd function or operator); {_WAY_OUT}"
+)
+
+# What may be asked of a result without computing it.
+_METADATA = frozenset(
+    getattr(Tensor, name).__get__
+    for name in ("shape", "dtype", "device", "layout", "ndim", "requires_grad", "is_cuda", "is_cpu", "is_meta")
+) | frozenset(
+    getattr(Tensor, name)
+    for name in (
+        "size", "dim", "ndimension", "numel", "nelement", "stride", "is_contiguous", "is_floating_point", "is_complex",
+        "element_size", "get_device", "__len__",
+    )
+)  # fmt: skip
+_ADDITIONS_IN_PLACE = frozenset((Tensor.add_, Tensor.__iadd__))
+_ADDITIONS = frozenset((torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__)) | _ADDITIONS_IN_PLACE
+
+
+class NormCall:
+    """One call of a batch norm in training mode, whose result may be computed once for the running statistics."""
+
+    def __init__(self, x: Tensor, norm: BatchNorm) -> None:
+        self.x = x
+        self.norm = norm
+        self.counted = False  # whether the batch is in the running statistics
+        self._versions = [(tensor, tensor._version) for tensor in (x, norm.weight, norm.bias) if tensor is not None]
+
+    def check(self) -> None:
+        """Raise a RuntimeError if what the result is computed from is not what it was."""
+        if any(tensor._version != version for tensor, version in self._versions):
+            raise RuntimeError(_OVERWRITTEN)
+
+    def plain(self) -> Tensor:
+        """The result as PyTorch computes it."""
+        self.check()
+        norm = self.norm
+        running = (None, None) if self.counted else (norm.running_mean, norm.running_var)
+        self.counted = True
+        return F.batch_norm(self.x, *running, norm.weight, norm.bias, True, norm.momentum, norm.eps)
+
+    def settle(self) -> None:
+        """Bring the batch into the running statistics, if nobody has asked for the result."""
+        if not self.counted:
+            with torch.no_grad():
+                self.plain()
+
+
+class Deferred(Tensor):
+    """Stands for the result of a batch norm, and for what was added to it."""
+
+    _call: NormCall
+    _residual: Tensor | None
+    _residual_version: int
+    _value: Tensor | None
+
+    @staticmethod
+    def __new__(cls, call: NormCall, residual: Tensor | None = None) -> Deferred:
+        """Make a tensor without memory, of the shape that the result has."""
+        x, needed = call.x, (call.x, call.norm.weight, call.norm.bias, residual)
+        requires_grad = any(tensor is not None and tensor.requires_grad for tensor in needed)
+        made: Deferred = Tensor._make_wrapper_subclass(
+            cls, x.size(), strides=x.stride(), dtype=x.dtype, device=x.device, requires_grad=requires_grad
+        )
+        if requires_grad:
+            with torch._C.DisableTorchFunctionSubclass():
+                made.register_hook(_refuse_gradient)  # type: ignore[no-untyped-call]
+        made._call, made._value = call, None
+        made._add(residual)
+        return made
+
+    def __init__(self, call: NormCall, residual: Tensor | None = None) -> None:
+        """Everything is done in `__new__`."""
+
+    def _add(self, residual: Tensor | None) -> None:
+        self._residual = residual
+        self._residual_version = 0 if residual is None else residual._version
+
+    @property
+    def is_open(self) -> bool:
+        """Whether nobody has asked for the result so far."""
+        return self._value is None and not self._call.counted
+
+    def plain(self) -> Tensor:
+        """What the model would have without us; with its gradient, whatever mode it is asked for in."""
+        if self._value is None:
+            self._check()
+            # Hooks of a checkpoint that this happens inside of must not see what is computed only once.
+            with torch.inference_mode(False), torch.enable_grad(), saved_tensors_hooks(_same, _same):
+                value = self._call.plain()
+                self._value = value if self._residual is None else value + self._residual
+        return self._value
+
+    def rectified(self, inplace: bool) -> tuple[Tensor, Tensor] | None:
+        """The ReLU of the result and its pooled activation, in one operation; None where that cannot be."""
+        if not (self.is_open and torch.is_grad_enabled()) or hooks_on_saved_tensors():
+            return None
+        self._check()
+        call = self._call
+        norm = call.norm._replace(residual=self._residual)
+        backend = _compiled_backend(call.x, norm)
+        if backend is None:
+            return None
+        y, pooled = backend.norm_relu_pool(call.x, norm)
+        call.counted = True
+        if inplace:
+            self._value = y
+        return y, pooled
+
+    def _check(self) -> None:
+        self._call.check()
+        if self._residual is not None and self._residual._version != self._residual_version:
+            raise RuntimeError(_OVERWRITTEN)
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Metadata and the first addition leave the result open; everything else asks for it."""
+        if func in _METADATA:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **(kwargs or {}))
+        if func in _ADDITIONS and not kwargs and len(args) == 2:
+            total = _sum(*args, inplace=func in _ADDITIONS_IN_PLACE)
+            if total is not None:
+                return total
+        return func(*plain_values(args), **plain_values(kwargs or {}))
+
+    @classmethod
+    def __torch_dispatch__(cls, *_args: Any, **_kwargs: Any) -> Any:
+        """Whoever gets here did not ask for the value, and there is none."""
+        raise RuntimeError(_BYPASSED)
+
+
+def plain_values(values: Any) -> Any:
+    """The nested values, with what each `Deferred` stands for in its place."""
+    return tree_map(lambda value: value.plain() if type(value) is Deferred else value, values)
+
+
+def _sum(first: Any, second: Any, inplace: bool) -> Deferred | None:
+    """The sum of two values, of which one at least is deferred; None where it has to be computed."""
+    norm, other = (first, second) if inplace or _may_be_added_to(first) else (second, first)
+    if first is second or not isinstance(norm, Deferred) or not _may_be_added_to(norm):
+        return None
+    if type(other) is Deferred:
+        other = other.plain()
+    alike = type(other) is Tensor and torch.is_grad_enabled() and not other.is_inference()
+    if not alike or any(getattr(other, name) != getattr(norm, name) for name in ("shape", "dtype", "device", "layout")):
+        return None
+    if not inplace:
+        return Deferred(norm._call, other)
+    norm._add(other)
+    return norm
+
+
+def _may_be_added_to(value: Any) -> bool:
+    return type(value) is Deferred and value.is_open and value._residual is None
+
+
+def defer(module: Any, x: Tensor) -> tuple[Deferred, NormCall] | None:
+    """What takes the place of a batch norm's result, and the call behind it; None where it has to be computed.
+
+    The counter of batches is moved on, as the module does it. Hooks of the module are the caller's to look for.
+    """
+    kind = plain_class(type(module))
+    if kind not in NORMS or kind.forward is not _BatchNorm.forward or not module.training:
+        return None
+    if x.is_inference() or x.is_neg() or not _is_dense(x) or hooks_on_saved_tensors():
+        return None
+    tracked = module.track_running_stats
+    mean, var = (module.running_mean, module.running_var) if tracked else (None, None)
+    norm = BatchNorm(mean, var, module.weight, module.bias, None, True, module.momentum or 0.0, module.eps)
+    try:
+        check_batch_norm(x, norm)
+    except (TypeError, ValueError):  # the module has an error of its own for it, or takes what the kernels do not
+        return None
+    if _compiled_backend(x, norm) is None:
+        return None
+    if tracked and module.num_batches_tracked is not None:
+        module.num_batches_tracked.add_(1)
+        if module.momentum is None:
+            norm = norm._replace(momentum=1.0 / float(module.num_batches_tracked))
+    call = NormCall(x, norm)
+    return Deferred(call), call
+
+
+def _is_dense(x: Tensor) -> bool:
+    return x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last))
+
+
+def _compiled_backend(x: Tensor, norm: BatchNorm) -> Backend | None:
+    """The backend that has the norm as one kernel; None if none takes these tensors."""
+    backend = select("norm_relu_pool", "auto", (x,), norm.tensors())
+    return None if backend is closed_form else backend
+
+
+def hooks_on_saved_tensors() -> bool:
+    """Whether somebody looks at what is saved for backward, as checkpoints do, which save the same again later."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+
+
+def _refuse_gradient(_gradient: Tensor) -> None:
+    raise RuntimeError(_BYPASSED)
+
+
+def _same(value: Any) -> Any:
+    return value
