@@ -21,6 +21,7 @@ STYLE = {
     "torch": ("#E69F00", "s"),
     "triton": ("#009E73", "^"),
     "native": ("#0072B2", "D"),
+    "accelerated": ("#CC79A7", "v"),
     "grouped": ("#E69F00", "s"),
     "fused": ("#009E73", "^"),
     "ours": ("#0072B2", "D"),
