@@ -306,7 +306,7 @@ def test_malformed_folders_are_refused(finished, tmp_path, change, message):
     change(description)
     path.write_text(json.dumps(description))
     if message is None:
-        assert load_rates(tmp_path).taps == tuple(reversed(finished.model.taps))
+        assert load_rates(tmp_path).taps == tuple(reversed(finished.taps.names))
         return
     with pytest.raises(FormatError, match=re.escape(message)):
         load_rates(tmp_path)
