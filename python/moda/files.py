@@ -104,7 +104,7 @@ def check_result_folder(folder: Path, description: str, *, force: bool) -> None:
 
 
 DESCRIPTIONS = (
-    *("config.json", "decomposition.json", "rates.json", "composed.json"),
+    *("config.json", "decomposition.json", "rates.json", "composed.json", "ensemble.json"),
     *("study.json", "replacement.json", "repair.json"),
 )
 """Files that say what a folder of ours is."""

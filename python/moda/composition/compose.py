@@ -15,6 +15,7 @@ from torch import nn
 
 from moda.composition.composed import ComposedModel
 from moda.composition.composer import Plan, composer_of
+from moda.composition.ensemble import Ensemble, ensemble
 from moda.composition.observed import observed
 from moda.decomposition.container import Decomposition, check_classes
 from moda.observation.taps import Taps
@@ -31,8 +32,10 @@ def compose(
     example: Any = None,
     output: Output = None,
     class_names: Sequence[str] | None = None,
-) -> ComposedModel:
-    """The smaller model that holds the union of the classes' modules and puts out only their logits.
+) -> ComposedModel | Ensemble:
+    """The smaller model that holds the classes' modules and puts out only their logits.
+
+    Modules unite, or stand side by side in an `Ensemble`, as `decomposition.combine` says.
 
     It computes what `mask(model, decomposition, classes)` computes, with the dropped neurons physically absent: rows
     and columns of weights, entries of norms. Its parameters are copies of their own under the model's names, trainable
@@ -58,6 +61,12 @@ def compose(
     """
     chosen = check_classes(classes, decomposition.num_classes)
     names = _class_names(class_names, decomposition)
+    if decomposition.combine != "rows":
+        return ensemble(
+            decomposition,
+            chosen,
+            lambda rows, wanted: compose(model, rows, wanted, example=example, output=output, class_names=names),
+        )
     with observed(model, decomposition.sites) as taps:
         composer = composer_of(taps, decomposition, example, output)
         return composer.compose(taps, decomposition.select(chosen), chosen, names)

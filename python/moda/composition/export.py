@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from moda.checks import integer, items, json_value, mapping, text
 from moda.composition.composed import ComposedModel
+from moda.composition.ensemble import Ensemble
 from moda.composition.source import to_source
 from moda.files import Format, FormatError, write_bytes
 from moda.inference import device_of, evaluating
@@ -45,7 +46,7 @@ TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 2e-2, torc
 
 
 def export(
-    model: ComposedModel, images: Tensor, path: str | Path, provenance: Mapping[str, Any] | None = None
+    model: ComposedModel | Ensemble, images: Tensor, path: str | Path, provenance: Mapping[str, Any] | None = None
 ) -> float:
     """Write a composed model to a `.pt2` or `.onnx` file, and check that the file computes the same logits.
 
@@ -95,7 +96,7 @@ def export(
 
 
 def provenance_of(
-    model: ComposedModel,
+    model: ComposedModel | Ensemble,
     class_names: list[str],
     input_shape: tuple[int, ...],
     source_run: str,
@@ -155,7 +156,7 @@ def _note_of_onnx(path: Path) -> bytes | None:
     return next((entry.value.encode() for entry in model.metadata_props if entry.key == ENTRY), None)
 
 
-def _to_pt2(model: ComposedModel, images: Tensor, note: str) -> bytes:
+def _to_pt2(model: nn.Module, images: Tensor, note: str) -> bytes:
     buffer = io.BytesIO()
     program = torch.export.export(model, (images,), dynamic_shapes=_any_batch())
     torch.export.save(program, buffer, extra_files={f"{ENTRY}.json": note})
@@ -200,7 +201,7 @@ def _parts(images: Tensor) -> tuple[Tensor, Tensor]:
     return images[:1], images[1:]
 
 
-def _to_onnx(model: ComposedModel, images: Tensor, note: str) -> bytes:
+def _to_onnx(model: nn.Module, images: Tensor, note: str) -> bytes:
     for package in ("onnx", "onnxscript", "onnxruntime"):
         _required(package)
     program = torch.onnx.export(
@@ -221,8 +222,10 @@ def _to_onnx(model: ComposedModel, images: Tensor, note: str) -> bytes:
     return data
 
 
-def _output_names(model: ComposedModel) -> list[str]:
+def _output_names(model: nn.Module) -> list[str]:
     """`logits`, or of several outputs their paths."""
+    if not isinstance(model, ComposedModel):
+        return ["logits"]
     paths = list(model.routes["eval"].outputs.paths())
     return ["logits"] if len(paths) == 1 else [re.sub(r"\W+", "_", path).strip("_") or "output" for path in paths]
 

@@ -14,14 +14,25 @@ from torch import Tensor, nn
 
 from moda.checks import digest, flag, integer, items, json_value, mapping, one_of, optional, record, text
 from moda.composition.composed import ComposedModel, Facts, Route, parameters_of
+from moda.composition.ensemble import ClassHead, Ensemble
 from moda.composition.graphs import describe, module_of, module_settings, restore
 from moda.composition.report import Layer
 from moda.decomposition.container import check_classes
-from moda.decomposition.files import check_num_classes, check_sites, described_sites
-from moda.files import Format, FormatError, check_own_folder, check_tensors, format_errors, read_tensors, write_tensors
+from moda.decomposition.files import HEADS_FILE, check_num_classes, check_sites, described_sites
+from moda.decomposition.heads import HEAD_TENSORS, check_heads
+from moda.files import (
+    Format,
+    FormatError,
+    check_own_folder,
+    check_tensors,
+    format_errors,
+    read_tensors,
+    sha256_of,
+    write_tensors,
+)
 from moda.structure import Structure
 
-__all__ = ["load_composed", "save_composed"]
+__all__ = ["load_composed", "metadata_of", "save_composed"]
 
 _sizes = items(items(optional(integer(0))))
 _route = record(
@@ -56,13 +67,29 @@ COMPOSED = Format(
     },
     version=2,
 )
+ENSEMBLE = Format(
+    "moda-ensemble",
+    {
+        "classes": items(integer(0), least=1),
+        "num_classes": check_num_classes,
+        "combine": one_of(("logit", "probability")),
+        "members_sha256": items(digest, least=1),
+        "metadata": mapping(json_value),
+    },
+    {"heads_sha256": digest},
+)
 WEIGHTS_FILE = "model.safetensors"
 MASKS_FILE = "masks.safetensors"
 DESCRIPTION_FILE = "composed.json"
+ENSEMBLE_FILE = "ensemble.json"
 
 
-def save_composed(composed: ComposedModel, folder: str | Path, metadata: Mapping[str, Any] | None = None) -> None:
+def save_composed(
+    composed: ComposedModel | Ensemble, folder: str | Path, metadata: Mapping[str, Any] | None = None
+) -> None:
     """Write a model made by `moda.compose`: tensors in safetensors, the rest in JSON.
+
+    An ensemble has a folder of its own for each of its modules.
 
     Args:
         composed: the model; it may have been trained since.
@@ -73,6 +100,9 @@ def save_composed(composed: ComposedModel, folder: str | Path, metadata: Mapping
         TypeError: `composed` was not made by `moda.compose`.
         ValueError: it calls an operation that a file cannot describe, or the folder is of another kind: a run, ...
     """
+    if isinstance(composed, Ensemble):
+        _save_ensemble(composed, Path(folder), dict(metadata or {}))
+        return
     if not isinstance(composed, ComposedModel):
         raise TypeError(f"composed: expected a model made by moda.compose, got {type(composed).__name__}")
     routes = {mode: _described(route) for mode, route in composed.routes.items()}
@@ -114,6 +144,69 @@ def save_composed(composed: ComposedModel, folder: str | Path, metadata: Mapping
     COMPOSED.write(folder / DESCRIPTION_FILE, description)
 
 
+def _save_ensemble(ensemble: Ensemble, folder: Path, metadata: dict[str, Any]) -> None:
+    check_own_folder(folder, ENSEMBLE_FILE)
+    folder.mkdir(parents=True, exist_ok=True)
+    digests = []
+    for number, member in zip(ensemble.classes, ensemble.members, strict=True):
+        assert isinstance(member, ComposedModel)
+        save_composed(member, _member(folder, number))
+        digests.append(sha256_of(_member(folder, number) / DESCRIPTION_FILE))
+    description = {
+        "classes": list(ensemble.classes),
+        "num_classes": ensemble.num_classes,
+        "combine": "probability" if len(ensemble.heads) else "logit",
+        "members_sha256": digests,
+        "metadata": metadata,
+    }
+    if len(ensemble.heads):
+        states = [head.state_dict() for head in ensemble.heads]
+        stacked = {name: torch.stack([state[name] for state in states]) for name in HEAD_TENSORS}
+        description["heads_sha256"] = write_tensors(folder / HEADS_FILE, stacked)
+    ENSEMBLE.write(folder / ENSEMBLE_FILE, description)
+
+
+def _member(folder: Path, number: int) -> Path:
+    return folder / f"module-{number}"
+
+
+def _load_ensemble(folder: Path) -> Ensemble:
+    path = folder / ENSEMBLE_FILE
+    description = ENSEMBLE.read(path)
+    with format_errors(path):
+        classes = check_classes(description["classes"], description["num_classes"])
+        if len(description["members_sha256"]) != len(classes):
+            raise ValueError(f"members_sha256: expected one of each of {len(classes)} classes")
+        if (description["combine"] == "probability") != ("heads_sha256" in description):
+            raise ValueError(f"heads_sha256: does not go with outputs that combine by {description['combine']!r}")
+    members = []
+    for number, expected in zip(classes, description["members_sha256"], strict=True):
+        inner = _member(folder, number) / DESCRIPTION_FILE
+        if not inner.is_file() or sha256_of(inner) != expected:
+            raise FormatError(f"{inner}: is not the module that {path} describes")
+        members.append(load_composed(inner.parent))
+    heads: list[nn.Module] = []
+    if "heads_sha256" in description:
+        tensors = read_tensors(folder / HEADS_FILE, description["heads_sha256"])
+        with format_errors(folder / HEADS_FILE):
+            checked = check_heads(tensors, len(classes))
+        heads = [ClassHead({name: tensor[row] for name, tensor in checked.items()}) for row in range(len(classes))]
+    return Ensemble(members, heads, classes, description["num_classes"])
+
+
+def metadata_of(folder: str | Path) -> dict[str, Any]:
+    """The metadata that were given to `save_composed`.
+
+    Raises:
+        FormatError (a ValueError): the description is missing or malformed.
+    """
+    folder = Path(folder)
+    ensemble = (folder / ENSEMBLE_FILE).exists()
+    described = ENSEMBLE.read(folder / ENSEMBLE_FILE) if ensemble else COMPOSED.read(folder / DESCRIPTION_FILE)
+    metadata: dict[str, Any] = described["metadata"]
+    return metadata
+
+
 def _described(route: Route) -> dict[str, Any]:
     return {
         "graph": describe(route.graph),
@@ -124,7 +217,7 @@ def _described(route: Route) -> dict[str, Any]:
     }
 
 
-def load_composed(folder: str | Path) -> ComposedModel:
+def load_composed(folder: str | Path) -> ComposedModel | Ensemble:
     """Read what `save_composed` wrote, onto the CPU.
 
     Args:
@@ -135,6 +228,8 @@ def load_composed(folder: str | Path) -> ComposedModel:
             says what is wrong.
     """
     folder = Path(folder)
+    if (folder / ENSEMBLE_FILE).exists():
+        return _load_ensemble(folder)
     path = folder / DESCRIPTION_FILE
     description = COMPOSED.read(path)
     with format_errors(path):

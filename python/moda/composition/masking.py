@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moda.composition.ensemble import Ensemble, ensemble
 from moda.composition.observed import check_taps, names_every_tap, observed
 from moda.decomposition.container import Decomposition, check_classes
 from moda.observation.taps import Taps
@@ -88,8 +89,10 @@ class MaskedModel(nn.Module):
 
 def mask(
     model: nn.Module, decomposition: Decomposition, classes: Iterable[int], *, output: Output = None
-) -> MaskedModel:
+) -> MaskedModel | Ensemble:
     """The whole model with every neuron that none of the classes keeps at 0, and the outputs of the classes.
+
+    Modules that do not unite, see `decomposition.combine`, are masked each by itself and stand side by side.
 
     It holds `model` itself, which is as it is outside of calls of the masked one.
 
@@ -106,6 +109,8 @@ def mask(
             neurons or number of classes of the decomposition are not those of the model.
     """
     chosen = check_classes(classes, decomposition.num_classes)
+    if decomposition.combine != "rows":
+        return ensemble(decomposition, chosen, lambda rows, wanted: mask(model, rows, wanted, output=output))
     every = names_every_tap(decomposition)
     with observed(model, decomposition.sites) as taps:
         masked = MaskedModel(taps.model, decomposition.select(chosen), chosen, decomposition.num_classes, output, every)

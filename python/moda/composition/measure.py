@@ -17,11 +17,22 @@ from moda.composition.kept import Kept
 from moda.composition.observed import observed
 from moda.data.unpacking import Inputs, Unpack, unpacked
 from moda.decomposition.container import Decomposition, check_classes
+from moda.decomposition.heads import head_parameters
 from moda.inference import device_of, evaluating
 from moda.observation.taps import Taps
 from moda.outputs import Output, logits_of
 
-__all__ = ["accuracy", "flops", "mean_over_pairs", "module_sizes", "overlap", "overlap_matrix", "plan_size", "size"]
+__all__ = [
+    "accuracy",
+    "flops",
+    "mean_over_pairs",
+    "module_sizes",
+    "neurons_kept",
+    "overlap",
+    "overlap_matrix",
+    "plan_size",
+    "size",
+]
 
 Counting = Literal["published", "parameters"]
 
@@ -32,12 +43,16 @@ def size(
     """Parameters of `moda.compose(model, decomposition, classes)` over those of the whole model.
 
     Weights, biases and affine parameters of norms count, buffers do not (MODA, "composed model size"; of one class it
-    is the "module size"). Nothing is built.
+    is the "module size"). Of an ensemble all modules count in full, heads included, as published: what two of them
+    share counts twice. Nothing is built.
 
     Raises:
         TypeError, ValueError: as `moda.compose`.
     """
-    return plan_size(_module(model), plan(model, decomposition, classes, example=example))
+    if decomposition.combine == "rows":
+        return plan_size(_module(model), plan(model, decomposition, classes, example=example))
+    chosen = check_classes(classes, decomposition.num_classes)
+    return float(module_sizes(model, decomposition, example=example)[chosen].sum())
 
 
 def module_sizes(model: nn.Module | Taps, decomposition: Decomposition, *, example: Any = None) -> Tensor:
@@ -47,8 +62,30 @@ def module_sizes(model: nn.Module | Taps, decomposition: Decomposition, *, examp
         TypeError, ValueError: as `moda.compose`.
     """
     composer = _composer(model, decomposition, example)
-    plans = [composer.plan(decomposition.select([k]), [k]) for k in range(decomposition.num_classes)]
-    return torch.tensor([plan_size(_module(model), each) for each in plans], dtype=torch.float64)
+    heads = head_parameters(decomposition.heads) / _whole(_module(model))
+    plans = [_module_plan(composer, decomposition, k) for k in range(decomposition.num_classes)]
+    return torch.tensor([plan_size(_module(model), each) + heads for each in plans], dtype=torch.float64)
+
+
+def _module_plan(composer: Composer, decomposition: Decomposition, number: int) -> Plan:
+    """One class's module; under a head it keeps the logits of all classes."""
+    rows = range(decomposition.num_classes) if decomposition.heads else [number]
+    return composer.plan(decomposition.select([number]), list(rows))
+
+
+def neurons_kept(decomposition: Decomposition, classes: Iterable[int]) -> float:
+    """Neurons of a composition over those of the whole model, at the decomposition's sites ("kernels kept").
+
+    Of a union every neuron counts once; of an ensemble once for each module that has it, as published, so that the
+    share may exceed 1. Layers without a site do not count.
+
+    Raises:
+        TypeError, ValueError: see `check_classes`.
+    """
+    chosen = check_classes(classes, decomposition.num_classes)
+    groups = [chosen] if decomposition.combine == "rows" else [[number] for number in chosen]
+    kept = sum(int(mask.sum()) for group in groups for mask in decomposition.select(group).values())
+    return kept / sum(mask.shape[1] for mask in decomposition.masks.values())
 
 
 def _composer(model: nn.Module | Taps, decomposition: Decomposition, example: Any) -> Composer:
@@ -77,7 +114,7 @@ def overlap(
 ) -> float:
     """Entries that the modules of classes `a` and `b` share, over the parameters of the whole model.
 
-    Two modules share an entry if both keep the same position of the same tensor.
+    Two modules share an entry if both keep the same position of the same tensor. Heads are of one module each.
 
     Args:
         model: any module, observed or not.
@@ -138,7 +175,7 @@ def _overlaps(
     if counting not in ("published", "parameters"):
         raise ValueError(f"counting: expected 'published' or 'parameters', got {counting!r}")
     composer = _composer(model, decomposition, example)
-    modules = [composer.plan(decomposition.select([c]), [c]).kept for c in classes]
+    modules = [_module_plan(composer, decomposition, c).kept for c in classes]
     shared = np.zeros((len(classes), len(classes)))
     for name, shape in _shapes(_module(model), counting).items():
         shared += _shared_entries([module.get(name) for module in modules], shape)

@@ -7,6 +7,7 @@ GradSplitter    masks and heads learnt over a trained, frozen network (arXiv 231
 CNNSplitter     a genetic search over a trained, frozen network (arXiv 2209.06116)
 
 modularize      network, method and data -> modules
+union_module    the network of several classes' modules, with a head to be fine-tuned
 HeadedModule    a module of some classes with a head of its own; CutTransformer, of a vision transformer
 fine_tune       trains a module on its classes, as MwT and NeMo do
 Method          the interface, for a method of your own
@@ -21,6 +22,7 @@ from moda.methods.mwt import MwT
 from moda.methods.nemo import NeMo
 from moda.methods.running import Modularized, modularize
 from moda.methods.transformers import CutTransformer
+from moda.methods.union import union_module
 
 __all__ = [
     "MODA",
@@ -38,4 +40,5 @@ __all__ = [
     "Prepared",
     "fine_tune",
     "modularize",
+    "union_module",
 ]

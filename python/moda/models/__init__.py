@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -37,6 +38,7 @@ _OF_ONE_SIZE: dict[str, Callable[..., nn.Module]] = {
     "vgg16": vgg16,
     "small_vgg": small_vgg,
     "simcnn": simcnn,
+    "simcnn_bn": partial(simcnn, batch_norm=True),  # GradSplitter's
     "rescnn": rescnn,
     "vit_small": vit_small,
     "deit_small": deit_small,

@@ -29,6 +29,7 @@ MODELS = {
     "resnet18": (0.1, 16),
     "mobilenet": (0.1, 32),
     "simcnn": (0.1, 32),
+    "simcnn_bn": (0.1, 32),
     "rescnn": (0.1, 32),
     "incecnn": (0.05, 8),
     "vit_small": (0.05, 32),
