@@ -53,6 +53,7 @@ _SUITES = {
     "decomposition": "A decomposition pass, against the same pass without counting",
     "attribution": "A pass of attributions, against the forward and backward pass that it needs",
     "composition": "Composed models, against the full one",
+    "methods": "Other modularization methods, against their published algorithms written plainly",
     "scaling": "Scaling of the losses, forward and backward",
 }
 

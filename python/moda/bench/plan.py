@@ -15,6 +15,7 @@ from moda.bench.counting import CountInputs, counting_case
 from moda.bench.decomposition import PassInputs, composition_case, decomposition_case
 from moda.bench.inputs import CIFAR, IMAGENET, MODELS, Shapes, tap_shapes
 from moda.bench.losses import LossInputs, loss_case
+from moda.bench.methods import method_cases
 from moda.bench.norm import norm_case
 from moda.bench.pooling import pooling_case
 from moda.bench.training_step import StepInputs, step_case
@@ -28,6 +29,7 @@ SUITES = (
     "decomposition",
     "attribution",
     "composition",
+    "methods",
     "scaling",
 )
 
@@ -97,6 +99,7 @@ class Plan:
             "decomposition": self._decomposition,
             "attribution": self._attribution,
             "composition": self._composition,
+            "methods": lambda: method_cases(self.device, self.quick, self.step_budget),
             "scaling": self._scaling,
         }
         return [case for suite in suites for case in makers[suite]()]

@@ -1,0 +1,340 @@
+"""Suite "methods": a step, an epoch or a generation of other modularization methods, and the published algorithm."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moda import models
+from moda.bench import gate, inputs, published
+from moda.bench.case import Case, Contender
+from moda.bench.clock import Budget, Timed
+from moda.methods import CNNSplitter, GradSplitter, MwT, NeMo
+from moda.methods.base import TASK
+from moda.methods.cnnsplitter import Search
+from moda.methods.gradsplitter import KEPT, PreparedSplitter
+from moda.methods.importance import module_outputs
+from moda.methods.mwt import PreparedGates
+from moda.methods.tournament import joint_fitness
+
+STANDARD, PUBLISHED, OURS = "standard", "published", "ours"
+_TOLERANCE = 1e-2
+"""Of parameter gradients: the same convolutions, and sums over pairs in another order."""
+_CLASSES = 10
+
+
+@dataclass(frozen=True)
+class MethodInputs:
+    """The model, images and samples of a case.
+
+    Attributes:
+        model: the architecture.
+        batch: the samples of a step.
+        image_size: the height and width of images.
+        device: where it runs.
+        width: the multiplier of hidden widths.
+        population: for CNNSplitter, the candidates of each class.
+        samples: for CNNSplitter, the samples that they are judged on; for GradSplitter, those of an epoch.
+    """
+
+    model: str
+    batch: int
+    image_size: int
+    device: torch.device
+    width: float = 1.0
+    population: int = 100
+    samples: int = 256
+
+    def network(self) -> nn.Module:
+        """Make the network."""
+        torch.manual_seed(0)
+        made = models.create(self.model, num_classes=_CLASSES, width=self.width, image_size=self.image_size)
+        return made.to(self.device)
+
+    def parameters(self) -> dict[str, int | float | str]:
+        """Describe the case."""
+        return {"model": self.model, "batch": self.batch, "image_size": self.image_size, "width": self.width}
+
+
+# ---- steps of methods with gates ----------------------------------------------------------------------------------
+
+Loss = Callable[[PreparedGates, Tensor, Tensor], Tensor]
+
+
+def gated_step_case(method: MwT | NeMo, about: MethodInputs, budget: Budget) -> Case:
+    """Compare whole steps: standard training, the gated network with the published losses, and with ours."""
+    return Case(
+        suite="methods",
+        name=f"{method.name} step {about.model} {about.image_size} px batch {about.batch}",
+        baseline=PUBLISHED,
+        build=lambda: _gated_contenders(method, about),
+        budget=budget,
+        parameters=about.parameters(),
+    )
+
+
+def _gated_contenders(method: MwT | NeMo, about: MethodInputs) -> list[Contender]:
+    gates = about.network()
+    prepared = method.prepare(gates, _CLASSES, inputs.images(2, about.image_size, about.device))
+    losses: dict[str, Loss] = {
+        PUBLISHED: lambda own, logits, labels: _published_loss(method, own, logits, labels),
+        OURS: lambda own, logits, labels: _our_loss(method, own, logits, labels),
+    }
+    steps = {name: _GatedStep(about, _copied(method, prepared, about), loss) for name, loss in losses.items()}
+
+    def check() -> str:
+        wanted, found = (steps[name].gradients() for name in (PUBLISHED, OURS))
+        noise = 1e-5 * max(float(gradient.abs().amax()) for gradient in wanted)
+        return gate.first_difference("gradients", found, wanted, _TOLERANCE, noise)
+
+    made = [Contender(STANDARD, {"step": Timed(_then(_StandardStep(about)))})]
+    made += [
+        Contender(name, {"step": Timed(_then(step))}, check if name == OURS else lambda: "")
+        for name, step in steps.items()
+    ]
+    return made
+
+
+def _then(step: Callable[[], None]) -> Callable[[object], None]:
+    return lambda _: step()
+
+
+def _copied(method: MwT | NeMo, prepared: PreparedGates, about: MethodInputs) -> PreparedGates:
+    """A gated network of its own with the same weights."""
+    made = method.prepare(about.network(), _CLASSES, inputs.images(2, about.image_size, about.device))
+    made.model.load_state_dict(prepared.model.state_dict())
+    return made
+
+
+def _published_loss(method: MwT | NeMo, prepared: PreparedGates, logits: Tensor, labels: Tensor) -> Tensor:
+    gates = prepared.gates.take()
+    task = F.cross_entropy(logits, labels)
+    if isinstance(method, MwT):
+        cohesion, coupling = published.mwt_losses(gates, labels)
+        return task + method.cohesion * cohesion + method.coupling * coupling
+    gates[0] = torch.ones_like(gates[0])
+    return task + method.contrast * published.nemo_loss(gates, labels, method.temperature)
+
+
+def _our_loss(method: MwT | NeMo, prepared: PreparedGates, logits: Tensor, labels: Tensor) -> Tensor:
+    weights = method.phases()[0].weights
+    terms = method.loss(prepared, logits, labels)
+    return torch.stack([weights[name] * term for name, term in terms.items()]).sum()
+
+
+class _GatedStep:
+    """A step that repeats on the same batch."""
+
+    def __init__(self, about: MethodInputs, prepared: PreparedGates, loss: Loss) -> None:
+        self.prepared, self.loss = prepared, loss
+        self.images = inputs.images(about.batch, about.image_size, about.device)
+        self.labels = inputs.labels(about.batch, _CLASSES, about.device)
+        prepared.model.train()
+        self.optimizer = torch.optim.SGD(prepared.model.parameters(), lr=1e-4, momentum=0.9)
+
+    def __call__(self) -> None:
+        self.optimizer.zero_grad()
+        self.loss(self.prepared, self.prepared.model(self.images), self.labels).backward()
+        self.optimizer.step()
+
+    def gradients(self) -> list[Tensor]:
+        """Of a step that leaves weights and statistics as they are."""
+        state = copy.deepcopy(self.prepared.model.state_dict())
+        self.optimizer.zero_grad()
+        torch.manual_seed(1)
+        self.loss(self.prepared, self.prepared.model(self.images), self.labels).backward()
+        found = [p.grad.clone() for p in self.prepared.model.parameters() if p.grad is not None]
+        self.prepared.model.load_state_dict(state)
+        return found
+
+
+class _StandardStep:
+    """A step without gates."""
+
+    def __init__(self, about: MethodInputs) -> None:
+        self.model = about.network().train()
+        self.images = inputs.images(about.batch, about.image_size, about.device)
+        self.labels = inputs.labels(about.batch, _CLASSES, about.device)
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-4, momentum=0.9)
+
+    def __call__(self) -> None:
+        self.optimizer.zero_grad()
+        F.cross_entropy(self.model(self.images), self.labels).backward()
+        self.optimizer.step()
+
+
+# ---- an epoch of GradSplitter -------------------------------------------------------------------------------------
+
+
+def splitter_epoch_case(about: MethodInputs, budget: Budget) -> Case:
+    """Compare an epoch of masks and heads: the classes one after the other, and all in one pass."""
+    return Case(
+        suite="methods",
+        name=f"gradsplitter epoch {about.model} {about.image_size} px",
+        baseline=PUBLISHED,
+        build=lambda: _splitter_contenders(about),
+        budget=budget,
+        parameters=about.parameters() | {"samples": about.samples},
+    )
+
+
+def _splitter_contenders(about: MethodInputs) -> list[Contender]:
+    epochs = {
+        PUBLISHED: _SplitterEpoch(about, GradSplitter(classes_at_once=1)),
+        OURS: _SplitterEpoch(about, GradSplitter()),
+    }
+    epochs[OURS].prepared.splitter.load_state_dict(epochs[PUBLISHED].prepared.splitter.state_dict())
+
+    def check() -> str:
+        wanted, found = (epochs[name].gradients() for name in (PUBLISHED, OURS))
+        return gate.first_difference("gradients", found, wanted, _TOLERANCE, 1e-6)
+
+    return [
+        Contender(name, {"epoch": Timed(_then(epoch))}, check if name == OURS else lambda: "")
+        for name, epoch in epochs.items()
+    ]
+
+
+class _SplitterEpoch:
+    """An epoch that trains masks and heads."""
+
+    def __init__(self, about: MethodInputs, method: GradSplitter) -> None:
+        self.method = method
+        model = about.network().eval()
+        images = inputs.images(about.samples, about.image_size, about.device)
+        labels = inputs.labels(about.samples, _CLASSES, about.device)
+        self.batches = list(zip(images.split(about.batch), labels.split(about.batch), strict=True))
+        self.prepared: PreparedSplitter = method.prepare(model, _CLASSES, images[:2])
+        self.optimizer = torch.optim.Adam(self.prepared.splitter.parameters(), lr=1e-6)
+
+    def _loss(self, images: Tensor, labels: Tensor) -> Tensor:
+        terms = self.method.loss(self.prepared, self.prepared.splitter(images), labels)
+        return terms[TASK] + self.method.weight * terms[KEPT]
+
+    def __call__(self) -> None:
+        for images, labels in self.batches:
+            self.optimizer.zero_grad()
+            self._loss(images, labels).backward()
+            self.optimizer.step()
+
+    def gradients(self) -> list[Tensor]:
+        self.optimizer.zero_grad()
+        self._loss(*self.batches[0]).backward()
+        return [p.grad.clone() for p in self.prepared.splitter.parameters() if p.grad is not None]
+
+
+# ---- a generation of CNNSplitter ----------------------------------------------------------------------------------
+
+
+def generation_case(about: MethodInputs, budget: Budget) -> Case:
+    """Compare the judging of a generation: candidate by candidate and combination by combination, and in arrays."""
+    return Case(
+        suite="methods",
+        name=f"cnnsplitter generation {about.model} {about.image_size} px, {about.population} candidates",
+        baseline=PUBLISHED,
+        build=lambda: _generation_contenders(about),
+        budget=budget,
+        parameters=about.parameters() | {"population": about.population, "samples": about.samples},
+    )
+
+
+def _generation_contenders(about: MethodInputs) -> list[Contender]:
+    half, fifth = about.population // 2, about.population // 5
+    method = CNNSplitter(1, about.population, half, fifth, sensitive=(), progress=False, patience=None)
+    images = inputs.images(about.samples, about.image_size, about.device)
+    labels = inputs.labels(about.samples, _CLASSES, about.device)
+    loader = list(zip(images.split(about.batch), labels.split(about.batch), strict=True))
+    prepared = method.prepare(about.network(), _CLASSES, images[:2])
+    search = method.search(prepared, loader)
+    judged = _Judged(search)
+
+    def check() -> str:
+        wanted, found = judged.published(), judged.ours()
+        if np.allclose(wanted, found, rtol=1e-5, atol=1e-6):
+            return ""
+        return f"fitness differs by {np.abs(wanted - found).max():.3g}"
+
+    ours = Timed(lambda _: judged.ours(), judged.forget)
+    return [
+        Contender(PUBLISHED, {"generation": Timed(lambda _: judged.published())}),
+        Contender(OURS, {"generation": ours}, check),
+    ]
+
+
+class _Judged:
+    """The judging of a search's present populations, a fifth of which lived on from the generation before."""
+
+    def __init__(self, search: Search) -> None:
+        self.search = search
+        self.order = list(range(_CLASSES))
+        search.breed()
+        self._known = dict(search._known)
+
+    def _rounds(self) -> Sequence[tuple[int, float]]:
+        return self.search._rounds()
+
+    def forget(self) -> None:
+        """What is known is what the generation before knew: the elites."""
+        elites = self.search.settings.elites
+        kept = {
+            (number, genes.tobytes())
+            for number, population in enumerate(self.search.populations)
+            for genes in population[:elites]
+        }
+        self.search._known = {key: value for key, value in self._known.items() if key in kept}
+
+    def ours(self) -> np.ndarray:
+        """The fitness as our search computes it."""
+        outputs, kernels = [], []
+        for number, population in enumerate(self.search.populations):
+            masks = self.search.masks(number, population)
+            kernels.append(np.concatenate(list(masks.values()), 1))
+            outputs.append(self.search._outputs(number, population, masks))
+        alpha = self.search.settings.alpha
+        found = joint_fitness(
+            np.stack(outputs),
+            self.search.labels,
+            np.stack(kernels),
+            self.order,
+            self._rounds(),
+            weight=alpha,
+            alpha=alpha,
+        )
+        return found.fitness
+
+    def published(self) -> np.ndarray:
+        """The fitness as the published algorithm computes it."""
+        search = self.search
+        outputs, kernels = [], []
+        for number, population in enumerate(search.populations):
+            masks = search.masks(number, population)
+            kernels.append(np.concatenate(list(masks.values()), 1))
+            rows = []
+            for row in range(len(population)):
+                one = {tap: mask[row : row + 1] for tap, mask in masks.items()}
+                rows.append(module_outputs(search.prepared, one, [number], search.loader)[0])
+            outputs.append(np.stack(rows))
+        alpha = search.settings.alpha
+        return published.joint_fitness(
+            np.stack(outputs), search.labels, np.stack(kernels), self.order, self._rounds(), alpha, alpha
+        )
+
+
+def method_cases(device: torch.device, quick: bool, step: Budget) -> list[Case]:
+    """Return the cases of the suite."""
+    about = MethodInputs("vgg16", 32 if quick else 128, 32, device, width=0.25 if quick else 1.0)
+    small = MethodInputs("small_vgg", 64, 8, device, samples=128 if quick else 1024, population=10 if quick else 40)
+    once = Budget(least=3, most=5, seconds=20.0, warmups=1)
+    few = replace(small, samples=64 if quick else 256)
+    return [
+        gated_step_case(MwT(), about, step),
+        gated_step_case(NeMo(), about, step),
+        splitter_epoch_case(small, once),
+        generation_case(few, once),
+    ]

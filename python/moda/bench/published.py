@@ -1,0 +1,111 @@
+"""The published algorithms of modularization methods, written plainly: what the suite "methods" compares with.
+
+Each does what its specification says and nothing to be fast: losses layer by layer over all pairs, one pass through the
+network for each class, one for each candidate, and combinations tried one after the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Floats = npt.NDArray[np.floating]
+Bools = npt.NDArray[np.bool_]
+Combination = tuple[tuple[int, ...], float]
+
+
+def mwt_losses(gates: Sequence[Tensor], labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Return cohesion and coupling: means over the pairs of samples of a batch, then over layers."""
+    first, second = torch.triu_indices(len(labels), len(labels), 1, device=labels.device)
+    same = labels[first] == labels[second]
+    cohesion, coupling = [], []
+    for gate in gates:
+        rows = F.normalize(gate, dim=1, eps=1e-12)
+        cosines = (rows @ rows.T)[first, second]
+        cohesion.append(1 - cosines[same].mean())
+        coupling.append(cosines[~same].mean())
+    return torch.stack(cohesion).mean(), torch.stack(coupling).mean()
+
+
+def nemo_loss(gates: Sequence[Tensor], labels: Tensor, temperature: float) -> Tensor:
+    """Return the contrastive loss, layer by layer; similarities outside a set are multiplied by 0 before exp."""
+    same = (labels[:, None] == labels[None, :]).to(gates[0].dtype)
+    losses = []
+    for gate in gates:
+        rows = F.normalize(gate, dim=1, eps=1e-12)
+        cosines = rows @ rows.T
+        positive = torch.exp(cosines * same / temperature).sum(1)
+        negative = torch.exp(cosines * (1 - same) / temperature).sum(1)
+        losses.append(-torch.log((positive + 1e-8) / (positive + negative + 1e-8)).mean())
+    return torch.stack(losses).mean()
+
+
+def joint_fitness(
+    outputs: Floats,
+    labels: npt.NDArray[np.int64],
+    kernels: Bools,
+    order: Sequence[int],
+    thresholds: Sequence[tuple[int, float]],
+    weight: float,
+    alpha: float,
+) -> npt.NDArray[np.float64]:
+    """Return the fitness (N, P) that CNNSplitter's tournament gives, each combination evaluated by itself.
+
+    Args:
+        outputs: (N, P, samples), each candidate's output for its own class.
+        labels: (samples,).
+        kernels: (N, P, total), the neurons of each candidate.
+        order: the classes in the order in which lists of them stand.
+        thresholds: (classes, accuracy) per round.
+        weight: of accuracy.
+        alpha: 1 minus the weight of diversity.
+    """
+    sets = [[frozenset(np.flatnonzero(row).tolist()) for row in population] for population in kernels]
+    lists: list[tuple[tuple[int, ...], list[Combination]]] = [
+        ((number,), [((member,), 0.0) for member in range(outputs.shape[1])]) for number in order
+    ]
+    for _, threshold in thresholds:
+        joined = []
+        for index in range(0, len(lists), 2):
+            pair = lists[index : index + 2]
+            if len(pair) == 1:
+                joined.append(pair[0])
+                continue
+            classes = pair[0][0] + pair[1][0]
+            tried = []
+            for left, _ in pair[0][1]:
+                for right, _ in pair[1][1]:
+                    members = left + right
+                    tried.append((members, _accuracy(outputs, labels, classes, members)))
+            many = sum(accuracy >= threshold for _, accuracy in tried)
+            kept = sorted(tried, key=lambda entry: -entry[1])[: max(50, min(500, many))]
+            scored = [
+                (members, weight * accuracy + (1 - alpha) * _diversity(sets, classes, members))
+                for members, accuracy in kept
+            ]
+            joined.append((classes, sorted(scored, key=lambda entry: -entry[1])))
+        lists = joined
+    fitness = np.zeros(outputs.shape[:2])
+    for members, score in lists[0][1]:
+        for number, member in zip(lists[0][0], members, strict=True):
+            fitness[number, member] = max(fitness[number, member], score)
+    return fitness
+
+
+def _accuracy(
+    outputs: Floats, labels: npt.NDArray[np.int64], classes: tuple[int, ...], members: tuple[int, ...]
+) -> float:
+    own = np.isin(labels, classes)
+    columns = np.stack([outputs[number, member][own] for number, member in zip(classes, members, strict=True)])
+    return float((np.array(classes)[columns.argmax(0)] == labels[own]).mean())
+
+
+def _diversity(sets: Sequence[Sequence[frozenset[int]]], classes: tuple[int, ...], members: tuple[int, ...]) -> float:
+    chosen = [sets[number][member] for number, member in zip(classes, members, strict=True)]
+    differences = [1 - len(a & b) / len(a | b) for index, a in enumerate(chosen) for b in chosen[index + 1 :]]
+    return sum(differences) / len(differences)

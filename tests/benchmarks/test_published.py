@@ -1,0 +1,55 @@
+"""The plain algorithms that the suite "methods" compares with give what the published code gives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+
+from moda.bench import published
+from moda.bench.clock import Budget
+from moda.bench.methods import method_cases
+
+Golden = Callable[[str], dict[str, np.ndarray]]
+
+
+@pytest.mark.parametrize("case", [0, 5, 7])
+def test_losses_of_mwt(golden: Golden, case: int):
+    arrays = golden("peers/mwt_losses")
+    layers = sum(name.startswith(f"gate_{case}_") for name in arrays)
+    gates = [torch.tensor(arrays[f"gate_{case}_{layer}"]).double() for layer in range(layers)]
+    found = published.mwt_losses(gates, torch.tensor(arrays[f"labels_{case}"]))
+    np.testing.assert_allclose(torch.stack(found), arrays[f"loss64_{case}"][:2], rtol=1e-10)
+
+
+@pytest.mark.parametrize("case", [0, 1])
+def test_loss_of_nemo(golden: Golden, case: int):
+    from moda.methods.contrastive import contrastive_loss
+
+    arrays = golden("peers/nemo_losses")
+    layers = sum(name.startswith(f"gate_{case}_") for name in arrays)
+    gates = [torch.tensor(arrays[f"gate_{case}_{layer}"]).double() for layer in range(layers)]
+    labels = torch.tensor(arrays[f"labels_{case}"])
+    for temperature in (0.2, 0.5):  # ours is compared with the golden values in test_losses
+        expected = contrastive_loss(gates, labels, temperature)
+        torch.testing.assert_close(published.nemo_loss(gates, labels, temperature), expected)
+
+
+def test_joint_fitness_of_cnnsplitter(golden: Golden):
+    arrays = {
+        name.removesuffix("_0"): array for name, array in golden("peers/cs_fitness").items() if name.endswith("_0")
+    }
+    weight, alpha = arrays["weights"].tolist()
+    rounds = [(int(size), accuracy) for size, accuracy in arrays["thresholds"]]
+    found = published.joint_fitness(
+        arrays["outputs"], arrays["labels"], arrays["kernels"], arrays["order"].tolist(), rounds, weight, alpha
+    )
+    np.testing.assert_allclose(found, arrays["fitness"], rtol=1e-6)
+
+
+def test_every_method_has_a_case():
+    cases = method_cases(torch.device("cpu"), True, Budget(1, 1, 0))
+    assert [case.name.split()[0] for case in cases] == ["mwt", "nemo", "gradsplitter", "cnnsplitter"]
+    assert {case.baseline for case in cases} == {"published"}
