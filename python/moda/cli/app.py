@@ -20,6 +20,7 @@ def commands() -> dict[str, Deferred]:
     listed = (
         Deferred("train", "moda.cli.training", "train"),
         Deferred("decompose", "moda.cli.modules", "decompose"),
+        Deferred("modularize", "moda.cli.comparison", "modularize"),
         Deferred("compose", "moda.cli.modules", "compose"),
         Deferred("evaluate", "moda.cli.modules", "evaluate"),
         Deferred("doctor", "moda.cli.machine", "doctor"),
@@ -33,6 +34,7 @@ def commands() -> dict[str, Deferred]:
         Deferred("export", "moda.cli.files", "export", panel=STUDY),
         Deferred("import", "moda.cli.files", "import_published", panel=STUDY),
         Deferred("study", "moda.cli.study", "study", panel=STUDY),
+        Deferred("compare", "moda.cli.comparison", "compare", panel=STUDY),
         Deferred("report", "moda.cli.report", "report", panel=STUDY),
     )
     return {str(command.name): command for command in listed}

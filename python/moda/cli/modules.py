@@ -17,7 +17,13 @@ from moda.cli.options import takes
 from moda.cli.printing import percent, say, show, table
 from moda.composition import measure
 from moda.composition.compose import compose as build
-from moda.composition.files import COMPOSED, DESCRIPTION_FILE, load_composed, save_composed
+from moda.composition.files import (
+    DESCRIPTION_FILE,
+    ENSEMBLE_FILE,
+    load_composed,
+    metadata_of,
+    save_composed,
+)
 from moda.data import DataSplits
 from moda.data.batches import BatchLoader, EpochOrder
 from moda.decomposition.container import Decomposition
@@ -90,8 +96,9 @@ def compose(
     run, data = finished.run, finished.data
     chosen = parse_classes(classes, data.class_names)
     target = output or run.path / f"composed-{'-'.join(map(str, chosen))}"
-    check_result_folder(target, DESCRIPTION_FILE, force=force)
-    model = build(finished.model, finished.decomposition(), chosen, class_names=data.class_names)
+    decomposition = finished.decomposition()
+    check_result_folder(target, _description_of(decomposition), force=force)
+    model = build(finished.taps, decomposition, chosen, class_names=data.class_names)
     names = [data.class_names[index] for index in chosen]
     metadata = {"source_run": str(run.path), "class_names": names, "training": run.config.to_dict()}
     save_composed(model, target, metadata)
@@ -119,7 +126,7 @@ def evaluate(
     With --classes only samples and outputs of these classes count, and where the run is decomposed the model composed
     of them is tested beside the whole one.
     """
-    if (folder / "composed.json").exists():
+    if any((folder / name).exists() for name in (DESCRIPTION_FILE, ENSEMBLE_FILE)):
         _evaluate_composed(folder, classes)
         return
     finished = FinishedRun.open(folder, "cpu")
@@ -127,13 +134,16 @@ def evaluate(
         chosen = parse_classes(classes, finished.data.class_names)
         _print_accuracies(finished, chosen, _composed(finished, chosen))
         return
-    share = measure.accuracy(finished.model, finished.loader(finished.data.test))
+    share = measure.accuracy(finished.whole, finished.loader(finished.data.test))
     say(f"{finished.run.config.model}: {percent(share)} of the test samples")
 
 
+def _description_of(decomposition: Decomposition) -> str:
+    return DESCRIPTION_FILE if decomposition.combine == "rows" else ENSEMBLE_FILE
+
+
 def _evaluate_composed(folder: Path, classes: str | None) -> None:
-    description = COMPOSED.read(folder / DESCRIPTION_FILE)
-    settings = description["metadata"].get("training")
+    settings = metadata_of(folder).get("training")
     if not isinstance(settings, dict):
         raise FormatError(
             f"{folder / DESCRIPTION_FILE}: does not say how the model was trained; was it made by moda compose?"
@@ -165,7 +175,7 @@ def _print_accuracies(finished: FinishedRun, classes: list[int], composed: nn.Mo
     rows = table(f"On the test samples of {names}", "model", "accuracy", "parameters", "FLOPs")
     example = torch.zeros(1, *finished.data.input_shape)
     whole = None
-    for title, model in (("whole", finished.model), ("composed", composed)):
+    for title, model in (("whole", finished.whole), ("composed", composed)):
         if model is None:
             continue
         share = measure.accuracy(model, finished.loader(finished.data.test), classes)

@@ -13,7 +13,7 @@ from moda.cli.arguments import RunArgument
 from moda.cli.commands import Interrupted, example, group
 from moda.cli.options import option_of, takes
 from moda.cli.printing import percent, say, show, table
-from moda.runs.config import RUNTIME_SETTINGS, TERMS, TrainingConfig
+from moda.runs.config import GATE_TERMS, RUNTIME_SETTINGS, TERMS, TrainingConfig
 from moda.runs.folder import RunFolder
 
 commands = group()
@@ -40,6 +40,7 @@ class _Train(TyperCommand):
     epilog=example(
         "moda train runs/digits --epochs 40",
         "moda train runs/standard --epochs 40 --standard",
+        "moda train runs/mwt --epochs 40 --method mwt",
         "moda train runs/resnet --model resnet18 --data cifar10 --data-root ~/data --precision bf16-mixed",
         "moda train runs/resnet --resume",
         "torchrun --nproc-per-node 4 --max-restarts 3 -m moda train runs/big --epochs 90 --resume auto",
@@ -63,11 +64,12 @@ def train(
     """Train a model modular (or standard) into a run folder.
 
     The recipe is the paper's: SGD, Nesterov momentum, cosine annealing, cross-entropy plus affinity, dispersion and
-    compactness. Ctrl-C or a crash keeps the last checkpoint; --resume goes on
+    compactness, or the terms of another method. Ctrl-C or a crash keeps the last checkpoint; --resume goes on
     from it, on one device bit for bit.
     """
+    _check_terms(given)
     if standard:
-        weights = [option_of(TrainingConfig, term) for term in TERMS if given.get(term)]
+        weights = [option_of(TrainingConfig, term) for term in _WEIGHTS if given.get(term)]
         if weights:
             raise typer.BadParameter(f"--standard trains without the modular terms; drop {', '.join(weights)}")
     if resume and begin_or_resume:
@@ -93,6 +95,20 @@ def train(
     _print_training(result.run, result.metrics)
 
 
+_WEIGHTS = ("method", *TERMS, *(term for terms in GATE_TERMS.values() for term in terms), "temperature")
+
+
+def _check_terms(given: Mapping[str, Any]) -> None:
+    """Refuse weights of another method than the one that is trained."""
+    method = given.get("method", TrainingConfig.method)
+    own = {"method", *TERMS} if method not in GATE_TERMS else {"method", *GATE_TERMS[method]}
+    own |= {"temperature"} if method == "nemo" else set()
+    foreign = [name for name in _WEIGHTS if name in given and name not in own]
+    if foreign:
+        option = option_of(TrainingConfig, foreign[0])
+        raise typer.BadParameter(f"{option} is no setting of the method {method}; drop it, or give another --method")
+
+
 def _resumed_config(folder: Path, given: Mapping[str, Any], *, standard: bool) -> TrainingConfig:
     """Give the run's settings, with those replaced that a resumed run may change."""
     fixed = [option_of(TrainingConfig, name, value) for name, value in given.items() if name not in RUNTIME_SETTINGS]
@@ -106,7 +122,7 @@ def _print_training(run: RunFolder, metrics: dict[str, float]) -> None:
     rows = table(f"{run.config.model} on {run.config.data}", "last epoch", "")
     for name in ("train_accuracy", "test_accuracy"):
         rows.add_row(name.replace("_", " "), percent(metrics[name]))
-    for name in ("cross_entropy", *TERMS):
+    for name in ("cross_entropy", *run.config.terms):
         if name in metrics:
             rows.add_row(name.replace("_", " "), f"{metrics[name]:.4f}")
     show(rows)

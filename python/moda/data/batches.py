@@ -138,3 +138,20 @@ class BatchLoader(DataLoader[Batch]):
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Go on behind the batches that `state` says are done."""
         self.order.epoch, self.order.start = state["epoch"], state["done"]
+
+
+class Passes:
+    """A loader whose every pass is the next epoch's, for loops that do not count epochs.
+
+    Args:
+        loader: in random order; its first pass is that of its present epoch.
+    """
+
+    def __init__(self, loader: BatchLoader) -> None:
+        self.loader = loader
+        self._next = loader.order.epoch
+
+    def __iter__(self) -> Iterator[Batch]:
+        self.loader.order.set_epoch(self._next)
+        self._next += 1
+        yield from self.loader

@@ -9,13 +9,13 @@ from torch import nn
 
 from moda.composition.compose import compose
 from moda.composition.ensemble import united
-from moda.composition.outputs import Output
 from moda.decomposition.container import Decomposition, check_classes
 from moda.methods.finetune import HeadedModule
 from moda.methods.gated import GENERATOR
 from moda.methods.transformers import CutTransformer
 from moda.models.vit import DeiT, ViT
 from moda.observation.taps import Taps
+from moda.outputs import Output
 
 Head = Literal["new", "own"]
 

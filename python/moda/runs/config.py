@@ -10,13 +10,21 @@ from moda import data as datasets
 from moda import models
 from moda.decomposition.settings import RULES, BudgetRule, FiringRule
 from moda.decomposition.targets import TARGETS
+from moda.methods.mwt import MwT
+from moda.methods.nemo import NeMo
 from moda.settings import Settings, setting, settings_of
 
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "64-true")
 ROUTES = ("auto", "grouped", "fused")
 ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps")
 TERMS = ("affinity", "dispersion", "compactness")
-"""The weights of the modular terms."""
+"""The weights of the modular terms of MODA."""
+GATED = (MwT.name, NeMo.name)
+"""Methods that train gates beside the model."""
+METHODS = ("moda", *GATED)
+"""Methods that modularize a model while it is trained."""
+GATE_TERMS = {MwT.name: ("cohesion", "coupling"), NeMo.name: ("contrast",)}
+"""The weights of the terms of methods that train gates."""
 
 _DATA, _OBJECTIVE, _OPTIMISATION = "Model and data", "Objective", "Optimisation"
 _MACHINE, _FILES = "Machine", "Files"
@@ -29,7 +37,7 @@ class DataOptions(Settings, command="train"):
     image_size: int | None = setting(
         None,
         help="Images are resized to this many pixels a side (digits, imagefolder).",
-        commands=("train", "replace"),
+        commands=("train", "replace", "compare"),
     )
     class_list: str | None = setting(
         None, help="This file lists the classes (imagefolder).", commands=("train", "import")
@@ -46,7 +54,7 @@ class TrainingConfig(Settings, command="train"):
     Models are trained by SGD with momentum (Nesterov's) and without weight decay; the learning rate is annealed to 0 by
     a cosine over `epochs`, one step per epoch; the last partial batch is kept and no model is selected (arXiv
     2411.01074). With all three weights 0 the model is trained the standard way: it is not observed and no modular term
-    is computed.
+    is computed. With another method than "moda" these weights have no meaning, and the method's own have.
     """
 
     model: str = setting(
@@ -75,9 +83,23 @@ class TrainingConfig(Settings, command="train"):
     width: float = setting(
         1.0, help="The multiplier of all hidden widths.", above=0, panel=_DATA, commands=("train", "import")
     )
+    method: str = setting(
+        "moda",
+        help=f"The modularization method: {', '.join(METHODS)}.",
+        choices=METHODS,
+        panel=_OBJECTIVE,
+    )
     affinity: float = setting(1.0, help="The weight of the affinity term.", at_least=0, panel=_OBJECTIVE)
     dispersion: float = setting(1.0, help="The weight of the dispersion term.", at_least=0, panel=_OBJECTIVE)
     compactness: float = setting(0.3, help="The weight of the compactness term.", at_least=0, panel=_OBJECTIVE)
+    cohesion: float = setting(MwT.cohesion, help="With mwt: the weight of cohesion.", at_least=0, panel=_OBJECTIVE)
+    coupling: float = setting(MwT.coupling, help="With mwt: the weight of coupling.", at_least=0, panel=_OBJECTIVE)
+    contrast: float = setting(
+        NeMo.contrast, help="With nemo: the weight of the contrastive term.", at_least=0, panel=_OBJECTIVE
+    )
+    temperature: float = setting(
+        NeMo.temperature, help="With nemo: the temperature of the contrastive term.", above=0, panel=_OBJECTIVE
+    )
     epochs: int = setting(200, help="The number of passes over the training data.", at_least=1, panel=_OPTIMISATION)
     batch_size: int = setting(
         128, help="The samples of a step, over all processes together.", at_least=1, panel=_OPTIMISATION
@@ -183,12 +205,22 @@ class TrainingConfig(Settings, command="train"):
 
     @property
     def modular(self) -> bool:
-        """Whether any modular term has a weight."""
-        return any(getattr(self, term) for term in TERMS)
+        """Whether gates are trained, or any modular term has a weight."""
+        return self.gated or any(getattr(self, term) for term in TERMS)
+
+    @property
+    def gated(self) -> bool:
+        """Whether the method trains gates beside the model."""
+        return self.method in GATED
+
+    @property
+    def terms(self) -> tuple[str, ...]:
+        """The weights of the terms that the method has beside cross-entropy."""
+        return GATE_TERMS.get(self.method, TERMS)
 
     def standard(self) -> TrainingConfig:
-        """Give a copy that trains the standard way: all three modular terms have weight 0."""
-        return self.changed(**dict.fromkeys(TERMS, 0.0))
+        """Give a copy that trains the standard way: no gates, and all three modular terms have weight 0."""
+        return self.changed(method="moda", **dict.fromkeys(TERMS, 0.0))
 
 
 RUNTIME_SETTINGS = frozenset(name for name, declared in settings_of(TrainingConfig).items() if declared.runtime)

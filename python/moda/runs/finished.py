@@ -31,10 +31,11 @@ from moda.decomposition.rule import decompose
 from moda.decomposition.scores import Attributions, NeuronScores
 from moda.decomposition.settings import RULES, FiringRule
 from moda.files import FormatError, sha256_of
-from moda.inference import device_of
+from moda.methods.mwt import PreparedGates
 from moda.observation.taps import Taps, observe
 from moda.runs.config import DecompositionSettings
 from moda.runs.folder import RunFolder, load_data
+from moda.runs.gated import method_of
 from moda.runs.lock import locked
 
 __all__ = ["FinishedRun", "checked_device", "decompose_run", "run_scores"]
@@ -52,12 +53,14 @@ class FinishedRun:
     Attributes:
         run: the run folder.
         data: the data set that it was trained on.
-        taps: of the trained model, which is in evaluation mode.
+        taps: of the trained model, which is in evaluation mode; without the gates that it was trained with.
+        gates: of a copy of the model with its gates, where its method trains some.
     """
 
     run: RunFolder
     data: DataSplits
     taps: Taps
+    gates: PreparedGates | None = None
 
     @classmethod
     def open(cls, folder: str | Path, device: str = "auto") -> FinishedRun:
@@ -71,14 +74,26 @@ class FinishedRun:
         run = RunFolder.open(folder)
         run.load_weights()  # before the data: a run that is not finished is the likelier mistake
         data = load_data(run.config)
-        model = run.load_model(data).to(checked_device(device)).eval()
         images = torch.randn(2, *data.input_shape, generator=torch.Generator().manual_seed(0))
-        return cls(run, data, observe(model, route="grouped", example=images.to(device_of(model))))
+        images = images.to(checked_device(device))
+        if not run.config.gated:
+            model = run.load_model(data).to(images.device).eval()
+            return cls(run, data, observe(model, route="grouped", example=images))
+        bare, gates = run.load_gated(data), run.load_gated(data)
+        bare.gates.remove()
+        gates.model.to(images.device)
+        sites = [site.output for site in gates.gates.sites]
+        return cls(run, data, observe(bare.model.to(images.device).eval(), sites=sites, example=images), gates)
 
     @property
     def model(self) -> nn.Module:
-        """The trained model."""
+        """The trained model, without gates."""
         return self.taps.model
+
+    @property
+    def whole(self) -> nn.Module:
+        """The trained model as it was trained: with its gates, where its method trains some."""
+        return self.model if self.gates is None else self.gates.model
 
     @property
     def rates_folder(self) -> Path:
@@ -193,6 +208,9 @@ def decompose_run(
         ValueError: an argument is out of range, or a class has no sample.
     """
     one_of(RULES)("rule", rule)
+    if finished.gates is not None:
+        given = {"min_fraction": min_fraction, "epsilon": epsilon, "tolerance": tolerance, "target": target}
+        return _decompose_gated(finished, rule, threshold, given, augmented=augmented)
     if target is not None and rule != Attributions.rule:
         raise TypeError(f"target: goes with rule={Attributions.rule!r}, got it with rule={rule!r}")
     origin = {WEIGHTS: finished.weights_sha256, "augmented": augmented}
@@ -214,6 +232,26 @@ def decompose_run(
     decomposition = replace(made, metadata={**made.metadata, **origin})
     with locked(finished.run.path):
         _save_scored(finished, scores, origin)
+        decomposition.save(finished.run.decomposition)
+    return decomposition
+
+
+def _decompose_gated(
+    finished: FinishedRun, rule: str, threshold: float | None, others: Mapping[str, Any], *, augmented: bool
+) -> Decomposition:
+    """Decompose a run by how often classes use its gates."""
+    assert finished.gates is not None
+    method = method_of(finished.run.config, *([] if threshold is None else [threshold]))
+    wrong = [name for name, value in others.items() if value is not None]
+    if rule != DecompositionSettings.rule or wrong:
+        raise TypeError(
+            f"{wrong[0] if wrong else 'rule'}: has no meaning for gates of {method.name}; threshold alone decides there"
+        )
+    loader = finished.loader(finished.data.for_firing_rates(augmented=augmented))
+    made = method.extract(finished.gates, loader)
+    origin = {WEIGHTS: finished.weights_sha256, "augmented": augmented}
+    decomposition = replace(made, metadata={**made.metadata, **origin})
+    with locked(finished.run.path):
         decomposition.save(finished.run.decomposition)
     return decomposition
 

@@ -25,8 +25,10 @@ from moda import models
 from moda.checks import json_value
 from moda.data import DataSplits
 from moda.files import Format, FormatError, format_errors, is_temporary, parse_tensors, tensor_bytes
+from moda.methods.mwt import PreparedGates
 from moda.runs.checksums import read_checked, write_checked
 from moda.runs.config import TrainingConfig
+from moda.runs.gated import with_gates
 
 RUN = Format("moda-run", {}, {"training": json_value})
 
@@ -129,21 +131,41 @@ class RunFolder:
         return parse_tensors(path, read_checked(self.path, path))
 
     def load_model(self, data: DataSplits) -> nn.Module:
-        """Make the trained model, plain, on the CPU and in evaluation mode; `data` is what it was trained on.
+        """Make the trained model, on the CPU and in evaluation mode; `data` is what it was trained on.
+
+        It is plain, or has the gates that its method has trained.
 
         Raises:
             FormatError (a ValueError): as `load_weights`, or the weights are of another model.
         """
-        weights = self.load_weights()
-        self._check_shapes(weights, data)
+        if self.config.gated:
+            return self.load_gated(data).model
+        weights = self._checked_weights(data)
         model = create_model(self.config, data)
         model.load_state_dict(weights)
         return model.eval()
 
+    def load_gated(self, data: DataSplits) -> PreparedGates:
+        """Make the trained model of a method that trains gates, with them; see `load_model`."""
+        weights = self._checked_weights(data)
+        with torch.random.fork_rng(devices=[]):  # generators draw initial values, which are replaced
+            prepared = with_gates(self.config, data, create_model(self.config, data))
+        prepared.model.load_state_dict(weights)
+        prepared.model.eval()
+        return prepared
+
+    def _checked_weights(self, data: DataSplits) -> dict[str, Tensor]:
+        weights = self.load_weights()
+        self._check_shapes(weights, data)
+        return weights
+
     def _check_shapes(self, weights: dict[str, Tensor], data: DataSplits) -> None:
         """Compare with a model that takes no memory: the settings of a file from elsewhere may ask for any size."""
         with torch.device("meta"):
-            expected = create_model(self.config, data).state_dict()
+            model = create_model(self.config, data)
+            if self.config.gated:
+                with_gates(self.config, data, model)
+            expected = model.state_dict()
         shapes = [{name: tuple(tensor.shape) for name, tensor in state.items()} for state in (weights, expected)]
         wrong = sorted(
             name for name in {**shapes[0], **shapes[1]} if shapes[0].get(name, ...) != shapes[1].get(name, ...)

@@ -33,10 +33,13 @@ from moda.checks import number
 from moda.data import DataSplits
 from moda.data.batches import Batch, BatchLoader, EpochOrder
 from moda.files import FormatError, format_errors, parse_torch, remove_partial_files
+from moda.methods.base import TASK
+from moda.methods.mwt import PreparedGates
 from moda.observation.taps import Route, observe, taps_of
 from moda.runs.checksums import read_checked, write_checked
 from moda.runs.config import RUNTIME_SETTINGS, TrainingConfig
 from moda.runs.folder import RunFolder, create_model, load_data
+from moda.runs.gated import method_of, with_gates
 from moda.runs.lock import locked
 from moda.runs.metrics import MetricsFile, read_metrics
 from moda.training.processes import SHARDED, SHARDED_PRECISIONS, process_rank, shard, trainer_options, whole_weights
@@ -68,7 +71,13 @@ LOSSES = ("loss", "cross_entropy", "affinity", "dispersion", "compactness")
 """What is averaged over each epoch: the total, the task's loss, and the unweighted modular terms."""
 
 STEP_COLUMNS = ("epoch", "step", "learning_rate", *LOSSES, "train_accuracy")
-EPOCH_COLUMNS = (*STEP_COLUMNS, "test_cross_entropy", "test_accuracy", "seconds")
+TEST_COLUMNS = ("test_cross_entropy", "test_accuracy", "seconds")
+EPOCH_COLUMNS = (*STEP_COLUMNS, *TEST_COLUMNS)
+
+
+def step_columns(config: TrainingConfig) -> tuple[str, ...]:
+    """Give the columns of a run's steps.csv; a method that trains gates has its own terms in the place of MODA's."""
+    return ("epoch", "step", "learning_rate", *LOSSES[:2], *config.terms, "train_accuracy")
 
 
 class TrainingInterrupted(KeyboardInterrupt):
@@ -103,17 +112,32 @@ class ModularModule(lightning.LightningModule):
         model: is observed if `config` is modular, unless it is already; `taps.remove()` ends that.
         config: weights of the terms, epochs, learning rate, momentum, backend and route.
         num_classes: labels are in [0, num_classes); of use with several processes (see `moda_kernels.ModularLoss`).
+        gates: of the model, where the method of `config` trains gates (`moda.runs.gated.with_gates`).
+
+    Raises:
+        ValueError: the method of `config` trains gates, and there are none, or the other way round.
     """
 
     model: nn.Module
 
-    def __init__(self, model: nn.Module, config: TrainingConfig, num_classes: int | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        config: TrainingConfig,
+        num_classes: int | None = None,
+        gates: PreparedGates | None = None,
+    ) -> None:
         super().__init__()
+        if config.gated != (gates is not None):
+            raise ValueError(f"gates: expected {'some' if config.gated else 'none'} with the method {config.method!r}")
         self.config = config
-        self.modular_loss = _modular_loss(config, num_classes) if config.modular else None
+        observed = config.modular and not config.gated
+        self.modular_loss = _modular_loss(config, num_classes) if observed else None
         self.model = model
-        self.taps = (taps_of(model) or observe(model, route=cast(Route, config.route))) if config.modular else None
-        self.losses = LOSSES if config.modular else LOSSES[:2]
+        self.taps = (taps_of(model) or observe(model, route=cast(Route, config.route))) if observed else None
+        self.losses = (*LOSSES[:2], *config.terms) if config.modular else LOSSES[:2]
+        self._method = method_of(config) if gates is not None else None
+        self.__dict__["gates"] = gates  # their network is this one's `model`
         self.epoch_metrics: dict[str, float] = {}
         self.last_step: Tensor | None = None
         self.learning_rate = config.learning_rate
@@ -142,6 +166,8 @@ class ModularModule(lightning.LightningModule):
         """Return cross-entropy plus the weighted modular terms."""
         images, labels = batch
         logits = self.model(images)
+        if self._method is not None:
+            return self._gated_step(logits, labels)
         cross_entropy = F.cross_entropy(logits, labels)
         correct = (logits.argmax(1) == labels).sum() / len(labels)
         weight = self._weight(batch_idx)
@@ -156,6 +182,21 @@ class ModularModule(lightning.LightningModule):
         self._train_sums = _add(self._train_sums, self.last_step, len(labels))
         self.learning_rate = self.trainer.optimizers[0].param_groups[0]["lr"]
         return objective
+
+    def _gated_step(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Return the loss of a method that trains gates."""
+        assert self._method is not None
+        terms = self._method.loss(self.__dict__["gates"], logits, labels)
+        cross_entropy, others = terms[TASK], [terms[name] for name in self.config.terms]
+        weights = [getattr(self.config, name) for name in self.config.terms]
+        loss = torch.stack(
+            [cross_entropy, *(weight * term for weight, term in zip(weights, others, strict=True))]
+        ).sum()
+        correct = (logits.argmax(1) == labels).sum() / len(labels)
+        self.last_step = _row([loss, cross_entropy, *others, correct])
+        self._train_sums = _add(self._train_sums, self.last_step, len(labels))
+        self.learning_rate = self.trainer.optimizers[0].param_groups[0]["lr"]
+        return loss
 
     def _weight(self, batch_idx: int) -> float:
         """Return the weight of this process's cross-entropy, not 1 where processes hold unequal shares of a batch."""
@@ -378,8 +419,9 @@ class _RunRecorder(Checkpoint):
         self._since = time.perf_counter()
         if trainer.is_global_zero:
             step = trainer.global_step if self.resumed else None
-            self._epochs.open(EPOCH_COLUMNS, keep_until_step=step)
-            self._steps.open(STEP_COLUMNS, keep_until_step=step)
+            columns = step_columns(self.run.config)
+            self._epochs.open((*columns, *TEST_COLUMNS), keep_until_step=step)
+            self._steps.open(columns, keep_until_step=step)
             self.progress.start(trainer.max_epochs, trainer.num_training_batches, trainer.global_step)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -466,7 +508,8 @@ def train(
     torch.manual_seed(config.seed)
     model = create_model(config, data) if model is None else model
     with _observed_while_training(model):
-        module = ModularModule(model, config, data.num_classes)
+        gates = with_gates(config, data, model) if config.gated else None
+        module = ModularModule(model, config, data.num_classes, gates)
         first = process_rank() == 0
         run = RunFolder.create(folder, config) if first and not resume else RunFolder(Path(folder), config)
         with locked(run.path) if first else nullcontext():
@@ -529,9 +572,11 @@ def _check_runnable(config: TrainingConfig) -> None:
     if config.strategy == SHARDED and config.precision not in SHARDED_PRECISIONS:
         expected = " or ".join(SHARDED_PRECISIONS)
         raise ValueError(f"precision: expected {expected} with strategy {SHARDED!r}, got {config.precision!r}")
+    if config.gated and (config.devices > 1 or config.strategy == SHARDED):
+        raise ValueError(f"devices: the method {config.method!r} trains on one device; drop --devices and --strategy")
     if config.tensorboard and find_spec("tensorboard") is None:
         raise ValueError("tensorboard: the package is not installed: pip install tensorboard")
-    if config.backend != "auto" and config.modular:
+    if config.backend != "auto" and config.modular and not config.gated:
         known = backends()
         if config.backend not in known:
             raise ValueError(f"backend: expected one of 'auto', {', '.join(map(repr, known))}, got {config.backend!r}")

@@ -1,0 +1,147 @@
+"""The page of a comparison of methods: what each came to, beside the papers' numbers for the same model and data."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+from moda.report.page import Block, Row, Section, Table, Words, render
+from moda.study.comparison import MethodFigures
+from moda_kernels import __version__
+
+__all__ = ["comparison_page"]
+
+NAMES = {"moda": "MODA", "mwt": "MwT", "nemo": "NeMo", "gradsplitter": "GradSplitter", "cnnsplitter": "CNNSplitter"}
+_MEASURES = (
+    "Accuracies are on test samples. A module's size is the parameters of one class's composed module over those of "
+    "the whole model, the mean over classes; neurons kept are counted at the layers that the method acts on. Two "
+    "modules overlap in the parameters that both keep, over those of the whole model, the mean over pairs. Sizes, "
+    "neurons and FLOPs of several classes are those of the composed model: of united modules (MODA, MwT, NeMo) what "
+    "two share counts once, of modules side by side (GradSplitter, CNNSplitter) every time, heads included. Gates are "
+    "in no module. A gain is the change in accuracy of a weak model when a module takes over one of its classes, in "
+    "percentage points, the mean over classes. Times are wall-clock on this machine."
+)
+
+
+@cache
+def papers_numbers() -> list[dict[str, Any]]:
+    """Return the papers' numbers by method, model and data; accuracies are shares by number of classes."""
+    listed: list[dict[str, Any]] = json.loads(
+        files("moda.report").joinpath("comparison.json").read_text(encoding="utf-8")
+    )
+    return listed
+
+
+def comparison_page(found: Sequence[MethodFigures], title: str | None = None) -> str:
+    """Return the page as HTML that needs no other file."""
+    groups: dict[tuple[str, str], list[MethodFigures]] = {}
+    for figures in found:
+        groups.setdefault((figures.model, figures.data), []).append(figures)
+    sections = [_section(model, data, members) for (model, data), members in groups.items()]
+    sections.append(Section("measures", "What the numbers are", (Words(_MEASURES),)))
+    names = ", ".join(dict.fromkeys(NAMES.get(figures.method, figures.method) for figures in found))
+    return render(
+        "study.html",
+        title=title or "Modularization methods compared",
+        subtitle=f"{names} on the same data, with the same measures and machine.",
+        headlines=(),
+        sections=sections,
+        drawings={},
+        version=__version__,
+    )
+
+
+def _section(model: str, data: str, found: Sequence[MethodFigures]) -> Section:
+    blocks: list[Block] = [_overview(found), *_by_size(model, data, found)]
+    seeds = sorted({figures.seed for figures in found})
+    words = f"Means over {len(seeds)} seeds." if len(seeds) > 1 else f"One training of each, seed {seeds[0]}."
+    return Section(f"{model}-{data}", f"{model} on {data}", (Words(words), *blocks))
+
+
+def _methods(found: Iterable[MethodFigures]) -> dict[str, list[MethodFigures]]:
+    made: dict[str, list[MethodFigures]] = {}
+    for figures in found:
+        made.setdefault(figures.method, []).append(figures)
+    return made
+
+
+def _overview(found: Sequence[MethodFigures]) -> Table:
+    columns: tuple[tuple[str, Callable[[MethodFigures], float | None], Callable[[float | None], str]], ...] = (
+        ("whole model", lambda one: one.accuracy, _percent),
+        ("standard model", lambda one: one.standard, _percent),
+        ("module size", lambda one: one.module_size, _percent),
+        ("neurons kept", lambda one: one.kept, _percent),
+        ("overlap", lambda one: one.overlap, _percent),
+        ("gain, calibrated", lambda one: one.calibrated, _points),
+        ("on the class", lambda one: one.calibrated_class, _points),
+        ("gain, normalised", lambda one: one.normalized, _points),
+        ("on the class", lambda one: one.normalized_class, _points),
+        ("training", lambda one: one.train_seconds, _seconds),
+        ("modularizing", lambda one: one.modularize_seconds, _seconds),
+    )
+    rows = tuple(
+        Row((NAMES.get(method, method), *(shown(_mean(map(value, members))) for _, value, shown in columns)))
+        for method, members in _methods(found).items()
+    )
+    return Table("What each method came to.", ("method", *(name for name, _, _ in columns)), rows)
+
+
+def _by_size(model: str, data: str, found: Sequence[MethodFigures]) -> list[Block]:
+    blocks: list[Block] = []
+    counts = sorted({size.classes for figures in found for size in figures.sizes})
+    for count in counts:
+        rows = []
+        for method, members in _methods(found).items():
+            sizes = [size for figures in members for size in figures.sizes if size.classes == count]
+            if not sizes:
+                continue
+            cells = [_percent(_mean(getattr(size, name) for size in sizes)) for name in _SHARES]
+            rows.append(Row((NAMES.get(method, method), *cells, _seconds(_mean(size.seconds for size in sizes)))))
+            rows += _papers(method, model, data, count)
+        tasks = max(size.tasks for figures in found for size in figures.sizes if size.classes == count)
+        caption = f"Models of {count} classes, composed of their modules: means over {tasks} sub-tasks."
+        columns = (
+            "method",
+            "whole, restricted",
+            "composed",
+            "fine-tuned",
+            "size",
+            "neurons kept",
+            "FLOPs",
+            "fine-tuning",
+        )
+        blocks.append(Table(caption, columns, tuple(rows)))
+    return blocks
+
+
+_SHARES = ("whole", "before", "after", "size", "kept", "flops")
+
+
+def _papers(method: str, model: str, data: str, count: int) -> list[Row]:
+    rows = []
+    for entry in papers_numbers():
+        if (entry["method"], entry["model"], entry["data"]) == (method, model, data) and count in entry["classes"]:
+            place = entry["classes"].index(count)
+            values = [entry[name][place] if name in entry else None for name in _SHARES]
+            rows.append(Row((entry["name"], *map(_percent, values), ""), reference=True))
+    return rows
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{100 * share:.1f} %"
+
+
+def _points(gain: float | None) -> str:
+    return "" if gain is None else f"{100 * gain:+.1f}"
+
+
+def _seconds(value: float | None) -> str:
+    return "" if value is None else f"{value:.1f} s"

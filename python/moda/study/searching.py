@@ -1,0 +1,141 @@
+"""Searches a finished run for modules with a method that trains no model: GradSplitter or CNNSplitter."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset, Subset
+
+from moda.data.batches import BatchLoader, EpochOrder, Passes
+from moda.decomposition.container import Decomposition
+from moda.inference import device_of
+from moda.methods import CNNSplitter, GradSplitter, modularize
+from moda.runs.finished import HELD_OUT, FinishedRun
+from moda.settings import Settings, setting
+
+__all__ = ["SEARCHING", "SearchSettings", "search_run", "split"]
+
+SEARCHING = (GradSplitter.name, CNNSplitter.name)
+"""Methods that search a trained model for modules."""
+_GRADSPLITTER, _CNNSPLITTER = "GradSplitter", "CNNSplitter"
+
+
+@dataclass(frozen=True)
+class SearchSettings(Settings, command="modularize"):
+    """How a trained model is searched for modules. The defaults are the published ones."""
+
+    method: str = setting(GradSplitter.name, help=f"The method: {' or '.join(SEARCHING)}.", choices=SEARCHING)
+    head_epochs: int = setting(
+        GradSplitter.head_epochs,
+        help="The epochs in which heads alone are trained first.",
+        at_least=1,
+        panel=_GRADSPLITTER,
+    )
+    epochs: int = setting(
+        GradSplitter.epochs,
+        help="The epochs after those, in cycles of 5 with masks and 2 without.",
+        at_least=1,
+        panel=_GRADSPLITTER,
+    )
+    weight: float = setting(
+        GradSplitter.weight, help="The weight of the share of neurons kept.", at_least=0, panel=_GRADSPLITTER
+    )
+    tolerance: float = setting(
+        GradSplitter.tolerance,
+        help="The share of accuracy that the chosen epoch may lose.",
+        at_least=0,
+        panel=_GRADSPLITTER,
+    )
+    classes_at_once: int | None = setting(
+        None, help="For how many classes the model runs in one pass; all if not given.", at_least=1, panel=_GRADSPLITTER
+    )
+    generations: int = setting(
+        CNNSplitter.generations, help="How many times the candidates breed.", at_least=0, panel=_CNNSPLITTER
+    )
+    population: int = setting(
+        CNNSplitter.population,
+        help="The candidates of each class; half of them breed and a fifth lives on.",
+        at_least=5,
+        panel=_CNNSPLITTER,
+    )
+    mutation_percent: float = setting(
+        CNNSplitter.mutation_percent,
+        help="The share of a child's genes that are drawn anew, in per cent.",
+        at_least=0,
+        at_most=100,
+        panel=_CNNSPLITTER,
+    )
+    alpha: float = setting(
+        CNNSplitter.alpha,
+        help="The weight of accuracy against that of diversity.",
+        at_least=0,
+        at_most=1,
+        panel=_CNNSPLITTER,
+    )
+    patience: int = setting(
+        20, help="The search ends after so many generations without a better ensemble.", at_least=1, panel=_CNNSPLITTER
+    )
+    seed: int | None = setting(
+        None,
+        help="The seed of the search; the published one, or with gradsplitter the run's, if not given.",
+        at_least=0,
+    )
+
+    def searching(self) -> GradSplitter | CNNSplitter:
+        """Make the method."""
+        if self.method == GradSplitter.name:
+            return GradSplitter(
+                self.head_epochs,
+                self.epochs,
+                weight=self.weight,
+                tolerance=self.tolerance,
+                classes_at_once=self.classes_at_once,
+            )
+        return CNNSplitter(
+            self.generations,
+            self.population,
+            self.population // 2,
+            self.population // 5,
+            self.mutation_percent,
+            self.alpha,
+            patience=self.patience,
+            seed=CNNSplitter.seed if self.seed is None else self.seed,
+        )
+
+
+def search_run(finished: FinishedRun, settings: SearchSettings) -> Decomposition:
+    """Search a trained model for modules; one training sample in `HELD_OUT` chooses among epochs or candidates.
+
+    The decomposition's metadata have the hash of the weights, and the seconds that the search took.
+
+    Raises:
+        ValueError: the method does not fit the model.
+    """
+    samples = finished.data.train_eval
+    part, kept_apart = split(samples)
+    model = finished.run.load_model(finished.data).to(device_of(finished.model))
+    config = finished.run.config
+    since = time.perf_counter()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed if settings.seed is None else settings.seed)
+        method: Any = settings.searching()
+        made = modularize(
+            model,
+            method,
+            Passes(BatchLoader(part, EpochOrder(len(part), config.batch_size, config.seed))),
+            finished.data.num_classes,
+            validation=BatchLoader(kept_apart, EpochOrder(len(kept_apart), config.batch_size, None)),
+        ).decomposition
+    seconds = time.perf_counter() - since
+    origin = {"weights_sha256": finished.weights_sha256, "augmented": False, "seconds": seconds}
+    return replace(made, metadata={**made.metadata, **origin})
+
+
+def split(samples: Dataset[Any], held_out: int = HELD_OUT) -> tuple[Subset[Any], Subset[Any]]:
+    """All samples but one in `held_out`, and those."""
+    indices = range(len(samples))  # type: ignore[arg-type]
+    rest = [index for index in indices if index % held_out]
+    return Subset(samples, rest), Subset(samples, list(indices[::held_out]))
