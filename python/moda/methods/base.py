@@ -102,6 +102,30 @@ class Method(Protocol[PreparedT]):
         """One module per class, from the training data."""
 
 
+def check_trainable(model: nn.Module, method: str) -> None:
+    """Raise ValueError where a method that trains the network is given a frozen one."""
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(
+            f"model: {method} trains the network, but none of its parameters requires gradients; call "
+            "model.requires_grad_(True), or take a method that searches a trained network (GradSplitter, CNNSplitter)"
+        )
+
+
+def check_choice(widths: Mapping[str, int], argument: str) -> None:
+    """Raise ValueError where a site has a single neuron, of which nothing can be left out.
+
+    Args:
+        widths: neurons by site.
+        argument: of the method, which says what its sites are.
+    """
+    single = [site for site, width in widths.items() if width < 2]
+    if single:
+        raise ValueError(
+            f"model: {single[0]!r} has a single neuron, so that nothing can be chosen there; leave it out, naming the "
+            f"others with {argument}="
+        )
+
+
 @dataclass(frozen=True)
 class EpochSummary:
     """What an epoch of a phase came to.

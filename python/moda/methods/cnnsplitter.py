@@ -21,7 +21,7 @@ from rich.progress import track
 from torch import Tensor, nn
 
 from moda.decomposition.container import Decomposition
-from moda.methods.base import TASK, Loader, Phase
+from moda.methods.base import TASK, Loader, Phase, check_choice
 from moda.methods.genetic import Slot, decode, first_population, mutated_genes, next_generation, published_groups
 from moda.methods.importance import (
     Bools,
@@ -116,6 +116,7 @@ class CNNSplitter:
         model.eval()
         taps = observe(model, example=example)
         widths = chosen_widths(dict(zip(taps.names, taps.widths, strict=True)), self.sites)
+        check_choice(widths, "sites")
         owners = owners_of(widths, self.shared)
         return PreparedSearch(model, num_classes, {}, frozen=True, taps=taps, owners=owners, widths=widths)
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from moda.decomposition.container import Decomposition
 from moda.inference import device_of, evaluating
-from moda.methods.base import TASK, Loader, Phase, Prepared
+from moda.methods.base import TASK, Loader, Phase, Prepared, check_choice
 from moda.methods.splitter import PUBLISHED_HIDDEN, Splitter
 from moda.observation.taps import Taps, observe
 
@@ -117,7 +117,8 @@ class GradSplitter:
             example: a batch of inputs.
 
         Raises:
-            ValueError: there are fewer than two classes, no neurons to mask, or outputs that are not (N, logits).
+            ValueError: there are fewer than two classes, no neurons to mask or a single one at a tap, or outputs that
+                are not (N, logits).
         """
         model.requires_grad_(False)
         model.eval()
@@ -135,6 +136,7 @@ class GradSplitter:
             hidden=self.hidden,
             classes_at_once=self.classes_at_once,
         ).to(logits.dtype)
+        check_choice({tap: splitter.mask(tap).shape[1] for tap in splitter.owners}, "sites")
         groups = {"masks": list(splitter.masks.parameters()), "heads": list(splitter.heads.parameters())}
         return PreparedSplitter(splitter, num_classes, groups, frozen=True, taps=taps, splitter=splitter)
 

@@ -15,7 +15,7 @@ from moda.decomposition.container import Decomposition
 from moda.decomposition.counting import activation_shares, count_firings
 from moda.decomposition.rule import decompose
 from moda.decomposition.settings import RULES, BudgetRule, FiringRule
-from moda.methods.base import TASK, Loader, Phase, Prepared
+from moda.methods.base import TASK, Loader, Phase, Prepared, check_trainable
 from moda.methods.mwt import check_training, sgd_phase
 from moda.observation.taps import Taps, observe
 from moda_kernels import modular_losses
@@ -80,10 +80,11 @@ class MODA:
         """Observe the network.
 
         Raises:
-            ValueError: there are fewer than two classes, or the network calls no activation function.
+            ValueError: there are fewer than two classes, the network is frozen, or it calls no activation function.
         """
         if num_classes < 2:
             raise ValueError(f"num_classes: expected at least 2, got {num_classes}")
+        check_trainable(model, self.name)
         taps = observe(model, example=example)
         return PreparedTaps(model, num_classes, {"model": list(model.parameters()), "generators": []}, taps=taps)
 

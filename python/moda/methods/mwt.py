@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from moda.decomposition.container import Decomposition
-from moda.methods.base import TASK, Loader, Phase, Prepared
+from moda.methods.base import TASK, Loader, Phase, Prepared, check_choice, check_trainable
 from moda.methods.gated import GENERATOR, Gates, gate_masks
 from moda.methods.sites import convolution_sites, find_sites
 from moda_kernels import modular_losses
@@ -78,12 +78,15 @@ class MwT:
         """Give every convolution but the first a gate, behind the norm that follows it.
 
         Raises:
-            ValueError: there are fewer than two classes, no convolution to gate, or a layer that is not called once.
+            ValueError: there are fewer than two classes, no convolution to gate, a layer that is not called once or has
+                a single neuron, or the network is frozen.
         """
         if num_classes < 2:
             raise ValueError(f"num_classes: expected at least 2, got {num_classes}")
+        check_trainable(model, self.name)
         found = find_sites(model, example)
         sites = convolution_sites(found) if self.layers is None else named(found, self.layers)
+        check_choice({site.layer: site.width for site in sites}, "layers")
         return gated(model, num_classes, Gates(model, sites))
 
     def phases(self) -> list[Phase]:

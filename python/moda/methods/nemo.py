@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moda.decomposition.container import Decomposition
-from moda.methods.base import TASK, Loader, Phase
+from moda.methods.base import TASK, Loader, Phase, check_choice, check_trainable
 from moda.methods.contrastive import contrastive_loss, distillation_loss
 from moda.methods.gated import Gates
 from moda.methods.mwt import PreparedGates, check_training, decomposition_of_gates, gated, named, sgd_phase
@@ -111,11 +111,15 @@ class NeMo:
         """Give convolutions, or a Transformer's linear layers, a gate.
 
         Raises:
-            ValueError: there are fewer than two classes, or no layer to gate.
+            ValueError: there are fewer than two classes, no layer to gate or one of a single neuron, or the network is
+                frozen.
         """
         if num_classes < 2:
             raise ValueError(f"num_classes: expected at least 2, got {num_classes}")
-        prepared = gated(model, num_classes, Gates(model, self._sites(find_sites(model, example))))
+        check_trainable(model, self.name)
+        sites = self._sites(find_sites(model, example))
+        check_choice({site.layer: site.width for site in sites}, "layers")
+        prepared = gated(model, num_classes, Gates(model, sites))
         return prepared if self.teacher is None else replace(prepared, model=Taught(model, self.teacher))
 
     def _sites(self, found: list[GateSite]) -> list[GateSite]:

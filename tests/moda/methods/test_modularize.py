@@ -103,6 +103,33 @@ def test_moda_extracts_by_every_rule(rule: str):
     assert all(made.decomposition.masks[site].equal(mask) for site, mask in expected.masks.items())
 
 
+def narrow() -> Net:
+    """Its second block has a single neuron."""
+    model = Net()
+    model.second = nn.Sequential(nn.Conv2d(8, 1, 3), nn.BatchNorm2d(1), nn.ReLU())
+    model.third[0] = nn.Conv2d(1, 16, 3)
+    return model
+
+
+@pytest.mark.parametrize("name", ["mwt", "nemo", "gradsplitter", "cnnsplitter"])
+def test_a_site_of_one_neuron_is_said_before_training(name: str):
+    argument = "layers" if name in ("mwt", "nemo") else "sites"
+    with pytest.raises(ValueError, match=rf"model: 'second.*' has a single neuron.*naming the others with {argument}="):
+        modularize(narrow(), METHODS[name](), pictures(0), 3)
+
+
+@pytest.mark.parametrize("name", ["moda", "mwt", "nemo"])
+def test_a_frozen_network_is_not_trained(name: str):
+    with pytest.raises(ValueError, match=f"model: {name} trains the network, but none of its parameters requires"):
+        modularize(Net().requires_grad_(False), METHODS[name](), pictures(0), 3)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_fewer_than_two_classes_are_none_to_tell_apart(name: str):
+    with pytest.raises(ValueError, match="num_classes: expected at least 2, got 1"):
+        modularize(Net(), METHODS[name](), pictures(0), 1)
+
+
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
