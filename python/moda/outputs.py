@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moda.structure import Structure, flatten
+from moda.structure import Structure, flatten_output
 
 __all__ = ["Output", "logit_places", "logits_of", "pick"]
 
@@ -64,7 +64,7 @@ def _places(paths: Sequence[str], name: str | int) -> list[int]:
 
 def pick(value: Any, classes: Sequence[int], num_classes: int, output: Output = None) -> Any:
     """An output of the whole model with the columns of some classes, in their order."""
-    structure, tensors = flatten(value, "output of the model")
+    structure, tensors = flatten_output(value)
     places = logit_places(structure, [tuple(x.shape) for x in tensors], num_classes, output)
     picked: list[Tensor] = list(tensors)
     for place in places:
@@ -95,7 +95,7 @@ def logits_of(value: Any, num_classes: int | None = None, output: Output = None)
 
 
 def _looked_up(value: Any, num_classes: int | None, output: Output) -> Tensor:
-    structure, tensors = flatten(value, "output of the model")
+    structure, tensors = flatten_output(value)
     paths = list(structure.paths())
     if num_classes is not None:
         return tensors[logit_places(structure, [tuple(x.shape) for x in tensors], num_classes, output)[0]]

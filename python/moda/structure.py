@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Fields", "Structure", "flatten"]
+__all__ = ["Fields", "Structure", "flatten", "flatten_output"]
 
 _PLAIN = (bool, int, float, str, type(None))
 
@@ -110,7 +110,20 @@ def flatten(value: Any, name: str = "value") -> tuple[Structure, list[Tensor]]:
     return _flatten(value, name, tensors), tensors
 
 
-def _flatten(value: Any, name: str, tensors: list[Any]) -> Structure:
+def flatten_output(value: Any) -> tuple[Structure, list[Tensor]]:
+    """The structure of what a model puts out, and its tensors in order.
+
+    What a nest holds besides tensors and constants (the cache of keys and values of a language model) is left out: None
+    stands for it.
+
+    Raises:
+        TypeError: the whole output is something else.
+    """
+    tensors: list[Any] = []
+    return _flatten(value, "output of the model", tensors, others=True), tensors
+
+
+def _flatten(value: Any, name: str, tensors: list[Any], others: bool = False) -> Structure:
     if isinstance(value, Tensor | torch.SymInt):
         tensors.append(value)
         return Structure("tensor")
@@ -119,16 +132,28 @@ def _flatten(value: Any, name: str, tensors: list[Any]) -> Structure:
     named = _named_parts(value)
     if named is not None:
         kind, items = named
-        parts = tuple(_flatten(part, f"{name}[{key!r}]", tensors) for key, part in items)
+        parts = tuple(_part(part, f"{name}[{key!r}]", tensors, others) for key, part in items)
         type_ = "" if kind == "dict" else f"{type(value).__module__}:{type(value).__qualname__}"
         return Structure(kind, keys=tuple(key for key, _ in items), parts=parts, type=type_)
     if isinstance(value, list | tuple):
-        parts = tuple(_flatten(part, f"{name}[{place}]", tensors) for place, part in enumerate(value))
+        parts = tuple(_part(part, f"{name}[{place}]", tensors, others) for place, part in enumerate(value))
         return Structure("list" if isinstance(value, list) else "tuple", parts=parts)
     raise TypeError(
         f"{name}: expected tensors and plain constants in lists, tuples, dicts, named tuples and data classes, got "
         f"{type(value).__name__}"
     )
+
+
+def _part(value: Any, name: str, tensors: list[Any], others: bool) -> Structure:
+    """A part of a nest; None for one of another kind, if there may be `others`."""
+    count = len(tensors)
+    try:
+        return _flatten(value, name, tensors, others)
+    except TypeError:
+        if not others:
+            raise
+    del tensors[count:]
+    return Structure("constant", None)
 
 
 def _named_parts(value: Any) -> tuple[str, Sequence[tuple[str, Any]]] | None:

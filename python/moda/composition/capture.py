@@ -25,9 +25,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from moda.composition.conditions import is_readable
-from moda.composition.functional import make_functional
+from moda.composition.functional import make_functional, writes
 from moda.composition.values import is_free, shape_of
-from moda.structure import Structure, flatten
+from moda.structure import Structure, flatten, flatten_output
 
 __all__ = ["CaptureError", "Captured", "Example", "capture"]
 
@@ -77,6 +77,7 @@ class Captured:
         training: the mode the model was in.
         fixed: per input tensor its size where that is part of the graph, None where it may be any.
         conditions: on those that may be any, see `moda.composition.conditions`.
+        freedom: which sizes torch.export was told to leave free, a place in `FREEDOMS`.
     """
 
     graph: fx.Graph
@@ -86,6 +87,7 @@ class Captured:
     training: bool
     fixed: tuple[tuple[int | None, ...], ...]
     conditions: tuple[str, ...] = ()
+    freedom: int = 0
 
 
 class _Seen:
@@ -106,12 +108,15 @@ class _Flat(nn.Module):
 
     def forward(self, *inputs: Tensor) -> list[Tensor]:
         args, kwargs = self.inputs.rebuild(iter(inputs))
-        self.seen.outputs, tensors = flatten(self.model(*args, **kwargs), "output of the model")
+        self.seen.outputs, tensors = flatten_output(self.model(*args, **kwargs))
         return tensors
 
 
 def capture(
-    model: nn.Module, example: Example, marking: Callable[[], AbstractContextManager[Any]] = nullcontext
+    model: nn.Module,
+    example: Example,
+    marking: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    freedom: int = 0,
 ) -> Captured:
     """Export `model` in the mode it is in, calling it with `example`; buffers and random state stay as they are.
 
@@ -119,6 +124,7 @@ def capture(
         model: any module.
         example: at least two samples, so that the number of samples stays free.
         marking: gives a context in which taps put markers into the graph.
+        freedom: the first of `FREEDOMS` to try: what did not work in one mode is not tried again in the other.
 
     Raises:
         CaptureError: torch.export cannot follow the model; the message has its reason and the line.
@@ -127,25 +133,41 @@ def capture(
     inputs, tensors = example.flat()
     flat = _Flat(model, inputs)
     with marking(), _exportable(model):
-        program, conditions = _export(flat, tensors)
+        program, conditions, freedom = _export(flat, tensors, freedom)
     outputs = flat.seen.outputs
     if outputs is None:
         raise CaptureError("model: torch.export did not run it")
     graph, constants = _inlined(program, model)
+    _remove_unused(graph)
     _check(graph, model)
-    make_functional(graph)
-    return Captured(graph, inputs, outputs, constants, model.training, _fixed_sizes(graph), conditions)
+    try:
+        make_functional(graph)
+    except ValueError as error:
+        raise CaptureError(str(error)) from error
+    return Captured(graph, inputs, outputs, constants, model.training, _fixed_sizes(graph), conditions, freedom)
 
 
-def _export(flat: _Flat, tensors: Sequence[Tensor]) -> tuple[torch.export.ExportedProgram, tuple[str, ...]]:
-    """With as many free sizes as the model allows: all, samples alone, none."""
+FREEDOMS = ("all", "samples", "none")
+"""Sizes of inputs that are tried to be left free, in this order."""
+
+
+def _free_sizes(tensors: Sequence[Tensor], freedom: int) -> tuple[dict[int, Any], ...] | None:
     automatic = torch.export.Dim.AUTO
-    free = [tuple({dim: automatic for dim in range(x.dim()) if x.shape[dim] > 1} for x in tensors)]
-    samples = [tuple({0: automatic} if x.dim() and x.shape[0] > 1 else {} for x in tensors)]
+    if FREEDOMS[freedom] == "all":
+        return tuple({dim: automatic for dim in range(x.dim()) if x.shape[dim] > 1} for x in tensors)
+    if FREEDOMS[freedom] == "samples":
+        return tuple({0: automatic} if x.dim() and x.shape[0] > 1 else {} for x in tensors)
+    return None
+
+
+def _export(
+    flat: _Flat, tensors: Sequence[Tensor], first: int
+) -> tuple[torch.export.ExportedProgram, tuple[str, ...], int]:
+    """With as many free sizes as the model allows."""
     reasons: list[Exception] = []
-    for sizes in (*free, *samples, None):
+    for freedom in range(first, len(FREEDOMS)):
         try:
-            program = _run_export(flat, tensors, sizes)
+            program = _run_export(flat, tensors, _free_sizes(tensors, freedom))
         except (KeyboardInterrupt, MemoryError):
             raise
         except Exception as error:  # torch.export raises whatever the model and its own parts raise
@@ -153,7 +175,7 @@ def _export(flat: _Flat, tensors: Sequence[Tensor]) -> tuple[torch.export.Export
             continue
         conditions = _conditions(program, tensors)
         if conditions is not None:
-            return program, conditions
+            return program, conditions, freedom
     raise CaptureError(_why(flat.model, reasons[-1])) from reasons[-1]
 
 
@@ -161,12 +183,14 @@ def _conditions(program: torch.export.ExportedProgram, tensors: Sequence[Tensor]
     """What sizes must meet for the graph to hold; None if that cannot be checked."""
     guards = [guard for guard in getattr(program, "_guards_code", []) if not _FIXED_SIZE.fullmatch(guard)]
     sizes = [tuple(x.shape) for x in tensors]
-    if any("==" in guard for guard in guards):  # sizes that determine each other: features of all positions, say
-        return None
+    if any("==" in guard and not _SAME_SIZES.fullmatch(guard) for guard in guards):
+        return None  # sizes that determine each other: features of all positions, say
     return tuple(guards) if all(is_readable(guard, sizes) for guard in guards) else None
 
 
-_FIXED_SIZE = re.compile(r"L\['inputs'\]\[\d+\]\.size\(\)\[\d+\] == \d+")
+_SIZE = r"L\['inputs'\]\[\d+\]\.size\(\)\[\d+\]"
+_FIXED_SIZE = re.compile(rf"{_SIZE} == \d+")
+_SAME_SIZES = re.compile(rf"{_SIZE} == {_SIZE}")  # of tokens and their mask, or the sides of a square
 
 
 def _run_export(
@@ -412,6 +436,14 @@ def _copy_block(
     holders = [n for n in submodule.graph.nodes if n.op == "placeholder"]
     inside = dict(zip(holders, given, strict=True))
     return _copy_nodes(submodule.graph, submodule, graph, inside, inner)
+
+
+def _remove_unused(graph: fx.Graph) -> None:
+    """Take out what nobody reads, such as the numbers that an assertion compares."""
+    for node in reversed(graph.nodes):
+        unused = node.op == "call_function" and not node.users and not writes(node)
+        if unused and not getattr(node.target, "__name__", "").startswith(("batch_norm", "instance_norm")):
+            graph.erase_node(node)
 
 
 def _check(graph: fx.Graph, model: nn.Module) -> None:

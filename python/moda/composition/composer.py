@@ -117,7 +117,8 @@ class Composer:
                 self.model(*example.args, **example.kwargs)  # so that taps know what the model does in this mode
             self.names[mode] = taps.names
             self.widths.update(zip(taps.names, taps.widths, strict=True))
-            captured = capture(self.model, example, taps.marking)
+            freedom = max((known.freedom for known in self.captured.values()), default=0)
+            captured = capture(self.model, example, taps.marking, freedom)
         fixed = {name: t for name, t in parameters_of(self.model).items() if not t.is_floating_point()}
         self.captured[mode] = captured
         self.readers[mode] = Reader(captured.graph, {**fixed, **captured.constants})

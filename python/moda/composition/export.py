@@ -24,7 +24,7 @@ from moda.composition.ensemble import Ensemble
 from moda.composition.source import to_source
 from moda.files import Format, FormatError, write_bytes
 from moda.inference import device_of, evaluating
-from moda.structure import flatten
+from moda.structure import flatten_output
 
 __all__ = ["FORMATS", "export", "provenance_of", "read_provenance", "to_source"]
 
@@ -189,7 +189,7 @@ def _run_pt2(data: bytes, images: Tensor) -> list[Tensor]:
 
 def _tensors(outputs: Any) -> list[Tensor]:
     """The tensors among a model's outputs."""
-    return flatten(outputs, "output of the model")[1]
+    return flatten_output(outputs)[1]
 
 
 def _joined(batches: list[list[Tensor]]) -> list[Tensor]:

@@ -132,13 +132,22 @@ class _Rewriter:
         packet, overload = target._overloadpacket.__name__, target._overloadname
         value = node.meta["val"]
         if packet == "copy_":
-            made = self._call(aten.copy.default, (old, *node.args[1:]), value)
+            made = self._copied(node, old, value)
         elif packet == "zero_":
             made = self._call(aten.zeros_like.default, (old,), value)
         else:
             made = self._call(*_pure(node, packet, overload, old), value)
         made.meta = {**node.meta, "val": value}
         return made
+
+    def _copied(self, node: fx.Node, old: fx.Node, value: Any) -> fx.Node:
+        """What `old` holds after something was copied into it: that, where it is of the same kind."""
+        source = node.args[1]
+        given = source.meta.get("val") if isinstance(source, fx.Node) else None
+        if not isinstance(source, fx.Node) or not isinstance(given, Tensor) or not _alike(given, value):
+            return self._call(aten.copy.default, (old, *node.args[1:]), value)
+        buffer = self._root(source).op == "get_attr"  # which may be written to afterwards
+        return self._call(aten.clone.default if buffer else aten.alias.default, (source,), value)
 
     def _through(self, node: fx.Node, view: fx.Node, parent: fx.Node, value: fx.Node, old: fx.Node) -> fx.Node:
         """`old` with what `view` looks at replaced by `value`."""
@@ -179,6 +188,9 @@ def _pure(node: fx.Node, packet: str, overload: str, old: fx.Node) -> tuple[Any,
     """The operation that gives what `node` writes, with its arguments."""
     target: Any = node.target
     if packet.endswith("_"):
+        renamed = _RANDOM.get((packet, overload))
+        if renamed is not None:
+            return renamed, (old, *_numbers(node)), {}
         function = getattr(getattr(aten, packet.removesuffix("_"), None), overload, None)
         if function is not None:
             return function, (old, *node.args[1:]), dict(node.kwargs)
@@ -189,6 +201,25 @@ def _pure(node: fx.Node, packet: str, overload: str, old: fx.Node) -> tuple[Any,
             if [a.name for a in candidate._schema.arguments] == wanted:
                 return candidate, node.args, {key: value for key, value in node.kwargs.items() if key != "out"}
     raise _refusal(node, f"writes into a tensor by {packet}")
+
+
+_RANDOM = {  # those whose names differ by more than an underscore
+    ("bernoulli_", "float"): aten.bernoulli.p,
+    ("bernoulli_", "Tensor"): aten.bernoulli.Tensor,
+    ("normal_", "default"): aten.normal_functional.default,
+}
+
+
+def _numbers(node: fx.Node) -> list[Any]:
+    """What a call that draws random numbers is given besides its tensor, defaults included."""
+    target: Any = node.target
+    known = [argument for argument in target._schema.arguments[1:] if not argument.kwarg_only]
+    given = [*node.args[1:], *(argument.default_value for argument in known[len(node.args) - 1 :])]
+    return [node.kwargs.get(argument.name, value) for argument, value in zip(known, given, strict=True)]
+
+
+def _alike(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and one.dtype == other.dtype and one.device == other.device
 
 
 def _storages(node: fx.Node) -> set[int]:

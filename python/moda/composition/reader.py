@@ -43,6 +43,10 @@ _MOVERS = frozenset((
     "unsafe_chunk", "unsafe_split", "unsqueeze", "view", "im2col", "adjoint", "hsplit", "vsplit", "dsplit", "index",
     "expand_as", "view_as", "reshape_as",
 ))  # fmt: skip
+_TRANSPOSES = frozenset((
+    "t", "transpose", "permute", "numpy_T", "mT", "mH", "matrix_H", "adjoint", "swapaxes", "swapdims", "movedim",
+    "moveaxis",
+))  # fmt: skip
 _SIZES = {
     "view": ("size",), "reshape": ("shape",), "_unsafe_view": ("size",), "expand": ("size",), "unflatten": ("sizes",),
     "broadcast_to": ("size",),
@@ -121,10 +125,19 @@ class Reader:
             return Weights(node, axes=axes)
         if _is_pointwise(node) and packet not in ("where",):
             return Weights(node)
-        if packet in ("t", "transpose", "permute", "unsqueeze", "squeeze", "flatten", "reshape", "view"):
+        if packet in _TRANSPOSES and len(sources) == 1:
+            return Weights(node, axes={sources[0]: self._transposed(node, sources[0])})
+        if packet in ("unsqueeze", "squeeze", "flatten", "reshape", "view"):
             moved = _axes_of_move(node, sources[0])
             return Weights(node, axes={sources[0]: moved}) if moved is not None else WholeWeight(node)
         return WholeWeight(node)
+
+    def _transposed(self, node: fx.Node, source: fx.Node) -> list[int | None]:
+        """Where each axis of a parameter goes: to where its stride is found again."""
+        strides = [1 << (12 * place) for place in range(rank_of(source))]
+        told_apart = torch.empty_strided(shape_of(source), strides, device="meta")
+        moved = _runner(node, self)({source: told_apart}, {}).stride()
+        return [moved.index(stride) for stride in strides]
 
     # -- activations ----------------------------------------------------------------------------------------
 
@@ -640,19 +653,9 @@ def _projects(node: fx.Node, parameters: Sequence[fx.Node], biases: bool) -> boo
 
 
 def _axes_of_move(node: fx.Node, source: fx.Node) -> list[int | None] | None:
-    """Where each axis of a parameter goes; None for one that is joined with others; None if that is not known."""
+    """Where each axis of a reshaped parameter goes; None for one that is joined with others."""
     shape, packet = shape_of(source), packet_of(node)
     rank = len(shape)
-    if packet == "t":
-        return [1, 0] if rank == 2 else [0]
-    if packet == "transpose":
-        one, other = (int(argument(node, name)) % rank for name in ("dim0", "dim1"))
-        order: list[int | None] = list(range(rank))
-        order[one], order[other] = other, one
-        return order
-    if packet == "permute":
-        dims = [int(dim) % rank for dim in argument(node, "dims")]
-        return [dims.index(dim) for dim in range(rank)]
     after = shape_of(node)
     places: list[int | None] = [None] * rank
     if prod(shape) == 0:

@@ -188,7 +188,14 @@ class Weights(Rule):
         """With the positions that are needed."""
         grid = builder.plan.needed_grid(self.node)
         swap = {source: builder.take(source, part) for source, part in self._grids(grid).items()}
-        return Made(builder.call(self.node, swap), grid)
+        return Made(builder.call(self.node, swap), self._given(grid))
+
+    def _given(self, grid: Grid) -> Grid:
+        """Positions that are there afterwards: all along an axis of the output that comes from no axis of an input."""
+        if self.axes is None:
+            return grid
+        moved = {axis for axes in self.axes.values() for axis in axes}
+        return tuple(positions if axis in moved else None for axis, positions in enumerate(grid))
 
     def _grids(self, grid: Grid) -> dict[fx.Node, Grid]:
         if self.axes is not None:

@@ -166,7 +166,8 @@ class Run:
             return self.deliver(tap, call(*args, **kwargs))
         # What takes the activation's place has to be seen by whoever looks at the overwritten input.
         x, *rest = args
-        x.copy_(self.deliver(tap, call(x.clone(), *rest, **kwargs)))
+        given = x if self.function is None else x.clone()  # which autograd may keep for the backward pass
+        x.copy_(self.deliver(tap, call(given, *rest, **kwargs)))
         return x
 
     def call_norm(self, site: Norm, module: nn.Module, call: Call, args: tuple[Any, ...], kwargs: Any) -> Any:
