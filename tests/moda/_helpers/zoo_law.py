@@ -1,0 +1,253 @@
+"""The law of composition for a model of the zoo, and how close what is left of it comes to what can go at best."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Generator, Tensor, nn
+
+import moda
+from moda.composition.composed import ComposedModel
+from moda.composition.law import is_random
+from moda.decomposition.container import Decomposition
+from moda.observation.taps import Taps
+from moda.outputs import pick
+from tests.moda._helpers.composing import random_modules
+from tests.moda._helpers.zoo import Entry, tensors_of
+
+SUBSETS = ((3, 1), (4, 0, 2))
+SHARE = 0.163
+"""Of the neurons a class keeps; the first subset keeps 30 % then, the second 41 %."""
+EXAMPLE_BATCH, BATCH = 2, 5
+ROUNDS, MANY = 4, 8
+
+
+@dataclass(frozen=True)
+class Left:
+    """Numbers of parameters, of those that a gradient reaches in the whole model.
+
+    Attributes:
+        whole: in the whole model.
+        composed: in the composed one.
+        ideal: what the gradient says has to stay.
+    """
+
+    whole: int
+    composed: int
+    ideal: int
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What was found of one model.
+
+    Attributes:
+        errors: per mode the largest difference between composed and masked, relative to the largest output, over the
+            class subsets; of modes in which the model gives the same twice.
+        refused: per mode why it cannot be exported, where it cannot.
+        left: of the first class subset.
+    """
+
+    errors: dict[str, float]
+    refused: dict[str, str]
+    left: Left | None
+    any_batch: bool = True
+
+
+class NoTapsError(Exception):
+    """A model without activations to mask."""
+
+
+def lively(model: nn.Module, seed: int = 0) -> nn.Module:
+    """`model` with parameters and running statistics that hide nothing: none at 0 or 1, none too small to matter."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.is_floating_point():
+                spread = 0.2 if parameter.dim() < 2 or parameter.numel() < 2 else max(float(parameter.std()) / 2, 0.02)
+                parameter += torch.randn(parameter.shape, generator=generator) * spread
+        for name, buffer in model.named_buffers():
+            if name.endswith("running_mean"):
+                buffer += torch.randn(buffer.shape, generator=generator) * 0.3
+            elif name.endswith("running_var"):
+                buffer.copy_(torch.rand(buffer.shape, generator=generator) + 0.5)
+    return model
+
+
+def without_dropout(model: nn.Module) -> nn.Module:
+    """`model` with every probability of dropping something at 0, in whatever attribute it is."""
+    for module in model.modules():
+        for name, value in vars(module).items():
+            kind = type(module).__name__.lower()
+            drops = "drop" in name or (name == "p" and ("drop" in kind or "depth" in kind))
+            if drops and isinstance(value, float):
+                setattr(module, name, 0.0)
+    return model
+
+
+def made(entry: Entry, dtype: torch.dtype, seed: int = 0) -> nn.Module:
+    """A model of the zoo, lively, in eval mode."""
+    return without_dropout(lively(entry.made(), seed)).to(dtype).eval()
+
+
+def inputs_of(entry: Entry, batch: int, seed: int, dtype: torch.dtype) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments of a forward pass in this precision."""
+    args, kwargs = entry.samples(batch, seed)
+    cast = torch.utils._pytree.tree_map
+    return cast(lambda x: _cast(x, dtype), (args, kwargs))
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    return value.to(dtype) if isinstance(value, Tensor) and value.dtype == torch.float32 else value
+
+
+def verdict(
+    entry: Entry, dtype: torch.dtype, subsets: Sequence[tuple[int, ...]] = SUBSETS, measure: bool = False
+) -> Verdict:
+    """Compose the model for each class subset and compare with the masked one, on samples that it has not seen.
+
+    Raises:
+        ValueError: the model is refused.
+        RuntimeError: it has no taps, or the law was found broken while composing.
+    """
+    model = made(entry, dtype)
+    errors: dict[str, float] = {}
+    composed, any_batch = None, True
+    with moda.observe(model) as taps:
+        _run(model, *inputs_of(entry, EXAMPLE_BATCH, 1, dtype), training=False)
+        if not taps.names:
+            raise NoTapsError(taps.skipped)
+        decomposition = random_modules(dict(zip(taps.names, taps.widths, strict=True)), entry.num_classes, SHARE)
+        for classes in reversed(subsets):
+            composed = moda.compose(taps, decomposition, classes, output=entry.output)
+            for mode, route in composed.routes.items():
+                if is_random(route.graph):
+                    continue
+                error, any_batch = _error(entry, taps, decomposition, composed, mode == "train", dtype)
+                errors[mode] = max(errors.get(mode, 0.0), error)
+    assert composed is not None
+    left = _left(entry, model, composed, decomposition) if measure else None
+    return Verdict(errors, dict(composed.facts.refused), left, any_batch)
+
+
+def _error(
+    entry: Entry, taps: Taps, decomposition: Decomposition, composed: ComposedModel, training: bool, dtype: torch.dtype
+) -> tuple[float, bool]:
+    """Relative error, and whether another number of samples was fine."""
+    masked = moda.mask(taps, decomposition, composed.classes, output=entry.output)
+    for batch in (BATCH, EXAMPLE_BATCH):
+        args, kwargs = inputs_of(entry, batch, 2, dtype)
+        try:
+            got = _run(composed, args, kwargs, training)
+        except ValueError as error:
+            if batch == EXAMPLE_BATCH or "input" not in str(error):
+                raise
+            continue
+        return relative_error(got, _run(masked, args, kwargs, training)), batch == BATCH
+    raise AssertionError
+
+
+def _run(model: nn.Module, args: Any, kwargs: Any, training: bool) -> list[Tensor]:
+    before = model.training
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    model.train(training)
+    torch.manual_seed(3), random.seed(3)
+    try:
+        with torch.no_grad():
+            return [tensor.clone() for tensor in tensors_of(model(*args, **kwargs))]
+    finally:
+        model.train(before)
+        for buffer, value in buffers:
+            buffer.copy_(value)
+
+
+def relative_error(got: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    """The largest difference relative to the largest finite number of its tensor; infinite for other shapes."""
+    if [x.shape for x in got] != [x.shape for x in expected]:
+        return float("inf")
+    worst = 0.0
+    for one, other in zip(got, expected, strict=True):
+        if not other.numel():
+            continue
+        finite = other[other.isfinite()].double().abs()
+        scale = float(finite.max()) if finite.numel() else 1.0
+        alike = (one == other) | (one.isnan() & other.isnan())
+        apart = (one.double() - other.double()).abs().masked_fill(alike, 0).nan_to_num(float("inf"))
+        worst = max(worst, float(apart.max()) / max(scale, 1e-30))
+    return worst
+
+
+# ---- what can go at best ---------------------------------------------------------------------------------------
+
+
+def _left(entry: Entry, model: nn.Module, composed: ComposedModel, decomposition: Decomposition) -> Left:
+    """Parameters left over the ideal structured cut.
+
+    An entry of a parameter is *alive* if a derivative of an output by it is not exactly 0, for random inputs and random
+    values of all parameters, several times. Entries that are alive in the whole model and not in the masked one can go;
+    the ideal cut is without them. What is alive in neither goes with its rows and columns: corners of a kernel that
+    only ever meet padding, say. Parameters that are not alive at all in the whole model, being unused or used without
+    gradients, are left out.
+    """
+    mode = "train" if "train" in composed.routes else "eval"
+    everything = Decomposition({tap: torch.ones_like(mask) for tap, mask in decomposition.masks.items()})
+    before = _alive(entry, everything, range(entry.num_classes), mode)
+    after = _alive(entry, decomposition, SUBSETS[0], mode)
+    sizes = {name: parameter.numel() for name, parameter in composed.named_parameters(remove_duplicate=False)}
+    whole = left = ideal = 0
+    for name, parameter in model.named_parameters():
+        if not before[name].any():
+            continue
+        whole += parameter.numel()
+        left += sizes.get(name, 0)
+        ideal += _ideal(before[name], after[name])
+    return Left(whole, left, ideal)
+
+
+def _ideal(before: Tensor, after: Tensor) -> int:
+    """Entries that stay: those alive, and those that never are in rows and columns that stay."""
+    undecided = ~before
+    for dim in range(before.dim()):
+        others = [other for other in range(before.dim()) if other != dim]
+        was, stays = (alive.any(dim=others, keepdim=True) if others else alive for alive in (before, after))
+        undecided = undecided & (~was | stays)
+    return int((after | undecided).sum()) if after.any() else 0
+
+
+def _alive(entry: Entry, decomposition: Decomposition, classes: Sequence[int], mode: str) -> Mapping[str, Tensor]:
+    """Per parameter the entries whose derivative is not 0."""
+    found: dict[str, Tensor] = {}
+    for seed in range(ROUNDS):
+        model = made(entry, torch.float64, 100 + seed)
+        for name, parameter in model.named_parameters():
+            found.setdefault(name, torch.zeros(parameter.shape, dtype=torch.bool))
+            parameter.requires_grad_(parameter.is_floating_point())
+        for module in model.modules():
+            if hasattr(module, "memory_efficient"):  # checkpoints do not go with taps that replace
+                module.memory_efficient = False
+        masks = decomposition.select(classes)
+        with moda.observe(model) as taps:
+            _run(model, *inputs_of(entry, EXAMPLE_BATCH, 1, torch.float64), training=False)
+            model.train(mode == "train")  # where batch norms see to it that hardly an activation is 0 for all samples
+            args, kwargs = inputs_of(entry, MANY, seed, torch.float64)
+            with taps.replacing(_masked(taps, masks)):
+                picked = pick(model(*args, **kwargs), classes, entry.num_classes, entry.output)
+                outputs = [x for x in tensors_of(picked) if x.requires_grad]
+                _projected(outputs, torch.Generator().manual_seed(seed)).backward()
+        for name, parameter in model.named_parameters():
+            if parameter.grad is not None:
+                found[name] |= parameter.grad != 0
+    return found
+
+
+def _masked(taps: Taps, masks: Mapping[str, Tensor]) -> Callable[[int, Tensor], Tensor]:
+    return lambda index, x: x * masks[taps.name_of(index)].view(-1, *[1] * (x.dim() - 2))
+
+
+def _projected(outputs: Sequence[Tensor], generator: Generator) -> Tensor:
+    parts = [(x * torch.randn(x.shape, generator=generator, dtype=x.dtype)).sum() for x in outputs]
+    return torch.stack([part.double() for part in parts]).sum()
