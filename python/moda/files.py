@@ -10,9 +10,10 @@ import os
 import pickle
 import secrets
 import stat
+import sys
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -43,14 +44,18 @@ __all__ = [
     "read_tensors",
     "remove_partial_files",
     "sha256_of",
+    "sha256_of_bytes",
     "tensor_bytes",
     "write_bytes",
+    "write_errors",
     "write_json",
     "write_tensors",
 ]
 
 PARTIAL = ".moda-partial"
 """How the name of a file ends that is being written, beside its place; see `write_bytes`."""
+NEXT = ".moda-next"
+"""How the name of a file ends that waits until its description is written; see `Format.write_with`."""
 LOCK = ".moda-lock"
 """How the name of a lock ends; see `moda.runs.lock`."""
 
@@ -117,12 +122,27 @@ def check_own_folder(folder: Path, description: str) -> None:
         raise ValueError(f"folder: {folder} is of another kind (it has {others[0]}); choose another folder")
 
 
-def check_result_file(path: Path, *, force: bool) -> None:
-    """Raise ValueError unless a result may be written to `path`: a new file or, with `force`, one that is replaced."""
+def check_result_file(path: Path, *, force: bool, begins: bytes = b"") -> None:
+    """Raise ValueError unless a result may be written to `path`.
+
+    Args:
+        path: the file.
+        force: whether it may replace one that is there.
+        begins: what files of the result's format begin with; no other one is replaced, whatever is asked for.
+    """
     if path.is_dir():
         raise ValueError(f"{path}: expected a file, found a folder")
-    if path.exists() and not force:
+    if not path.exists():
+        return
+    if not force:
         raise ValueError(f"{path}: exists already; replace it with --force, or choose another name")
+    if _beginning(path, len(begins)) != begins:
+        raise ValueError(f"{path}: holds something else than such a result; choose another name")
+
+
+def _beginning(path: Path, length: int) -> bytes:
+    with _opened(path, sys.maxsize) as file:
+        return bytes(file.read(length))
 
 
 # ---- writing -----------------------------------------------------------------------------------------------------
@@ -137,17 +157,30 @@ def write_bytes(path: Path, data: bytes) -> None:
         OSError: it cannot be written; the error names `path`.
     """
     partial = path.parent / f".{path.name[:100]}.{secrets.token_hex(4)}{PARTIAL}"
+    with write_errors(path):
+        try:
+            with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666), "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
+        except BaseException:
+            with suppress(OSError):
+                partial.unlink(missing_ok=True)
+            raise
+
+
+@contextmanager
+def write_errors(path: Path) -> Iterator[None]:
+    """Turn an OSError while something is written into one that names `path`, the file or folder that was meant."""
     try:
-        with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666), "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except BaseException as error:
-        partial.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise OSError(error.errno, error.strerror, str(path)) from None
-        raise
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
+
+
+def _next(path: Path) -> Path:
+    return path.with_name(f".{path.name}{NEXT}")
 
 
 def is_partial(path: Path) -> bool:
@@ -157,7 +190,7 @@ def is_partial(path: Path) -> bool:
 
 def is_temporary(path: Path) -> bool:
     """Whether a file is there only while a process of ours writes, or is what a killed one has left: no content."""
-    return is_partial(path) or (path.name.startswith(".") and path.name.endswith(LOCK))
+    return path.name.startswith(".") and path.name.endswith((PARTIAL, NEXT, LOCK))
 
 
 def remove_partial_files(folder: Path) -> None:
@@ -184,6 +217,11 @@ def _json(value: Mapping[str, Any]) -> bytes:
 def tensor_bytes(tensors: Mapping[str, Tensor]) -> bytes:
     """Tensors in safetensors format."""
     return safetensors.torch.save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
+
+
+def sha256_of_bytes(data: bytes) -> str:
+    """SHA-256 in hex."""
+    return hashlib.sha256(data).hexdigest()
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
@@ -328,9 +366,46 @@ class Format:
         """Write the header and the entries, atomically.
 
         Raises:
-            TypeError, ValueError: an entry is not as the format says.
+            TypeError, ValueError: an entry is not as the format says, or `path` is a file of another format.
+            OSError: it cannot be written; the error names `path`.
         """
-        write_bytes(path, self.to_bytes(entries))
+        data = self.to_bytes(entries)
+        self._check_replaceable(path)
+        write_bytes(path, data)
+
+    def write_with(self, path: Path, entries: Mapping[str, Any], files: Mapping[str, bytes]) -> None:
+        """Write a description and the files beside it whose hashes it has: a kill leaves the old result or the new one.
+
+        The files are written as `.<name>.moda-next` first. Writing the description is the moment from which the new
+        result holds; then they take the places of the old ones. `read_tensors` takes one that has not got that far.
+
+        Args:
+            path: the description; its folder is made if need be.
+            entries: as `write`.
+            files: the contents of the other files by name.
+
+        Raises:
+            TypeError, ValueError, OSError: as `write`; an OSError names the file.
+        """
+        data = self.to_bytes(entries)
+        self._check_replaceable(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for name, content in files.items():
+            with write_errors(path.with_name(name)):
+                write_bytes(_next(path.with_name(name)), content)
+        write_bytes(path, data)
+        for name in files:
+            with write_errors(path.with_name(name)):
+                _next(path.with_name(name)).replace(path.with_name(name))
+
+    def _check_replaceable(self, path: Path) -> None:
+        """Raise ValueError if a file is there that is of another format; a damaged one is no loss."""
+        try:
+            there = parse_json(path, read_bytes(path, self.largest)).get("format")
+        except FormatError:
+            return
+        if there not in (self.name, self.formerly):
+            raise ValueError(f"{path}: is a file of another kind (format {there!r:.80}); choose another name")
 
     def to_bytes(self, entries: Mapping[str, Any]) -> bytes:
         """What `write` writes."""
@@ -379,6 +454,10 @@ def read_tensors(
         FormatError: it is missing, malformed, or not the file that `sha256` is of.
     """
     largest = LARGEST_TENSORS if shapes is None else _most_bytes(shapes)
+    if sha256 is not None and _next(path).exists():  # a kill came between a description and the file that it describes
+        data = read_bytes(_next(path), largest)
+        if hashlib.sha256(data).hexdigest() == sha256:
+            return parse_tensors(path, data)
     data = read_bytes(path, largest)
     found = hashlib.sha256(data).hexdigest()
     if sha256 is not None and found != sha256:

@@ -94,7 +94,8 @@ def main() -> None:
 def _fail(message: str, status: int, *, debug: bool) -> NoReturn:
     if debug:
         traceback.print_exc()
-    print(f"moda: {' '.join(message.split())}", file=sys.stderr)
+    # Blanks inside a line stay: they may be part of a path, and of a command line to copy.
+    print(f"moda: {' '.join(line.strip() for line in message.splitlines())}", file=sys.stderr)
     sys.exit(status)
 
 

@@ -16,12 +16,15 @@ from moda.composition.compose import compose
 from moda.composition.export import export as write
 from moda.composition.export import provenance_of
 from moda.files import check_result_file
+from moda.hints import command_line
 from moda.runs.config import TrainingConfig
 from moda.runs.finished import FinishedRun, decompose_run
 from moda.runs.published import agreement, described, import_run, load_published_masks
 from moda.study.reuse import TestSet
 
 commands = group()
+BEGINS = {".pt2": b"PK", ".onnx": b"\x08"}
+"""What files begin with that `moda export` writes: an archive's mark, and the tag of ONNX's first field."""
 
 
 @commands.command(
@@ -44,7 +47,9 @@ def export(
     The file takes batches of any size. It is read back and must give the same logits on test images; its classes and
     the hashes of what it was made from are inside.
     """
-    check_result_file(output, force=force)
+    check_result_file(output, force=force, begins=BEGINS.get(output.suffix, b""))
+    if output.suffix not in BEGINS:
+        raise ValueError(f"output: expected a name that ends in {' or '.join(BEGINS)}, got {output.name!r}")
     finished = FinishedRun.open(folder, "cpu")
     chosen = parse_classes(classes, finished.data.class_names)
     model = compose(finished.model, finished.decomposition(), chosen, class_names=finished.data.class_names)
@@ -87,7 +92,7 @@ def import_published(
     run = import_run(weights, folder, config)
     say(f"{run.path}: {config.model} on {config.data}")
     if masks is None:
-        say(f"Next: moda decompose {run.path}")
+        say(f"Next: {command_line('decompose', run.path)}")
         return
     finished = FinishedRun.open(folder, device)
     theirs = load_published_masks(masks, finished.taps.names)

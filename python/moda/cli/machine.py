@@ -27,8 +27,8 @@ def doctor() -> None:
             rows.add_row()
         heading = finding.topic if finding.topic != topic else ""
         topic = finding.topic
-        mark = "[green]yes[/green]" if finding.ok else "[yellow]no[/yellow]"
-        rows.add_row(f"[bold]{heading}[/bold]", finding.name, mark, Text(finding.detail))
+        mark = Text("yes", style="green") if finding.ok else Text("no", style="yellow")
+        rows.add_row(Text(heading, style="bold"), finding.name, mark, finding.detail)
     show(rows)
 
 

@@ -29,6 +29,7 @@ from moda.data.batches import BatchLoader, EpochOrder
 from moda.decomposition.container import Decomposition
 from moda.decomposition.files import METADATA_FILE
 from moda.files import FormatError, check_result_folder, format_errors
+from moda.hints import command_line
 from moda.observation.taps import Taps
 from moda.runs.config import DecompositionSettings, TrainingConfig
 from moda.runs.finished import FinishedRun, decompose_run
@@ -65,7 +66,7 @@ def decompose(
     run = finished.run
     _print_modules(finished.taps, decomposition, finished.data)
     say(f"Modules: {run.decomposition}/")
-    say(f"Next: moda compose {folder} --classes 0,1")
+    say(f"Next: {command_line('compose', folder, '--classes', '0,1')}")
 
 
 def _print_modules(taps: Taps, decomposition: Decomposition, data: DataSplits) -> None:
@@ -105,7 +106,7 @@ def compose(
     _print_accuracies(finished, chosen, model)
     say(model.report())
     say(f"The composed model: {target}/")
-    say(f"Next: moda evaluate {target}")
+    say(f"Next: {command_line('evaluate', target)}")
 
 
 @commands.command(

@@ -37,7 +37,12 @@ def takes(settings: type[Settings], command: str, *, defaults: bool = True) -> C
         @functools.wraps(function)
         def run(**values: Any) -> None:
             options = {offer.key: values.pop(offer.key) for offer in offered}
-            function(**values, given=_given(offered, options))
+            try:
+                function(**values, given=_given(offered, options))
+            except (TypeError, ValueError) as error:
+                if option := _refused(offered, options, str(error)):
+                    raise type(error)(option) from error
+                raise
 
         own = inspect.signature(function, eval_str=True).parameters
         kept = [parameter.replace(kind=parameter.KEYWORD_ONLY) for name, parameter in own.items() if name != "given"]
@@ -102,6 +107,18 @@ class _Offer:
         if given in self.declared.words:
             return self.declared.words[given]
         return _PARSERS[self.kind.of](_names(self.field, self.declared)[0], given)
+
+
+def _refused(offered: list[_Offer], options: Mapping[str, Any], message: str) -> str:
+    """Name the option in a message that begins with the name of a field that was given; nothing for other messages."""
+    for offer in (offer for offer in offered if options[offer.key] is not None):
+        option = _names(offer.field, offer.declared)[0].partition("/")[0]
+        if message.startswith(f"{offer.field}: "):
+            rest = message if option != f"--{offer.field}" else message.removeprefix(f"{offer.field}: ")
+            return f"{option}: {rest}"
+        if offer.inside and message.startswith("options: ") and message.endswith(f" {offer.field}"):
+            return f"{option}: {message}"
+    return ""
 
 
 def _given(offered: list[_Offer], options: Mapping[str, Any]) -> dict[str, Any]:

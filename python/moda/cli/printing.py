@@ -16,13 +16,17 @@ def table(title: str, first: str, *others: str) -> Table:
 
 
 def show(printed: Table) -> None:
-    """Print a table on stdout."""
-    Console().print(printed)
+    """Print a table on stdout; brackets and colons in its text are no markup."""
+    _console().print(printed)
 
 
 def say(line: str) -> None:
     """Print a line on stdout, unbroken, as it is."""
-    Console().print(line, highlight=False, soft_wrap=True)
+    _console().print(line, highlight=False, soft_wrap=True)
+
+
+def _console() -> Console:
+    return Console(markup=False, emoji=False)
 
 
 def percent(share: float | None, digits: int = 2) -> str:

@@ -8,12 +8,13 @@ from typing import Annotated, Any
 
 import typer
 
+from moda.cli.arguments import ForceOption
 from moda.cli.commands import example, group
 from moda.cli.options import takes
 from moda.cli.printing import say, show, table
 from moda.runs.finished import FinishedRun
 from moda.study.replacement import RESULTS, ReplacementResult
-from moda.study.replacement_study import ReplacementStudy, run_replacement_study
+from moda.study.replacement_study import ReplacementStudy, check_study, run_replacement_study
 
 commands = group()
 
@@ -36,6 +37,7 @@ def replace(
     strong: Annotated[
         Path | None, typer.Option(help="Take this strong run instead of training one.", show_default=False)
     ] = None,
+    force: ForceOption = False,
 ) -> None:
     """Replace a class of weak models by a strong model's module, and test what that does.
 
@@ -44,7 +46,9 @@ def replace(
     model. The defaults are the paper's. After Ctrl-C the same command goes on.
     """
     study = ReplacementStudy(**given)
-    results = run_replacement_study(out, study, None if strong is None else FinishedRun.open(strong, study.device))
+    check_study(out, study, force=force)
+    given_strong = None if strong is None else FinishedRun.open(strong, study.device)
+    results = run_replacement_study(out, study, given_strong, force=force)
     _print_results(results)
     say(f"All figures: {out / RESULTS}")
 

@@ -13,6 +13,8 @@ from moda.cli.printing import say
 from moda.files import check_result_file, write_bytes
 
 commands = group()
+PAGE = b"<!DOCTYPE html"
+"""What every page begins with."""
 
 
 @commands.command(
@@ -41,7 +43,7 @@ def report(
     """
     from moda.report.study import read_inputs, study_page
 
-    check_result_file(output, force=force)
+    check_result_file(output, force=force, begins=PAGE)
     page = study_page(read_inputs(folders), title)
     output.parent.mkdir(parents=True, exist_ok=True)
     write_bytes(output, page.encode())

@@ -12,6 +12,7 @@ from moda.cli.arguments import (
     PER_SIZE,
     DecomposedRun,
     DeviceOption,
+    ForceOption,
     TasksOption,
     parse_integers,
 )
@@ -21,7 +22,7 @@ from moda.cli.options import takes
 from moda.cli.printing import percent, say, show, table
 from moda.decomposition.settings import BudgetRule
 from moda.runs.finished import FinishedRun
-from moda.study.analysis_files import analyze_run, write_analysis
+from moda.study.analysis_files import analyze_run, check_analysis, write_analysis
 from moda.study.digits import StudySettings, run_study
 from moda.study.reuse import ReuseResult, by_size, reuse_accuracy
 from moda.study.reuse_run import run_reuse
@@ -55,6 +56,7 @@ def reuse(
     ] = None,
     batch_size: Annotated[int, typer.Option(help="The samples of a forward pass.", min=1)] = 512,
     device: DeviceOption = "auto",
+    force: ForceOption = False,
 ) -> None:
     """Score the composed model of every sub-task against the whole models.
 
@@ -70,7 +72,7 @@ def reuse(
     )
     other = None if standard is None else FinishedRun.open(standard, device)
     path = out or finished.run.path / "reuse.csv"
-    results = run_reuse(finished, chosen, path, standard=other, batch_size=batch_size)
+    results = run_reuse(finished, chosen, path, standard=other, batch_size=batch_size, force=force)
     _print_reuse(results, finished)
     say(f"Table: {path}")
 
@@ -95,14 +97,16 @@ def _print_reuse(results: list[ReuseResult], finished: FinishedRun) -> None:
 
 
 @commands.command(epilog=example("moda analyze runs/digits"))
-def analyze(folder: DecomposedRun, device: DeviceOption = "auto") -> None:
+def analyze(folder: DecomposedRun, device: DeviceOption = "auto", force: ForceOption = False) -> None:
     """Describe the modules: sizes, overlaps, dead and shared neurons, layer by layer.
 
     The command writes analysis.json to the run, with the similarity between classes on the test set besides.
     """
     finished = FinishedRun.open(folder, device)
-    analysis = analyze_run(finished)
     path = finished.run.path / "analysis.json"
+    if not force:
+        check_analysis(path, finished.provenance())
+    analysis = analyze_run(finished)
     write_analysis(path, analysis)
     show_modules(analysis["class_names"], finished.decomposition(), analysis["sizes"], analysis["overlaps"])
     _print_layers(analysis)
@@ -147,6 +151,7 @@ def sweep(
     tasks: TasksOption = "auto",
     per_size: Annotated[int, typer.Option(help=PER_SIZE, min=1)] = 20,
     device: DeviceOption = "auto",
+    force: ForceOption = False,
 ) -> None:
     """Vary the threshold, an epsilon or a weight, and measure module size, overlap and reuse accuracy.
 
@@ -161,11 +166,11 @@ def sweep(
         if values is None:
             continue
         if name == "threshold":
-            points = sweep_threshold(finished, values, chosen)
+            points = sweep_threshold(finished, values, chosen, force=force)
         elif name in BudgetRule.NAMES:
-            points = sweep_epsilon(finished, name, values, chosen)
+            points = sweep_epsilon(finished, name, values, chosen, force=force)
         else:
-            points = sweep_weight(finished, name, values, chosen, device=device)
+            points = sweep_weight(finished, name, values, chosen, device=device, force=force)
         _print_sweep(name, points)
         say(f"Table: {finished.run.path / f'sweep_{name}.csv'}")
 
@@ -184,6 +189,7 @@ def study(
     out: Annotated[Path, typer.Argument(help="The folder of the study.", show_default=False)],
     given: Mapping[str, Any],
     jobs: Annotated[int, typer.Option(help="The processes side by side, each with one thread.", min=1)] = 2,
+    force: ForceOption = False,
 ) -> None:
     """Run the whole study on handwritten digits: trainings, modules, reuse, sweeps, replacement.
 
@@ -191,5 +197,5 @@ def study(
     every seed. After Ctrl-C the same command goes on. Go on with moda report.
     """
     settings = StudySettings(**given)
-    run_study(out, settings, jobs=jobs)
+    run_study(out, settings, jobs=jobs, force=force)
     say(f"The study: {out / 'study.json'}")

@@ -13,6 +13,7 @@ from moda.cli.arguments import RunArgument
 from moda.cli.commands import Interrupted, example, group
 from moda.cli.options import option_of, takes
 from moda.cli.printing import percent, say, show, table
+from moda.hints import command_line
 from moda.runs.config import GATE_TERMS, RUNTIME_SETTINGS, TERMS, TrainingConfig
 from moda.runs.folder import RunFolder
 
@@ -128,4 +129,4 @@ def _print_training(run: RunFolder, metrics: dict[str, float]) -> None:
     show(rows)
     say(f"Weights, settings and metrics: {run.path}/")
     if run.config.modular:
-        say(f"Next: moda decompose {run.path}")
+        say(f"Next: {command_line('decompose', run.path)}")

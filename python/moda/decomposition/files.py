@@ -12,7 +12,16 @@ from torch import Tensor
 from moda.checks import Check, digest, integer, items, json_value, mapping, number, record, text
 from moda.decomposition.rates import FiringRates
 from moda.decomposition.scores import ActivationShares, Attributions, NeuronScores, check_scores
-from moda.files import Format, FormatError, check_own_folder, check_tensors, format_errors, read_tensors, write_tensors
+from moda.files import (
+    Format,
+    FormatError,
+    check_own_folder,
+    check_tensors,
+    format_errors,
+    read_tensors,
+    sha256_of_bytes,
+    tensor_bytes,
+)
 
 MASKS_FILE = "masks.safetensors"
 METADATA_FILE = "decomposition.json"
@@ -99,16 +108,17 @@ def write_decomposition(
     """Write masks, heads if there are any, and with the entries what describes them, to a folder, made if need be."""
     folder = Path(folder)
     check_own_folder(folder, METADATA_FILE)
-    folder.mkdir(parents=True, exist_ok=True)
+    files = {MASKS_FILE: tensor_bytes(masks)}
     described = {
         "num_classes": next(iter(masks.values())).shape[0],
         **entries,
         "sites": described_sites(masks),
-        "masks_sha256": write_tensors(folder / MASKS_FILE, masks),
+        "masks_sha256": sha256_of_bytes(files[MASKS_FILE]),
     }
     if heads:
-        described["heads_sha256"] = write_tensors(folder / HEADS_FILE, heads)
-    DECOMPOSITION.write(folder / METADATA_FILE, described)
+        files[HEADS_FILE] = tensor_bytes(heads)
+        described["heads_sha256"] = sha256_of_bytes(files[HEADS_FILE])
+    DECOMPOSITION.write_with(folder / METADATA_FILE, described, files)
     if not heads:
         (folder / HEADS_FILE).unlink(missing_ok=True)
 
@@ -130,8 +140,18 @@ def read_decomposition(folder: str | Path) -> tuple[dict[str, Tensor], dict[str,
     return {site: masks[site] for site in shapes}, heads, described
 
 
+def masks_sha256(folder: str | Path) -> str:
+    """The SHA-256 of a decomposition's masks, in hex, as its description has it.
+
+    Raises:
+        FormatError: the description is missing or malformed.
+    """
+    digest: str = DECOMPOSITION.read(Path(folder) / METADATA_FILE)["masks_sha256"]
+    return digest
+
+
 def save_rates(rates: FiringRates, folder: str | Path, metadata: Mapping[str, Any] | None = None) -> None:
-    """Write firing counts to a folder, made if need be; each file is replaced as a whole, the description last.
+    """Write firing counts to a folder, made if need be; what was there is replaced whole or not at all.
 
     Args:
         rates: what `count_firings` gave.
@@ -140,16 +160,16 @@ def save_rates(rates: FiringRates, folder: str | Path, metadata: Mapping[str, An
     """
     folder = Path(folder)
     check_own_folder(folder, RATES_FILE)
-    folder.mkdir(parents=True, exist_ok=True)
+    counts = tensor_bytes(rates.counts)
     described = {
         "num_classes": rates.num_classes,
         "class_sizes": rates.class_sizes.tolist(),
         "firing_threshold": rates.threshold,
         "taps": described_sites(rates.counts),
-        "counts_sha256": write_tensors(folder / COUNTS_FILE, rates.counts),
+        "counts_sha256": sha256_of_bytes(counts),
         "metadata": dict(metadata or {}),
     }
-    RATES.write(folder / RATES_FILE, described)
+    RATES.write_with(folder / RATES_FILE, described, {COUNTS_FILE: counts})
 
 
 def load_rates(folder: str | Path) -> FiringRates:
@@ -191,7 +211,9 @@ def rates_metadata(folder: str | Path) -> dict[str, Any]:
 
 
 def save_scores(scores: NeuronScores, folder: str | Path, metadata: Mapping[str, Any] | None = None) -> None:
-    """Write attributions or activation shares to a folder, made if need be; the description comes last.
+    """Write attributions or activation shares to a folder, made if need be.
+
+    What was there is replaced whole or not at all.
 
     Args:
         scores: what `attribute` or `activation_shares` gave.
@@ -200,16 +222,16 @@ def save_scores(scores: NeuronScores, folder: str | Path, metadata: Mapping[str,
     """
     folder = Path(folder)
     check_own_folder(folder, SCORES_DESCRIPTION_FILE)
-    folder.mkdir(parents=True, exist_ok=True)
+    stored = tensor_bytes(scores.scores)
     described = {
         "num_classes": scores.num_classes,
         "class_sizes": scores.class_sizes.tolist(),
         **scores.described(),
         "taps": described_sites(scores.scores),
-        "scores_sha256": write_tensors(folder / SCORES_FILE, scores.scores),
+        "scores_sha256": sha256_of_bytes(stored),
         "metadata": dict(metadata or {}),
     }
-    SCORES[scores.rule].write(folder / SCORES_DESCRIPTION_FILE, described)
+    SCORES[scores.rule].write_with(folder / SCORES_DESCRIPTION_FILE, described, {SCORES_FILE: stored})
 
 
 def load_scores(folder: str | Path, rule: str) -> tuple[NeuronScores, dict[str, Any]]:

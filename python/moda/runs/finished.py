@@ -18,10 +18,10 @@ from moda.decomposition.attribution import attribute
 from moda.decomposition.container import Decomposition
 from moda.decomposition.counting import activation_shares, count_firings
 from moda.decomposition.files import (
-    MASKS_FILE,
     METADATA_FILE,
     load_rates,
     load_scores,
+    masks_sha256,
     rates_metadata,
     save_rates,
     save_scores,
@@ -31,6 +31,7 @@ from moda.decomposition.rule import decompose
 from moda.decomposition.scores import Attributions, NeuronScores
 from moda.decomposition.settings import RULES, FiringRule
 from moda.files import FormatError, sha256_of
+from moda.hints import command_line
 from moda.methods.mwt import PreparedGates
 from moda.observation.taps import Taps, observe
 from moda.runs.config import DecompositionSettings
@@ -116,7 +117,8 @@ class FinishedRun:
             FormatError: there are none, or they were made from other weights.
         """
         if not self.rates_folder.exists():
-            raise FormatError(f"{self.run.path}: holds no firing rates; make them with: moda decompose {self.run.path}")
+            hint = command_line("decompose", self.run.path)
+            raise FormatError(f"{self.run.path}: holds no firing rates; make them with: {hint}")
         self._check_weights(self.rates_folder, rates_metadata(self.rates_folder))
         return load_rates(self.rates_folder)
 
@@ -128,9 +130,8 @@ class FinishedRun:
         """
         folder = self.scores_folder(rule)
         if not folder.exists():
-            raise FormatError(
-                f"{self.run.path}: holds no {folder.name}; make them with: moda decompose {self.run.path} --rule {rule}"
-            )
+            hint = command_line("decompose", self.run.path, "--rule", rule)
+            raise FormatError(f"{self.run.path}: holds no {folder.name}; make them with: {hint}")
         scores, metadata = load_scores(folder, rule)
         self._check_weights(folder, metadata)
         return scores
@@ -142,7 +143,8 @@ class FinishedRun:
             FormatError: there are none, or they were made from other weights.
         """
         if not self.run.decomposition.exists():
-            raise FormatError(f"{self.run.path}: is not decomposed yet; do it with: moda decompose {self.run.path}")
+            hint = command_line("decompose", self.run.path)
+            raise FormatError(f"{self.run.path}: is not decomposed yet; do it with: {hint}")
         decomposition = Decomposition.load(self.run.decomposition)
         self._check_weights(self.run.decomposition / METADATA_FILE, decomposition.metadata)
         return decomposition
@@ -157,7 +159,7 @@ class FinishedRun:
             "data": self.run.config.data,
             "augmented": bool(decomposition.metadata.get("augmented", False)),
             WEIGHTS: self.weights_sha256,
-            "masks_sha256": sha256_of(self.run.decomposition / MASKS_FILE),
+            "masks_sha256": masks_sha256(self.run.decomposition),
         }
 
     def loader(self, dataset: Dataset[Any]) -> BatchLoader:
@@ -169,7 +171,7 @@ class FinishedRun:
         if made_from != self.weights_sha256:
             raise FormatError(
                 f"{path}: was made from other weights than {self.run.weights}; "
-                f"make it again with: moda decompose {self.run.path}"
+                f"make it again with: {command_line('decompose', self.run.path)}"
             )
 
 

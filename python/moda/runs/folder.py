@@ -22,9 +22,10 @@ from torch import Tensor, nn
 
 from moda import data as datasets
 from moda import models
-from moda.checks import json_value
+from moda.checks import json_value, one_of
 from moda.data import DataSplits
 from moda.files import Format, FormatError, format_errors, is_temporary, parse_tensors, tensor_bytes
+from moda.hints import command_line
 from moda.methods.mwt import PreparedGates
 from moda.runs.checksums import read_checked, write_checked
 from moda.runs.config import TrainingConfig
@@ -69,7 +70,8 @@ class RunFolder:
         if not folder.is_dir():
             raise FormatError(f"{folder}: no such folder")
         if not (folder / "config.json").exists():
-            raise FormatError(f"{folder}: holds no run (it has no config.json); make one with: moda train {folder}")
+            hint = command_line("train", folder)
+            raise FormatError(f"{folder}: holds no run (it has no config.json); make one with: {hint}")
         settings = RUN.read(folder / "config.json").get("training")
         if not isinstance(settings, dict):
             raise FormatError(f'{folder / "config.json"}: expected an object "training", got {settings!r:.80}')
@@ -125,7 +127,7 @@ class RunFolder:
         if path is None and not self.finished:
             raise FormatError(
                 f"{self.path}: its training is not finished (no {self.weights.name}); "
-                f"finish it with: moda train {self.path} --resume"
+                f"finish it with: {command_line('train', self.path, '--resume')}"
             )
         path = path or self.weights
         return parse_tensors(path, read_checked(self.path, path))
@@ -183,6 +185,7 @@ def load_data(config: TrainingConfig) -> DataSplits:
     Raises:
         ValueError, TypeError, FileNotFoundError, ImportError: see `moda.data.load`.
     """
+    one_of(datasets.NAMES)("data", config.data)
     options = dict(config.data_options)
     if config.data == "digits":  # comes without a split of its own
         options.setdefault("seed", config.seed)
@@ -196,6 +199,7 @@ def create_model(config: TrainingConfig, data: DataSplits) -> nn.Module:
     Raises:
         ValueError, TypeError: see `moda.models.create`.
     """
+    one_of(models.NAMES)("model", config.model)
     channels, height, _ = data.input_shape
     return models.create(
         config.model,

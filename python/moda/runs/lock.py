@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from moda.checks import integer, text
-from moda.files import LOCK, Format, FormatError
+from moda.files import LOCK, Format, FormatError, write_errors
 
 try:
     import fcntl
@@ -42,11 +42,12 @@ def locked(target: Path) -> Iterator[None]:
 
     Raises:
         BusyError: another process holds the lock; the message says which.
+        OSError: nothing can be written there; the error names `target`.
     """
     lock = target / LOCK if target.is_dir() else target.with_name(f".{target.name}{LOCK}")
     name = lock.absolute()
     with _guard:
-        handle = None if name in _held or fcntl is None else _taken(lock)
+        handle = None if name in _held or fcntl is None else _taken(lock, target)
         _held[name] = _held.get(name, 0) + 1
     try:
         yield
@@ -60,10 +61,11 @@ def locked(target: Path) -> Iterator[None]:
             os.close(handle)
 
 
-def _taken(lock: Path) -> int:
+def _taken(lock: Path, target: Path) -> int:
     """A handle of the lock file, which this process holds locked."""
     while True:
-        handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
+        with write_errors(target):
+            handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if not _is_at(handle, lock):  # its holder has removed it since it was opened

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TextIO
 
-from moda.files import FormatError, read_csv, write_bytes
+from moda.files import FormatError, read_csv, write_bytes, write_errors
 
 
 class MetricsFile:
@@ -30,7 +30,8 @@ class MetricsFile:
         writer.writerows(rows)
         write_bytes(self.path, buffer.getvalue().encode())
         self._columns = list(columns)
-        self._file = self.path.open("a", encoding="utf-8", newline="")
+        with write_errors(self.path):
+            self._file = self.path.open("a", encoding="utf-8", newline="")
 
     def write(self, row: Mapping[str, float]) -> None:
         """Append a row; columns it lacks stay empty.
@@ -38,12 +39,14 @@ class MetricsFile:
         Raises:
             RuntimeError: the file is not open.
             ValueError: the row has a column that the file has not.
+            OSError: the disk is full, say; the error names the file.
         """
         if self._file is None:
             raise RuntimeError(f"{self.path}: not open")
         writer = csv.DictWriter(self._file, self._columns, restval="", lineterminator="\n")
-        writer.writerow({name: _text(value) for name, value in row.items()})
-        self._file.flush()
+        with write_errors(self.path):
+            writer.writerow({name: _text(value) for name, value in row.items()})
+            self._file.flush()
 
     def close(self) -> None:
         """Close the file, if it is open."""

@@ -11,7 +11,7 @@ from moda.files import Format
 from moda.runs.finished import FinishedRun
 from moda.study.analysis import analyze, class_similarities
 
-__all__ = ["analyze_run", "read_analysis", "write_analysis"]
+__all__ = ["analyze_run", "check_analysis", "read_analysis", "write_analysis"]
 
 _share = number(0)
 _matrix = items(items(number()))
@@ -71,6 +71,15 @@ def write_analysis(path: Path, analysis: dict[str, Any]) -> None:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     ANALYSIS.write(path, analysis)
+
+
+def check_analysis(path: Path, source: dict[str, Any]) -> None:
+    """Raise ValueError if a file holds the analysis of other modules than those that `source` tells of.
+
+    One of the same modules would be written again as it is.
+    """
+    if path.exists() and read_analysis(path)["source"] != source:
+        raise ValueError(f"{path}: holds the analysis of other modules; replace it with --force")
 
 
 def read_analysis(path: Path) -> dict[str, Any]:

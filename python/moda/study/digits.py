@@ -21,9 +21,11 @@ import torch
 from rich.console import Console
 
 from moda.checks import flag, integer, items, optional, record, relative_path, text
-from moda.files import Format
+from moda.files import Format, check_own_folder
+from moda.requirements import check_lightning
 from moda.runs.config import TERMS, TrainingConfig
 from moda.runs.finished import FinishedRun, decompose_run
+from moda.runs.folder import load_data
 from moda.settings import Settings, setting
 from moda.study import sweep
 from moda.study.analysis_files import analyze_run, write_analysis
@@ -112,18 +114,25 @@ class StudySettings(Settings, command="study"):
         return config if modular else config.standard()
 
 
-def run_study(out: Path, settings: StudySettings, *, jobs: int = 1) -> None:
+def run_study(out: Path, settings: StudySettings, *, jobs: int = 1, force: bool = False) -> None:
     """Do what is not done yet.
 
     Args:
         out: the folder of the study.
         settings: what to do.
         jobs: the processes side by side, each with one thread; with 1 everything runs in this process.
+        force: whether to describe this study in the place of another one; what both have in common serves again.
 
     Raises:
-        ValueError: the folder holds runs with other settings.
+        ValueError: the folder holds runs with other settings, or is of another kind.
+        ImportError: a package that is needed is missing; nothing is made then.
         KeyboardInterrupt: Ctrl-C was pressed; the same call goes on from there.
     """
+    check_lightning()
+    load_data(settings.config(settings.models[0], settings.seeds[0], modular=True))
+    check_own_folder(out, DESCRIPTION)
+    if not force:
+        _check_same(out, settings)
     out.mkdir(parents=True, exist_ok=True)
     _describe(out, settings, finished=False)
     pairs = [(model, seed) for model in settings.models for seed in settings.seeds]
@@ -222,7 +231,23 @@ def _study_replacement(out: Path, settings: StudySettings, strong_model: str) ->
     return f"replacement by {strong_model}: replaced class {100 * sum(gains) / len(gains):+.1f} points on average"
 
 
+def _check_same(out: Path, settings: StudySettings) -> None:
+    if not (out / DESCRIPTION).exists():
+        return
+    there, wanted = STUDY.read(out / DESCRIPTION), _description(settings)
+    for name, value in wanted.items():
+        if there.get(name) != value:
+            raise ValueError(
+                f"{out / DESCRIPTION}: describes a study with other {name}; replace it with --force, or choose another "
+                "folder"
+            )
+
+
 def _describe(out: Path, settings: StudySettings, *, finished: bool) -> None:
+    STUDY.write(out / DESCRIPTION, {**_description(settings), "finished": finished})
+
+
+def _description(settings: StudySettings) -> dict[str, Any]:
     runs: list[dict[str, Any]] = [
         {
             "model": model,
@@ -233,13 +258,11 @@ def _describe(out: Path, settings: StudySettings, *, finished: bool) -> None:
         for model in settings.models
         for seed in settings.seeds
     ]
-    value = {
+    return {
         "epochs": settings.epochs,
         "batch_size": settings.batch_size,
         "per_size": settings.per_size,
         "runs": runs,
         "replacements": [f"replacement/{model}" for model in _strong_models(settings)] if settings.replacement else [],
         "sweeps": runs[0]["modular"] if settings.sweeps else None,
-        "finished": finished,
     }
-    STUDY.write(out / DESCRIPTION, value)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from moda.composition.replace import Calibration
+from moda.files import check_own_folder
 from moda.runs.config import DataOptions, DecompositionSettings, TrainingConfig
 from moda.runs.finished import FinishedRun, decompose_run
 from moda.settings import Settings, setting
@@ -17,7 +18,9 @@ from moda.study.replacement import (
     STRATEGIES,
     ReplacementResult,
     current_strategy,
+    read_replacements,
     replace_class,
+    results_file,
     write_replacements,
 )
 from moda.study.trainings import trained
@@ -148,7 +151,12 @@ def _common_divisor(epochs: list[int]) -> int:
 
 
 def run_replacement_study(
-    folder: Path, study: ReplacementStudy, strong: FinishedRun | None = None, *, progress: bool = True
+    folder: Path,
+    study: ReplacementStudy,
+    strong: FinishedRun | None = None,
+    *,
+    force: bool = False,
+    progress: bool = True,
 ) -> list[ReplacementResult]:
     """Train what is not trained yet, replace a class of every weak model in every way, write replacement.json.
 
@@ -157,18 +165,20 @@ def run_replacement_study(
             goes on.
         study: what to do.
         strong: a strong run to take instead of training one.
+        force: whether to drop results in the folder that this study does not make.
         progress: whether to show progress.
 
     Raises:
-        ValueError: settings that do not go together, or a folder that holds runs with other settings.
+        ValueError: settings that do not go together, or a folder that is of another kind, holds runs with other
+            settings, or results that this study does not make.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    check_study(folder, study, force=force)
     if strong is None:
         strong = trained(folder / "strong", study.strong_config(), study.device, progress=progress)
     if not strong.run.decomposition.exists():
         decompose_run(strong, study.threshold, progress=progress)
     calibration = Calibration(epochs=study.calibration_epochs)
-    results = []
+    made: dict[tuple[int, str, str], ReplacementResult] = {}
     for mixed_class in study.mixed_classes if study.mixed_classes is not None else range(strong.data.num_classes):
         weak = trained(folder / f"weak-{mixed_class}", study.weak_config(mixed_class), study.device, progress=progress)
         for checkpoint, epoch in study.checkpoints:
@@ -176,6 +186,51 @@ def run_replacement_study(
                 _, result = replace_class(
                     strong, weak, strategy, epoch=epoch, checkpoint=checkpoint, calibration=calibration
                 )
-                results.append(result)
-        write_replacements(folder / RESULTS, results)
-    return results
+                made[_key(result)] = result
+        # What an earlier run of the same study has made stays until its turn comes.
+        earlier = {} if force else {_key(result): result for result in _there(folder)}
+        write_replacements(folder / RESULTS, ({**earlier, **made}).values())
+    return list(made.values())
+
+
+def check_study(folder: Path, study: ReplacementStudy, *, force: bool) -> None:
+    """Check, before anything is made, that a folder may take a study's results.
+
+    Raises:
+        ValueError: it is of another kind or, without `force`, holds results that this study does not make.
+    """
+    there = _there(folder)
+    if force:
+        return
+    checkpoints = [name for name, _ in study.checkpoints]
+    for result in there:
+        wanted = {
+            "strong_model": (study.strong_model,),
+            "weak_model": (study.weak_model,),
+            "strategy": study.strategies,
+            "checkpoint": checkpoints,
+            "mixed_class": study.mixed_classes or (result.mixed_class,),
+        }
+        for name, values in wanted.items():
+            if getattr(result, name) not in values:
+                raise ValueError(
+                    f"{results_file(folder)}: holds a result with {name}={getattr(result, name)!r}, which this study "
+                    "does not make; replace it with --force, or choose another folder"
+                )
+
+
+def _there(folder: Path) -> list[ReplacementResult]:
+    """The results that a folder holds.
+
+    Raises:
+        ValueError: the folder is of another kind, or its results are malformed.
+    """
+    path = results_file(folder)
+    if path.exists():
+        return read_replacements(path)
+    check_own_folder(folder, RESULTS)
+    return []
+
+
+def _key(result: ReplacementResult) -> tuple[int, str, str]:
+    return result.mixed_class, result.checkpoint, result.strategy

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from moda.checks import flag, json_value, mapping
-from moda.files import Format, FormatError, read_csv, write_bytes
+from moda.files import Format, FormatError, read_csv, write_bytes, write_errors
 from moda.runs.lock import locked
 
 __all__ = ["ResultsFile", "read_note", "read_rows"]
@@ -41,7 +41,9 @@ class ResultsFile:
 
     @classmethod
     @contextmanager
-    def locked(cls, path: Path, kind: str, columns: Sequence[str], source: Mapping[str, Any]) -> Iterator[ResultsFile]:
+    def locked(
+        cls, path: Path, kind: str, columns: Sequence[str], source: Mapping[str, Any], *, force: bool = False
+    ) -> Iterator[ResultsFile]:
         """`open` a table and keep other processes from it while the block runs.
 
         Raises:
@@ -50,10 +52,12 @@ class ResultsFile:
         """
         path.parent.mkdir(parents=True, exist_ok=True)
         with locked(path):
-            yield cls.open(path, kind, columns, source)
+            yield cls.open(path, kind, columns, source, force=force)
 
     @classmethod
-    def open(cls, path: Path, kind: str, columns: Sequence[str], source: Mapping[str, Any]) -> ResultsFile:
+    def open(
+        cls, path: Path, kind: str, columns: Sequence[str], source: Mapping[str, Any], *, force: bool = False
+    ) -> ResultsFile:
         """Begin a table, or go on with one.
 
         Args:
@@ -61,25 +65,32 @@ class ResultsFile:
             kind: "format" of the note, e.g. "moda-reuse".
             columns: the names of the columns.
             source: what all rows follow from; anything that JSON can hold.
+            force: whether to begin anew where there is a table of this kind already.
 
         Raises:
-            FormatError: there is a table already, and it is not this one.
+            FormatError: there is a table already, and it is not this one, or, with `force`, of another kind; or where
+                its note would go there is something else.
         """
         table = cls(path, kind, columns, source)
         path.parent.mkdir(parents=True, exist_ok=True)
+        if path.with_suffix(".json").exists():
+            read_note(path, kind)
         if path.exists():
-            table.rows = read_rows(path, columns)
-            # A table without a row may be older than its note: one that was killed in between, by an earlier release.
-            if table.rows or path.with_suffix(".json").exists():
+            rows = read_rows(path, columns)
+            # A table without a row holds nothing that could be mixed up: it was killed early, or emptied to begin anew.
+            if rows and not force:
                 table._check_note()
-        table.note(finished=False)  # first, so that no table is ever without
+            if force:
+                table.rewrite([])
+            table.rows = [] if force else rows
+        table.note(finished=False)  # first, so that no row is ever without
         table.rewrite(table.rows)
         return table
 
     def append(self, row: Mapping[str, Any]) -> None:
         """Add a row; a None is an empty cell."""
         cells = {name: _cell(row[name]) for name in self.columns}
-        with self.path.open("a", encoding="utf-8", newline="") as file:
+        with write_errors(self.path), self.path.open("a", encoding="utf-8", newline="") as file:
             csv.DictWriter(file, self.columns, lineterminator="\n").writerow(cells)
         self.rows.append(cells)
 
@@ -104,7 +115,7 @@ class ResultsFile:
             if noted.get(name) != wanted.get(name):
                 raise FormatError(
                     f"{self.path}: its results are of another study: {name} is {noted.get(name)!r} there and "
-                    f"{wanted.get(name)!r} now; write to another file, or remove it"
+                    f"{wanted.get(name)!r} now; write to another file, or begin anew with --force"
                 )
 
 

@@ -29,6 +29,7 @@ from moda.composition.observed import observed
 from moda.composition.planned_flops import PlannedFlops
 from moda.decomposition.container import Decomposition, check_classes
 from moda.files import FormatError, format_errors, write_bytes
+from moda.hints import command_line
 from moda.inference import device_of, evaluating
 from moda.study.results_file import read_rows
 
@@ -258,7 +259,7 @@ def read_results(path: Path) -> list[ReuseResult]:
         FormatError: the file is missing or not such a file.
     """
     if not path.is_file():
-        raise FormatError(f"{path}: no such file; make it with: moda reuse")
+        raise FormatError(f"{path}: no such file; make it with: {command_line('reuse', path.parent)}")
     with format_errors(path):
         return [from_row(row) for row in read_rows(path, COLUMNS)]
 

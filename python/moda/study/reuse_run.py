@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from moda.files import check_result_file
 from moda.runs.finished import FinishedRun
 from moda.study.results_file import ResultsFile
 from moda.study.reuse import (
@@ -24,6 +25,8 @@ from moda.study.reuse import (
 __all__ = ["KIND", "run_reuse"]
 
 KIND = "moda-reuse"
+PARQUET = b"PAR1"
+"""What every Parquet file begins with."""
 
 
 def run_reuse(
@@ -33,6 +36,7 @@ def run_reuse(
     *,
     standard: FinishedRun | None = None,
     batch_size: int = 512,
+    force: bool = False,
     progress: bool = True,
 ) -> list[ReuseResult]:
     """Score the composed model of every sub-task into a table; go on where it holds some already.
@@ -43,6 +47,7 @@ def run_reuse(
         path: the path of the table, .csv or .parquet; a .parquet table grows in the .csv file of the same name.
         standard: a run trained without the modular terms, on the same data.
         batch_size: the samples of a forward pass.
+        force: whether to begin anew where there is a table already.
         progress: whether to show a progress bar.
 
     Returns:
@@ -58,8 +63,10 @@ def run_reuse(
     if not tasks:
         raise ValueError("tasks: expected at least one sub-task, got none")
     _check_standard(finished, standard)
+    if path.suffix == ".parquet":
+        check_result_file(path, force=force or path.with_suffix(".csv").exists(), begins=PARQUET)
     source = finished.provenance() | {"standard_sha256": standard.weights_sha256 if standard else None}
-    with ResultsFile.locked(path.with_suffix(".csv"), KIND, COLUMNS, source) as table:
+    with ResultsFile.locked(path.with_suffix(".csv"), KIND, COLUMNS, source, force=force) as table:
         results = {result.classes: result for result in map(from_row, table.rows)}
         wanted = [tuple(sorted(task)) for task in tasks]
         missing = [task for task in wanted if task not in results]

@@ -121,7 +121,12 @@ COLUMNS = tuple(field.name for field in fields(SweepPoint))
 
 
 def sweep_threshold(
-    finished: FinishedRun, values: Sequence[float], tasks: Sequence[Sequence[int]], *, progress: bool = True
+    finished: FinishedRun,
+    values: Sequence[float],
+    tasks: Sequence[Sequence[int]],
+    *,
+    force: bool = False,
+    progress: bool = True,
 ) -> list[SweepPoint]:
     """Decompose the model anew at every threshold, from the firing rates it already has, and measure.
 
@@ -131,6 +136,7 @@ def sweep_threshold(
         finished: a decomposed run.
         values: the thresholds, in [0, 1].
         tasks: the sub-tasks to score.
+        force: whether to begin the table anew.
         progress: whether to show progress bars.
 
     Raises:
@@ -139,7 +145,7 @@ def sweep_threshold(
     values = check_setting(SweepSettings, "threshold", values)
     rates = finished.rates()
     rule = FiringRule.of(finished.decomposition().settings)
-    with _table(finished, "threshold", tasks, {"min_fraction": rule.min_fraction}) as table:
+    with _table(finished, "threshold", tasks, {"min_fraction": rule.min_fraction}, force=force) as table:
         test = TestSet.of(finished.data.test)
         for value in _missing(table, values):
             decomposition = decompose(rates, value, rule.min_fraction)
@@ -148,7 +154,13 @@ def sweep_threshold(
 
 
 def sweep_epsilon(
-    finished: FinishedRun, rule: str, values: Sequence[float], tasks: Sequence[Sequence[int]], *, progress: bool = True
+    finished: FinishedRun,
+    rule: str,
+    values: Sequence[float],
+    tasks: Sequence[Sequence[int]],
+    *,
+    force: bool = False,
+    progress: bool = True,
 ) -> list[SweepPoint]:
     """Decompose the model anew at every epsilon, by attributions or activation shares, and measure.
 
@@ -160,6 +172,7 @@ def sweep_epsilon(
         rule: "attribution" or "share".
         values: epsilons in [0, 1].
         tasks: sub-tasks to score.
+        force: whether to begin the table anew.
         progress: show progress bars.
 
     Raises:
@@ -168,7 +181,7 @@ def sweep_epsilon(
     one_of(BudgetRule.NAMES)("rule", rule)
     values = check_setting(SweepSettings, rule, values)
     scores = run_scores(finished, rule, progress=progress)
-    with _table(finished, rule, tasks, {}) as table:
+    with _table(finished, rule, tasks, {}, force=force) as table:
         test = TestSet.of(finished.data.test)
         for value in _missing(table, values):
             decomposition = decompose(scores, epsilon=value)
@@ -183,6 +196,7 @@ def sweep_weight(
     tasks: Sequence[Sequence[int]],
     *,
     device: str = "auto",
+    force: bool = False,
     progress: bool = True,
 ) -> list[SweepPoint]:
     """Train the run again with other weights of one term, decompose each at the run's threshold, and measure.
@@ -196,6 +210,7 @@ def sweep_weight(
         values: the weights, at least 0.
         tasks: the sub-tasks to score.
         device: the device that models are tested on.
+        force: whether to begin the table anew; trainings that are there serve again.
         progress: whether to show progress bars.
 
     Raises:
@@ -205,7 +220,7 @@ def sweep_weight(
         raise ValueError(f"weight: expected one of {', '.join(TERMS)}, got {weight!r}")
     values = check_setting(SweepSettings, weight, values)
     example = finished.decomposition()
-    with _table(finished, weight, tasks, asdict(rule_of(example.settings))) as table:
+    with _table(finished, weight, tasks, asdict(rule_of(example.settings)), force=force) as table:
         test = TestSet.of(finished.data.test)
         for value in _missing(table, values):
             point = finished
@@ -251,7 +266,7 @@ def _measure(
 
 
 def _table(
-    finished: FinishedRun, parameter: str, tasks: Sequence[Sequence[int]], settings: dict[str, Any]
+    finished: FinishedRun, parameter: str, tasks: Sequence[Sequence[int]], settings: dict[str, Any], *, force: bool
 ) -> AbstractContextManager[ResultsFile]:
     listed = ";".join(" ".join(map(str, task)) for task in tasks)
     source = {
@@ -262,7 +277,7 @@ def _table(
         "subtasks_sha256": hashlib.sha256(listed.encode()).hexdigest(),
         **settings,
     }
-    return ResultsFile.locked(finished.run.path / f"sweep_{parameter}.csv", KIND, COLUMNS, source)
+    return ResultsFile.locked(finished.run.path / f"sweep_{parameter}.csv", KIND, COLUMNS, source, force=force)
 
 
 def _missing(table: ResultsFile, values: Sequence[float]) -> list[float]:

@@ -33,9 +33,11 @@ from moda.checks import number
 from moda.data import DataSplits
 from moda.data.batches import Batch, BatchLoader, EpochOrder
 from moda.files import FormatError, format_errors, parse_torch, remove_partial_files
+from moda.hints import command_line
 from moda.methods.base import TASK
 from moda.methods.mwt import PreparedGates
 from moda.observation.taps import Route, observe, taps_of
+from moda.requirements import lightning_problem
 from moda.runs.checksums import read_checked, write_checked
 from moda.runs.config import RUNTIME_SETTINGS, TrainingConfig
 from moda.runs.folder import RunFolder, create_model, load_data
@@ -46,8 +48,8 @@ from moda.training.processes import SHARDED, SHARDED_PRECISIONS, process_rank, s
 from moda.training.progress import TrainingProgress
 from moda_kernels import ModularLoss, backends
 
-if find_spec("lightning") is None:
-    raise ImportError("training needs Lightning, which is not installed: pip install 'moda-kernels[train]'")
+if (_problem := lightning_problem()) is not None:
+    raise ImportError(_problem)
 import lightning.pytorch as lightning
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins.io import CheckpointIO
@@ -608,7 +610,8 @@ def _fit(module: ModularModule, data: _Data, recorder: _RunRecorder, checkpoint:
 def _interruption(run: RunFolder) -> str:
     rows = read_metrics(run.metrics) if run.metrics.exists() else []
     done = int(rows[-1]["epoch"]) if rows else 0
-    return f"interrupted after {done} of {run.config.epochs} epochs; go on with: moda train {run.path} --resume"
+    hint = command_line("train", run.path, "--resume")
+    return f"interrupted after {done} of {run.config.epochs} epochs; go on with: {hint}"
 
 
 def _trainer(recorder: _RunRecorder) -> lightning.Trainer:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from moda import requirements
 from moda.cli import app as cli
 from moda.cli.arguments import parse_classes
 from moda.composition import measure
@@ -154,6 +157,10 @@ def test_no_command_replaces_what_it_should_not(moda: Moda, run: Path, tmp_path:
     for command in (["report", run], ["export", run, "--classes", "1"]):
         status, _, err = moda(*command, "-o", run / "config.json")
         assert (status, "config.json: exists already; replace it with --force" in err) == (1, True)
+    for command in (["report", run, "--force"], ["export", run, "--classes", "1", "--force"]):
+        (tmp_path / "thesis.pt2").write_text("no result of ours")
+        status, _, err = moda(*command, "-o", tmp_path / "thesis.pt2")
+        assert (status, "thesis.pt2: holds something else than such a result" in err) == (1, True)
     target = tmp_path / "composed"
     assert moda("compose", run, "--classes", "1,7", "-o", target)[0] == 0
     status, _, err = moda("compose", run, "--classes", "1,8", "-o", target)
@@ -162,6 +169,58 @@ def test_no_command_replaces_what_it_should_not(moda: Moda, run: Path, tmp_path:
     assert moda("compose", run, "--classes", "1,8", "-o", target, "--force")[0] == 0
     assert json.loads((target / "composed.json").read_text())["classes"] == [1, 8]
     assert {path: path.read_bytes() for path in run.rglob("*.safetensors")} == before
+
+
+def test_paths_are_printed_as_they_are_and_quoted_in_hints(
+    moda: Moda, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is printed can be copied: neither markup nor line breaks change a path, and a shell reads it back."""
+    monkeypatch.setenv("COLUMNS", "40")
+    folder = tmp_path / "my  [red]runs[/red] :smile: é 'x'"
+    shutil.copytree(run, folder)
+    status, out, _ = moda("decompose", folder)
+    assert (status, f"Modules: {folder}/decomposition/\n" in out) == (0, True)
+    hint = next(line for line in out.splitlines() if line.startswith("Next: "))
+    assert shlex.split(hint.removeprefix("Next: ")) == ["moda", "compose", str(folder), "--classes", "0,1"]
+    shutil.rmtree(folder / "decomposition")
+    status, _, err = moda("compose", folder, "-c", "1")
+    assert shlex.split(err.partition("do it with: ")[2].strip()) == ["moda", "decompose", str(folder)]
+    (folder / "model.safetensors").unlink()
+    status, _, err = moda("decompose", folder)
+    assert shlex.split(err.partition("finish it with: ")[2].strip()) == ["moda", "train", str(folder), "--resume"]
+
+
+@pytest.mark.parametrize("command", ["evaluate", "decompose", "compose"])
+def test_a_flipped_bit_in_the_weights_is_seen(moda: Moda, run: Path, tmp_path: Path, command: str) -> None:
+    for name in ("config.json", "checksums.json", "model.safetensors"):
+        shutil.copyfile(run / name, tmp_path / name)
+    weights = bytearray((run / "model.safetensors").read_bytes())
+    weights[-100] ^= 1
+    (tmp_path / "model.safetensors").write_bytes(weights)
+    status, _, err = moda(command, tmp_path, *(["-c", "1"] if command == "compose" else []))
+    assert (status, err.count("\n")) == (1, 1)
+    assert f"{tmp_path / 'model.safetensors'}: its SHA-256 is " in err
+    assert "it was damaged or changed" in err
+
+
+def test_lightning_that_is_missing_or_unsafe(moda: Moda, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One line that says what to install, from every command that trains, and nothing is made."""
+    commands = {
+        "train": ["train", tmp_path / "x"],
+        "study": ["study", tmp_path / "x"],
+        "replace": ["replace", tmp_path / "x", "--data", "digits", "--image-size", "16", "--strong-model", "small_vgg"],
+        "demo": ["demo", tmp_path / "x"],
+    }
+    for version, words in ((None, "pip install 'moda-kernels[train]'"), ("2.5.6", "pip install 'lightning>=2.6'")):
+        monkeypatch.setattr(requirements, "_installed", lambda package, version=version: version)
+        for arguments in commands.values():
+            for loaded in [name for name in sys.modules if name.startswith(("moda.training", "moda.demo.run"))]:
+                monkeypatch.delitem(sys.modules, loaded)
+            status, out, err = moda(*arguments)
+            assert (status, out, err.count("\n")) == (1, "", 1)
+            assert err.startswith("moda: training needs Lightning")
+            assert words in err
+    assert not (tmp_path / "x").exists()
 
 
 def test_resume_auto(moda: Moda, tmp_path: Path) -> None:
@@ -281,9 +340,9 @@ def test_two_processes(moda: Moda, tmp_path: Path) -> None:
         (["train", "{tmp}/x", "--epochs", "many"], 2, "Invalid value for '--epochs'"),
         (["train", "{tmp}/x", "--epochs", "0"], 1, "epochs: expected at least 1, got 0"),
         (["train", "{tmp}/x", "--lr", "-1"], 1, "learning_rate: expected a finite number greater than 0, got -1.0"),
-        (["train", "{tmp}/x", "--model", "vgg99"], 1, "name: expected one of lenet5, vgg16, "),
-        (["train", "{tmp}/x", "--data", "mnist"], 1, "name: expected one of digits, cifar10, "),
-        (["train", "{tmp}/x", "--class-list", "l"], 1, "options: digits takes seed, channels, image_size, got class_list"),
+        (["train", "{tmp}/x", "--model", "vgg99"], 1, "--model: expected one of lenet5, vgg16, "),
+        (["train", "{tmp}/x", "--data", "mnist"], 1, "--data: expected one of digits, cifar10, "),
+        (["train", "{tmp}/x", "--class-list", "l"], 1, "--class-list: options: digits takes seed, channels, image_size, got class_list"),
         (["train", "{tmp}/x", "--model", "lenet5"], 1, "image_size"),
         (["train", "{tmp}/x", "--standard", "--affinity", "1"], 2, "--standard trains without the modular terms; drop --affinity"),
         (["train", "{run}"], 1, "{run}: holds a run already; resume it, or choose another folder"),

@@ -187,7 +187,7 @@ def test_study(moda, tmp_path, monkeypatch):
         (["sweep", "RUN", "--threshold", "2"], 1, "threshold: expected numbers in [0, 1], got 2.0"),
         (["export", "RUN", "-o", "x.pt2"], 2, "Missing option '--classes'"),
         (["export", "RUN", "-c", "1,1", "-o", "x.pt2"], 1, "classes: expected every class once, got 1 more than once"),
-        (["export", "RUN", "-c", "1", "-o", "x.pth"], 1, "path: expected a name that ends in .pt2 or .onnx, got 'x.pth'"),
+        (["export", "RUN", "-c", "1", "-o", "x.pth"], 1, "output: expected a name that ends in .pt2 or .onnx, got 'x.pth'"),
         (["replace", "x", "--strategy", "glue"], 1, "strategies: expected some of calibrate, normalize, got ['glue']"),
         (["import", "none.pt", "x", "--model", "vgg16", "--data", "digits"], 1, "none.pt: no such file"),
         (["study", "x", "--models", "vgg99"], 1, "models: expected some of small_vgg, lenet5, resnet18, mobilenet, got ['vgg99']"),

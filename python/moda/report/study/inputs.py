@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from moda.files import FormatError
+from moda.hints import command_line
 from moda.runs.config import RUNTIME_SETTINGS, TERMS, TrainingConfig
 from moda.runs.folder import RunFolder
 from moda.runs.metrics import read_metrics
@@ -75,7 +76,8 @@ class RunResults:
         if len({source.get("masks_sha256") for source in sources}) > 1:
             raise FormatError(
                 f"{folder}: reuse.csv and analysis.json are of different modules; "
-                f"make both again: moda analyze {folder}, and moda reuse {folder} after removing reuse.csv"
+                f"make both again: {command_line('analyze', folder, '--force')}, and "
+                f"{command_line('reuse', folder, '--force')}"
             )
         tables = {name: folder / f"sweep_{name}.csv" for name in SWEPT}
         return cls(
@@ -119,7 +121,7 @@ class Replacement:
         path = results_file(folder)
         results = read_replacements(path)
         if not results:
-            raise FormatError(f"{path}: holds no result; make it with: moda replace {folder}")
+            raise FormatError(f"{path}: holds no result; make it with: {command_line('replace', folder)}")
         return cls(label, RunFolder.open(folder / f"weak-{results[0].mixed_class}").config, results)
 
 
@@ -227,11 +229,11 @@ def _command(folder: Path, label: str) -> str:
     """Return the command line that makes a study's folder."""
     description = STUDY.read(folder / DESCRIPTION)
     models, seeds = (dict.fromkeys(str(run[name]) for run in description["runs"]) for name in ("model", "seed"))
-    command = (
-        f"moda study {label} --models {','.join(models)} --seeds {','.join(seeds)} --epochs {description['epochs']} "
-        f"--batch-size {description['batch_size']}"
-    )
-    return command + (f" --per-size {description['per_size']}" if description["per_size"] else "")
+    options = ["--models", ",".join(models), "--seeds", ",".join(seeds), "--epochs", str(description["epochs"])]
+    options += ["--batch-size", str(description["batch_size"])]
+    if description["per_size"]:
+        options += ["--per-size", str(description["per_size"])]
+    return command_line("study", Path(label), *options)
 
 
 # These settings neither tell settings apart nor change how results compare.
