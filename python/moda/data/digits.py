@@ -8,6 +8,9 @@ from torch.nn import functional as F
 from moda.checks import check_count
 from moda.data.splits import DataSplits, InMemory, require
 
+MOST_VALUES = 1 << 18
+"""Numbers of an image at most: all images are in memory, 2 GiB with so many."""
+
 
 def load(root: object, *, seed: int = 0, channels: int = 3, image_size: int = 8) -> DataSplits:
     """Load the digits with values in [0, 1], split 80/20 with equal shares of every class.
@@ -25,6 +28,11 @@ def load(root: object, *, seed: int = 0, channels: int = 3, image_size: int = 8)
     check_count("seed", seed, least=0)
     check_count("channels", channels)
     check_count("image_size", image_size)
+    if channels * image_size**2 > MOST_VALUES:
+        raise ValueError(
+            f"image_size: expected images of at most {MOST_VALUES:,} values, got {channels} channels of {image_size} x "
+            f"{image_size} pixels"
+        )
     data_sets = require("sklearn.datasets", "digits", "train")
     selection = require("sklearn.model_selection", "digits", "train")
     digits = data_sets.load_digits()

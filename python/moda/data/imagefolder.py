@@ -10,7 +10,10 @@ from torch.utils.data import Dataset
 from moda.checks import check_count
 from moda.data.splits import DataSplits, Transformed, require
 from moda.data.vision import IMAGENET_MEAN, IMAGENET_STD
+from moda.files import read_bytes
 
+LARGEST_LIST = 1 << 24
+"""Bytes of a list of classes at most."""
 _RESIZE_OVER_CROP = 256 / 224
 
 
@@ -72,10 +75,12 @@ def read_class_list(path: Path) -> dict[str, str]:
         FileNotFoundError: no such file.
         ValueError: it holds no class, or one twice.
     """
+    if not path.exists():
+        raise FileNotFoundError(f"class_list: {path} is not there")
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
-        raise FileNotFoundError(f"class_list: {path} is not there") from None
+        lines = read_bytes(path, LARGEST_LIST).decode("utf-8").splitlines()
+    except ValueError as error:
+        raise ValueError(f"class_list: {path} is no list of classes: {error}") from None
     names: dict[str, str] = {}
     for number, line in enumerate(lines, start=1):
         folder, _, name = line.strip().partition(" ")

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 
 from moda.lazy import submodules
@@ -49,6 +50,11 @@ _OF_ANY_SIZE: dict[str, Callable[..., nn.Module]] = {
     "incecnn": incecnn,
 }
 
+MOST_PARAMETERS = 1 << 31
+"""What `create` makes at most: 8 GiB of weights, some hundred times the largest published model here."""
+WIDE, LARGE = 2, 512
+"""Width and image size above which models are counted before they are made."""
+
 NAMES: tuple[str, ...] = (*_OF_ONE_SIZE, *_OF_ANY_SIZE)
 """What `create` knows."""
 
@@ -67,7 +73,7 @@ def create(
             pooling (resnet18, mobilenet, incecnn) are the same for all sizes.
 
     Raises:
-        ValueError: the name is unknown or a number out of range.
+        ValueError: the name is unknown, a number out of range, or the model would have more than `MOST_PARAMETERS`.
         TypeError: an argument is of the wrong type.
 
     Example:
@@ -79,11 +85,31 @@ def create(
     if name not in NAMES:
         raise ValueError(f"name: expected one of {', '.join(NAMES)}, got {name!r}")
     options: dict[str, Any] = {"num_classes": num_classes, "in_channels": in_channels, "width": width}
-    if name in _OF_ANY_SIZE:
-        return _OF_ANY_SIZE[name](**options)
-    if image_size is not None:
+    if name in _OF_ONE_SIZE and image_size is not None:
         options["image_size"] = image_size
-    return _OF_ONE_SIZE[name](**options)
+    make = _OF_ANY_SIZE.get(name) or _OF_ONE_SIZE[name]
+    if _may_be_large(width, WIDE) or _may_be_large(image_size, LARGE):
+        _check_size(make, options)
+    return make(**options)
+
+
+def _may_be_large(value: Any, usual: int) -> bool:
+    return isinstance(value, int | float) and value > usual
+
+
+def _check_size(make: Callable[..., nn.Module], options: dict[str, Any]) -> None:
+    """Count the parameters of a model that takes no memory: the numbers may be those of a file from elsewhere."""
+    try:
+        with torch.device("meta"):
+            count = sum(parameter.numel() for parameter in make(**options).parameters())
+    except (RuntimeError, OverflowError):  # not even their number can be held
+        count = None
+    if count is None or count > MOST_PARAMETERS:
+        shown = "too many to count" if count is None else f"{count:,}"
+        raise ValueError(
+            f"width: expected a model of at most {MOST_PARAMETERS:,} parameters, got {options['width']}, with which it "
+            f"has {shown}"
+        )
 
 
 __getattr__ = submodules(__name__)

@@ -146,6 +146,7 @@ class TrainingConfig(Settings, command="train"):
         1,
         help="The number of GPUs, or of processes on the CPU; under torchrun, torchrun says it.",
         at_least=1,
+        at_most=1 << 16,
         panel=_MACHINE,
         runtime=True,
     )
@@ -160,6 +161,7 @@ class TrainingConfig(Settings, command="train"):
         600.0,
         help="The seconds for which processes wait for one another before they give up.",
         above=0,
+        at_most=1e7,
         panel=_MACHINE,
         runtime=True,
     )
@@ -167,6 +169,7 @@ class TrainingConfig(Settings, command="train"):
         0,
         help="The processes that load data beside the one that trains.",
         at_least=0,
+        at_most=1024,
         panel=_MACHINE,
         option="--workers",
         runtime=True,

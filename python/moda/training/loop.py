@@ -11,48 +11,41 @@ alone. (On a GPU this also takes deterministic kernels in the model: cuDNN is as
 from __future__ import annotations
 
 import copy
-import io
 import logging
 import signal
 import threading
 import time
 import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, cast
 
+import lightning.pytorch as lightning
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.callbacks import Checkpoint
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from moda.checks import number
 from moda.data import DataSplits
 from moda.data.batches import Batch, BatchLoader, EpochOrder
-from moda.files import FormatError, format_errors, parse_torch, remove_partial_files
+from moda.files import remove_partial_files
 from moda.hints import command_line
 from moda.methods.base import TASK
 from moda.methods.mwt import PreparedGates
 from moda.observation.taps import Route, observe, taps_of
-from moda.requirements import lightning_problem
-from moda.runs.checksums import read_checked, write_checked
 from moda.runs.config import RUNTIME_SETTINGS, TrainingConfig
 from moda.runs.folder import RunFolder, create_model, load_data
 from moda.runs.gated import method_of, with_gates
 from moda.runs.lock import locked
 from moda.runs.metrics import MetricsFile, read_metrics
+from moda.training.checkpoint import CHECKPOINT_VERSION, SafeCheckpointIO, check_checkpoint, check_own_part
 from moda.training.processes import SHARDED, SHARDED_PRECISIONS, process_rank, shard, trainer_options, whole_weights
 from moda.training.progress import TrainingProgress
 from moda_kernels import ModularLoss, backends
-
-if (_problem := lightning_problem()) is not None:
-    raise ImportError(_problem)
-import lightning.pytorch as lightning
-from lightning.pytorch.callbacks import Checkpoint
-from lightning.pytorch.plugins.io import CheckpointIO
 
 __all__ = [
     "ModularModule",
@@ -64,7 +57,6 @@ __all__ = [
     "train",
 ]
 
-CHECKPOINT_VERSION = 1
 MOST_CLASSES_SUMMED = 200
 """Over several processes, class sums of all classes are added up to so many classes, else of those present alone: where
 the crossover lies depends on the model and the network (docs/distributed.md)."""
@@ -268,14 +260,7 @@ class ModularModule(lightning.LightningModule):
         Raises:
             FormatError: the checkpoint is of another version or of a training with other settings.
         """
-        ours = checkpoint.get("moda", {})
-        if ours.get("format_version") != CHECKPOINT_VERSION:
-            version = ours.get("format_version")
-            raise FormatError(f"checkpoint: expected format_version {CHECKPOINT_VERSION}, got {version}")
-        for name, value in self.config.to_dict().items():
-            saved = ours["config"].get(name)
-            if saved != value and name not in RUNTIME_SETTINGS:
-                raise FormatError(f"checkpoint: made with {name}={saved!r}, this run has {value!r}")
+        ours = check_own_part("checkpoint", checkpoint.get("moda"), self.config)
         self._random_state = ours["random_state"]
         sums = ours["train_sums"]
         if sums is not None:  # of all processes: one of them goes on from it
@@ -345,61 +330,6 @@ class _Data(lightning.LightningDataModule):
         )
         on_gpu = trainer.strategy.root_device.type == "cuda"
         return BatchLoader(dataset, order, num_workers=self.config.num_workers, pin_memory=on_gpu)
-
-
-class _SafeCheckpointIO(CheckpointIO):
-    """Keeps a run's checkpoints: whole or absent, the very ones that were written, and read without running code."""
-
-    def __init__(self, run: RunFolder) -> None:
-        self.run = run
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        buffer = io.BytesIO()
-        torch.save(checkpoint, buffer)
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        write_checked(self.run.path, Path(path), buffer.getvalue())
-
-    def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = True) -> dict[str, Any]:
-        return _read_checkpoint(self.run, Path(path))
-
-    def remove_checkpoint(self, path: Any) -> None:
-        Path(path).unlink(missing_ok=True)
-
-
-def _read_checkpoint(run: RunFolder, path: Path) -> dict[str, Any]:
-    """Read a checkpoint of a run without running anything in it.
-
-    Raises:
-        FormatError: it is not the one that was written, or holds anything but tensors and plain values.
-    """
-    checkpoint = parse_torch(path, read_checked(run.path, path))
-    if not isinstance(checkpoint, dict):
-        raise FormatError(f"{path}: not a checkpoint: it holds a {type(checkpoint).__name__}")
-    return checkpoint
-
-
-def _check_checkpoint(run: RunFolder, names: Collection[str]) -> None:
-    """Check the last checkpoint before Lightning reads it, as some of its strategies would run what is inside.
-
-    Raises:
-        FormatError: as `_read_checkpoint`, or it is not one of this run: entries are missing, its weights have other
-            names or are not finite, or its learning rate is none that the schedule gives.
-    """
-    path = run.last_checkpoint
-    checkpoint = _read_checkpoint(run, path)
-    with format_errors(path):
-        missing = sorted({"state_dict", "optimizer_states", "lr_schedulers", "loops", "moda"} - checkpoint.keys())
-        if missing:
-            raise ValueError(f"entry {missing[0]!r} is missing")
-        weights = checkpoint["state_dict"]
-        if not isinstance(weights, dict) or weights.keys() != set(names):
-            raise ValueError("state_dict: expected the weights of this run's model, got others")
-        broken = [name for name, tensor in weights.items() if not bool(torch.isfinite(tensor).all())]
-        if broken:
-            raise ValueError(f"state_dict: expected finite weights, got others in {broken[0]}; the training diverged")
-        (optimizer,) = checkpoint["optimizer_states"]
-        for group in optimizer["param_groups"]:
-            number(0, run.config.learning_rate)("optimizer_states: learning rate", group["lr"])
 
 
 class _RunRecorder(Checkpoint):
@@ -543,7 +473,7 @@ def _trained(
         return TrainingResult(run, module.model, read_metrics(run.metrics)[-1], 0.0)
     resume = resume and run.last_checkpoint.exists()
     if resume:
-        _check_checkpoint(run, module.state_dict().keys())
+        check_checkpoint(run, module)
     unsharded = _plain_copy(module.model) if config.strategy == SHARDED else None
     recorder = _RunRecorder(run, progress, resumed=resume)
     _fit(module, _Data(data, config), recorder, run.last_checkpoint if resume else None)
@@ -598,7 +528,7 @@ def _fit(module: ModularModule, data: _Data, recorder: _RunRecorder, checkpoint:
     interrupt = signal.getsignal(signal.SIGINT)
     try:
         with _quiet_lightning(), _deterministic_cudnn():
-            _trainer(recorder).fit(module, datamodule=data, ckpt_path=checkpoint)
+            _trainer(recorder).fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
     except (KeyboardInterrupt, SystemExit):
         raise TrainingInterrupted(_interruption(recorder.run)) from None
     finally:
@@ -623,7 +553,7 @@ def _trainer(recorder: _RunRecorder) -> lightning.Trainer:
         logger=_tensorboard(recorder.run) if config.tensorboard else False,
         log_every_n_steps=1,  # what is logged per step is the recorder's choice
         callbacks=[recorder],
-        plugins=[_SafeCheckpointIO(recorder.run)],
+        plugins=[SafeCheckpointIO(recorder.run)],
         default_root_dir=recorder.run.path,
         enable_progress_bar=False,
         enable_model_summary=False,

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -569,6 +570,27 @@ def rename_weight(checkpoint: dict[str, Any]) -> None:
     checkpoint["state_dict"]["x"] = checkpoint["state_dict"].popitem()[1]
 
 
+def group(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    return checkpoint["optimizer_states"][0]["param_groups"][0]
+
+
+def momentum(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    return checkpoint["optimizer_states"][0]["state"][0]
+
+
+def progress(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    return checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that was stopped in its second epoch."""
+    folder = tmp_path_factory.mktemp("stopped") / "run"
+    with pytest.raises(TrainingInterrupted):
+        tiny_train(folder, progress=StopAfter(4))
+    return folder
+
+
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
@@ -581,11 +603,44 @@ def rename_weight(checkpoint: dict[str, Any]) -> None:
         (rename_weight, "state_dict: expected the weights of this run's model"),
         (lambda c: c.update(optimizer_states=[]), "last.ckpt: "),
         (lambda c: c["optimizer_states"][0].pop("param_groups"), "entry 'param_groups' is missing"),
+        (lambda c: c["optimizer_states"][0]["state"].clear(), "expected a momentum of every weight, got none"),
+        (lambda c: c["optimizer_states"][0].update(state=[1]), "optimizer_states: state: expected an object, got list"),
+        (
+            lambda c: momentum(c).update(momentum_buffer=torch.ones(7)),
+            "momentum of 0: expected .*, got torch.float32 .7,.",
+        ),
+        (lambda c: momentum(c)["momentum_buffer"].fill_(math.nan), "momentum of 0: expected finite numbers"),
+        (
+            lambda c: c["optimizer_states"][0]["state"].update({99: {}}),
+            "expected the weights of this run's model, got one of 99",
+        ),
+        (lambda c: group(c).update(lr=0.01), "learning rate: expected 0.0426777 in epoch 1, got 0.01"),
+        (lambda c: group(c).update(momentum=5.0), "momentum: expected 0.9, got 5.0"),
+        (lambda c: group(c).update(weight_decay=1.0), "weight_decay: expected 0, got 1.0"),
+        (lambda c: c["lr_schedulers"].clear(), "lr_schedulers: expected at least 1 entries"),
+        (lambda c: c["lr_schedulers"][0].update(T_max=10**9), "T_max: expected 4, got 1000000000"),
+        (lambda c: c["lr_schedulers"][0].update(base_lrs=[1e9]), "base_lrs: expected .0.05., got "),
+        (lambda c: c["lr_schedulers"][0].update(last_epoch=-3), "last_epoch: expected at least 0, got -3"),
+        (lambda c: c["loops"].pop("fit_loop"), "loops: expected an object, got NoneType"),
+        (lambda c: c["loops"]["fit_loop"].pop("epoch_progress"), "entry 'epoch_progress' is missing"),
+        (lambda c: progress(c).update(completed=10**6), "epoch_progress: completed: expected at most 4"),
+        (lambda c: progress(c).update(processed="1"), "processed: expected an integer, got str"),
+        (lambda c: c.update(global_step=10**6), "expected as many steps as global_step, 1000000, got 3"),
+        (
+            lambda c: c["state_dict"].update({"model.0.weight": torch.ones(4, 1, 5, 5)}),
+            "model.0.weight: expected .*, got ",
+        ),
+        (lambda c: c["moda"].update(format_version=9), "expected format_version 1, got 9"),
+        (lambda c: c["moda"].pop("random_state"), "entry 'random_state' is missing"),
+        (lambda c: c["moda"].update(random_state={"cpu": torch.ones(3)}), "expected the state of a random generator"),
+        (lambda c: c["moda"].update(train_sums="x"), "train_sums: expected finite sums"),
+        (lambda c: c["moda"].update(config=None), "config: expected an object, got NoneType"),
     ],
 )
-def test_an_edited_checkpoint_is_refused(tmp_path: Path, edit: Callable[[dict[str, Any]], None], message: str) -> None:
-    with pytest.raises(TrainingInterrupted):
-        tiny_train(tmp_path / "run", progress=StopAfter(4))
+def test_an_edited_checkpoint_is_refused(
+    tmp_path: Path, stopped: Path, edit: Callable[[dict[str, Any]], None], message: str
+) -> None:
+    shutil.copytree(stopped, tmp_path / "run")
     last = tmp_path / "run" / "checkpoints" / "last.ckpt"
     checkpoint = torch.load(last, weights_only=True)
     edit(checkpoint)
