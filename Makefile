@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := pyproject.toml setup.py CMakeLists.txt moda_kernels/_version.py $(wildcard csrc/*.* csrc/*/*.*)
 
-.PHONY: demo test test-other-torch lint bench gpu clean
+.PHONY: demo test test-other-torch test-oldest lint bench soak gpu clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed
@@ -28,6 +28,14 @@ test-other-torch: $(VENV)/installed-dev
 	    pytest-benchmark pytest-timeout pytest-xdist selenium setuptools pybind11 cmake ninja build
 	$(OTHER) -m pytest -n 2
 
+# The tests of files, runs and commands with the oldest packages that pyproject.toml allows (requirements/oldest.txt).
+OLDEST := $(VENV)/oldest/bin/python
+test-oldest: $(VENV)/installed-dev
+	$(PYTHON) -m venv $(VENV)/oldest
+	$(OLDEST) -m pip install --quiet "$(TORCH)" "numpy==1.26.0"
+	$(OLDEST) -m pip install --quiet --constraint requirements/oldest.txt --editable ".[train]" pillow pytest pytest-timeout
+	$(OLDEST) -m pytest -n 0 tests/moda/cli tests/moda/runs tests/moda/training/test_training.py tests/moda/test_hostile_files.py
+
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -37,6 +45,10 @@ lint: $(VENV)/installed-dev
 bench: $(VENV)/installed-dev
 	$(BIN)/moda bench
 	$(BIN)/python -m benchmarks.render
+
+# Breaks files, trainings and inputs by what the tests do, ten times as often; one table comes last. Takes half an hour.
+soak: $(VENV)/installed-dev
+	$(BIN)/python -m benchmarks.soak
 
 # On a machine with an NVIDIA GPU, network or not, with the PyTorch and Triton that $(PYTHON) has: builds, runs the tests
 # marked gpu, compute-sanitizer and the benchmarks; a short table comes last.

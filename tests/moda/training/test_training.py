@@ -655,17 +655,18 @@ class Slow(TrainingProgress):
         time.sleep(0.04)
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
-def test_twenty_kills_change_nothing(tmp_path: Path) -> None:
-    """Killed at twenty random moments, begun or resumed by the same call each time, it ends as one that never stopped."""
-    options = {"checkpoint_every_steps": 1, "epochs": 25}
-    moments, ended = random.Random(0), []
-    for _ in range(20):
+KILLED_OFTEN = {"checkpoint_every_steps": 1, "epochs": 25}
+
+
+def kill_often(folder: Path, kills: int, seed: int) -> int:
+    """Begin or resume a training by the same call so many times, each killed at a random moment; how many were."""
+    moments, ended = random.Random(seed), []
+    for _ in range(kills):
         child = os.fork()
         if child == 0:
             status = 1
             try:
-                tiny_train(tmp_path / "run", resume="auto", progress=Slow(shown=False), **options)
+                tiny_train(folder, resume="auto", progress=Slow(shown=False), **KILLED_OFTEN)
                 status = 0
             finally:
                 os._exit(status)
@@ -673,9 +674,15 @@ def test_twenty_kills_change_nothing(tmp_path: Path) -> None:
         os.kill(child, signal.SIGKILL)
         ended.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
     assert set(ended) <= {0, -signal.SIGKILL}
-    assert ended.count(-signal.SIGKILL) >= 8  # on the fastest machine it is finished some time
-    resumed = tiny_train(tmp_path / "run", resume="auto", **options)
-    assert_same_weights(weights(resumed), weights(tiny_train(tmp_path / "whole", **options)))
+    return ended.count(-signal.SIGKILL)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+def test_twenty_kills_change_nothing(tmp_path: Path) -> None:
+    """Killed at twenty random moments, it ends as one that never stopped."""
+    assert kill_often(tmp_path / "run", 20, seed=0) >= 8  # on the fastest machine it is finished some time
+    resumed = tiny_train(tmp_path / "run", resume="auto", **KILLED_OFTEN)
+    assert_same_weights(weights(resumed), weights(tiny_train(tmp_path / "whole", **KILLED_OFTEN)))
     assert [row["step"] for row in read_metrics(resumed.run.metrics)] == list(range(3, 76, 3))
     assert not [path for path in resumed.run.path.rglob("*") if is_temporary(path)]
 
