@@ -12,7 +12,8 @@ because, with S = sum_k S_k, P_same and P_diff following from the m_k, and N = s
     dispersion  =     1/(2 L P_diff) sum_k S_k . (S - S_k)
     compactness =     A / N
 
-All of it is one buffer of K (D + 2) + 1 numbers and one all-reduce (sum) per step. Activations never travel.
+All of it is one buffer and one all-reduce (sum) per step, of K (D + 2) + 2 numbers: the last one counts the ranks whose
+layers are not those of the last step, so that all learn of it. Activations never travel.
 
 **Which classes the K rows are.** With `num_classes=K` given, row k is class k: one collective, no synchronisation with
 the host, capturable. Without it the ranks first exchange their labels (8 bytes a sample), and the rows are the G <= N
@@ -50,7 +51,7 @@ from __future__ import annotations
 import functools
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 from weakref import WeakKeyDictionary
 
@@ -106,9 +107,9 @@ def grouped_losses(
     `moda_kernels.modular_losses`, checked there.
 
     Raises:
-        ValueError: the ranks disagree on the number of layers, their widths or dtypes, or on num_classes; on every
-            rank. Without `num_classes` this is checked in every step; with it whenever a rank sees a layout for the
-            first time, because reading the others' would be a synchronisation. Not under `torch.compile`.
+        ValueError: the ranks disagree on the number of layers, their widths or dtypes, or on num_classes, in this step;
+            on every rank. On a GPU, with `num_classes`, reading what the others say would be a synchronisation: there a
+            rank whose layout changes raises alone, and the others get NaN. Not under `torch.compile`.
     """
     pooled = _pool(layers, labels, backend)
     layout = _Layout(tuple(layer.shape[1] for layer in layers), tuple(layer.dtype for layer in layers), num_classes)
@@ -121,9 +122,11 @@ def grouped_losses(
     else:
         index, rows = labels.long(), num_classes
         if not torch.compiler.is_compiling():
-            _agree_once(layout, labels.device, group)
+            dtype = functools.reduce(torch.promote_types, [layer.dtype for layer in pooled])
+            _agree_on_sums(_Sums(layout, _numbers(rows, sum(layout.widths)), dtype), labels, group)
+    known = None if torch.compiler.is_compiling() else layout
     losses: tuple[Tensor, Tensor, Tensor] = _GlobalLosses.apply(  # type: ignore[no-untyped-call]
-        index, rows, owners, group, *pooled
+        index, rows, owners, known, group, *pooled
     )
     return losses
 
@@ -144,7 +147,13 @@ class _GlobalLosses(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, index: Tensor, classes: int, owners: _Owners | None, group: ProcessGroup, *pooled: Tensor
+        ctx: Any,
+        index: Tensor,
+        classes: int,
+        owners: _Owners | None,
+        layout: _Layout | None,
+        group: ProcessGroup,
+        *pooled: Tensor,
     ) -> tuple[Tensor, ...]:
         widths = [rows.shape[1] for rows in pooled]
         values = torch.cat(pooled, 1)
@@ -163,7 +172,9 @@ class _GlobalLosses(torch.autograd.Function):
             own=(squares * inverse.square()).sum(1),
             magnitude=(values.abs() * (column_weight * MAGNITUDE_UNIT)).sum(),
         )
-        total = _all_reduced(local, classes, group) if owners is None else _by_owner(local, classes, owners, group)
+        total = (
+            _all_reduced(local, classes, layout, group) if owners is None else _by_owner(local, classes, owners, group)
+        )
 
         layers = len(widths)
         same = total.same / (2 * layers * total.same_pairs.clamp_min(1))
@@ -200,7 +211,7 @@ class _GlobalLosses(torch.autograd.Function):
             column_weight * of_magnitude
         )
         parts = torch.split(gradient, ctx.widths, 1)
-        return (None, None, None, None, *(part.to(dtype) for part, dtype in zip(parts, ctx.dtypes, strict=True)))
+        return (None, None, None, None, None, *(part.to(dtype) for part, dtype in zip(parts, ctx.dtypes, strict=True)))
 
 
 @dataclass(frozen=True)
@@ -250,11 +261,20 @@ class _Total(NamedTuple):
     diff_pairs: Tensor
 
 
-def _all_reduced(local: _Local, classes: int, group: ProcessGroup) -> _Total:
-    """Every rank gets the sums of all rows, by one all-reduce."""
+def _numbers(classes: int, neurons: int) -> int:
+    """Of the buffer that is all-reduced: sums, squares and sizes of classes, A, and how many ranks have changed."""
+    return classes * (neurons + 2) + 2
+
+
+def _all_reduced(local: _Local, classes: int, layout: _Layout | None, group: ProcessGroup) -> _Total:
+    """Every rank gets the sums of all rows, by one all-reduce.
+
+    Raises:
+        ValueError: another rank's layout is not the `layout` of this one; not on a GPU, where A is NaN then.
+    """
     neurons = local.rows.shape[1]
-    buffer = local.rows.new_zeros(classes * (neurons + 2) + 1)
-    sums, own, sizes, magnitude = torch.split(buffer, [classes * neurons, classes, classes, 1])
+    buffer = local.rows.new_zeros(_numbers(classes, neurons))
+    sums, own, sizes, magnitude, changed = torch.split(buffer, [classes * neurons, classes, classes, 1, 1])
     sums = sums.view(classes, neurons)
     _add_rows(sums, local.index, local.rows)
     _add_rows(own, local.index, local.own)
@@ -263,6 +283,10 @@ def _all_reduced(local: _Local, classes: int, group: ProcessGroup) -> _Total:
     sizes.scatter_add_(0, local.index, local.rows.new_ones(len(local.index)))
     magnitude.add_(local.magnitude)
     dist.all_reduce(buffer, group=group)
+    if layout is not None and buffer.device.type == "cpu" and float(changed) > 0:
+        raise _disagreement(layout, group)
+    # A rank that has changed sends nothing else (`_announce`): what is summed up is not the batch.
+    magnitude = torch.where(changed > 0, torch.nan, magnitude)
     # The total is in float64: where one class is nearly the whole batch, float32 would lose the others in the
     # difference.
     others = (sums.sum(0, dtype=torch.float64) - sums).to(sums.dtype)
@@ -360,31 +384,66 @@ class _Layout:
         return int.from_bytes(hashlib.blake2b(str(self).encode(), digest_size=8).digest(), "big") >> 1
 
 
+class _Sums(NamedTuple):
+    """What ranks that have agreed on a layout all-reduce in every step.
+
+    Attributes:
+        layout: the layout.
+        numbers: the length of the buffer.
+        dtype: its dtype.
+    """
+
+    layout: _Layout
+    numbers: int
+    dtype: torch.dtype
+
+
 @dataclass
 class _Agreed:
     """What the ranks of a group have told each other so far; the same on all of them.
 
     Attributes:
-        layouts: those that all ranks were seen to have.
+        sums: what the last step has all-reduced; None if it began with an exchange of labels, or there was none.
         room: labels per rank that an exchange has room for; grows with the largest batch seen.
     """
 
-    layouts: set[_Layout] = field(default_factory=set)
+    sums: _Sums | None = None
     room: int = 0
 
 
 _agreed: WeakKeyDictionary[ProcessGroup, _Agreed] = WeakKeyDictionary()
 
 
-def _agree_once(layout: _Layout, device: torch.device, group: ProcessGroup) -> None:
-    """Raise on every rank if the ranks' layouts differ; costs a host read when this rank's layout is a new one."""
+def _agree_on_sums(sums: _Sums, labels: Tensor, group: ProcessGroup) -> None:
+    """Raise on every rank if the ranks' layouts differ; costs collectives and host reads when this rank's has changed.
+
+    A rank cannot know whether the others have changed too. So it takes part in the collective that they begin with if
+    they have not, and learns from it.
+    """
     agreed = _agreed.setdefault(group, _Agreed())
-    if layout not in agreed.layouts:
-        # The row is as long as that of a first exchange of labels, so that ranks with and without num_classes both get
-        # an error.
-        header = _all_gather(torch.tensor([layout.digest(), 0], device=device), group)
-        _check_same(header[:, 0].tolist(), layout, group)
-        agreed.layouts.add(layout)
+    if agreed.sums is not None and agreed.sums.layout == sums.layout:
+        return
+    _announce(agreed, sums.layout, labels.device, group)
+    _exchange_labels(labels[:0], sums.layout, agreed.room, group)
+    agreed.sums = sums
+
+
+def _announce(agreed: _Agreed, layout: _Layout, device: torch.device, group: ProcessGroup) -> None:
+    """Where the last step was an all-reduce, take part in one like it, and say that this rank's layout is another now.
+
+    Raises:
+        ValueError: not all ranks have changed.
+    """
+    if agreed.sums is None:
+        return
+    buffer = torch.zeros(agreed.sums.numbers, dtype=agreed.sums.dtype, device=device)
+    buffer[-1] = 1
+    dist.all_reduce(buffer, group=group)
+    if round(float(buffer[-1])) < dist.get_world_size(group):
+        if device.type == "cpu":
+            raise _disagreement(layout, group)
+        raise ValueError(f"activations: expected the layers of the last step as on other ranks, got {layout}")
+    agreed.sums = None
 
 
 @dataclass(frozen=True)
@@ -415,6 +474,7 @@ MESSAGE_BYTES = 256 << 10
 def _present_classes(labels: Tensor, layout: _Layout, group: ProcessGroup) -> tuple[Tensor, int, _Owners | None]:
     """The row of each local sample's class among the rows to exchange, their number, and the owners, if that pays."""
     agreed = _agreed.setdefault(group, _Agreed())
+    _announce(agreed, layout, labels.device, group)
     gathered, samples = _exchange_labels(labels, layout, agreed.room, group)
     if max(samples) > agreed.room:
         agreed.room = max(samples)
@@ -487,8 +547,13 @@ def _all_gather(row: Tensor, group: ProcessGroup) -> Tensor:
 
 def _check_same(digests: Sequence[int], layout: _Layout, group: ProcessGroup) -> None:
     if len(set(digests)) > 1:
-        layouts = gather_objects(str(layout), group)
-        raise ValueError(f"activations: expected the same layers on every rank, got {describe(layouts)}")
+        raise _disagreement(layout, group)
+
+
+def _disagreement(layout: _Layout, group: ProcessGroup) -> ValueError:
+    """The error of ranks that disagree, all of which call this."""
+    layouts = gather_objects(str(layout), group)
+    return ValueError(f"activations: expected the same layers on every rank, got {describe(layouts)}")
 
 
 def gather_objects(value: Any, group: ProcessGroup) -> list[Any]:

@@ -287,16 +287,16 @@ def rank_traffic(rank, num_classes, batch):
 
 
 def test_one_collective_a_step(ranks):
-    """K (D + 2) + 1 numbers once in forward, nothing in backward; labels beside it only where K is not known."""
+    """K (D + 2) + 2 numbers once in forward, nothing in backward; labels beside it only where K is not known."""
     acts, labels = make_batch(32, 5, torch.float32)
     shares = cut(acts, labels, [8] * 4)
     width = sum(shape[0] for shape in SHAPES)
-    sums = ("all_reduce", 12 * (width + 2) + 1, torch.float32)
+    sums = ("all_reduce", 12 * (width + 2) + 2, torch.float32)
     for first, second, backward in ranks(rank_traffic, 12, by_rank=shares):
         assert first == [("all_gather", 2, torch.int64), sums]  # the check of the layers, once
         assert (second, backward) == ([sums], [])
     present = len(labels.unique())
-    sums = ("all_reduce", present * (width + 2) + 1, torch.float32)
+    sums = ("all_reduce", present * (width + 2) + 2, torch.float32)
     for first, second, backward in ranks(rank_traffic, None, by_rank=shares):
         assert first == [("all_gather", 2, torch.int64), ("all_gather", 10, torch.int64), sums]
         assert (second, backward) == ([("all_gather", 10, torch.int64), sums], [])
@@ -372,6 +372,51 @@ def test_ranks_that_disagree_on_num_classes(ranks, other):
 def rank_num_classes(rank, batch):
     num_classes, *batch = batch
     return rank_disagreement(rank, num_classes, batch)
+
+
+CHANGES = {
+    "a layer less": lambda acts: (acts[:-1], 3),
+    "widths exchanged": lambda acts: ([acts[1], acts[0], *acts[2:]], 3),  # the buffer is as long as before
+    "a wider layer": lambda acts: ([acts[0].repeat(1, 9, *[1] * (acts[0].dim() - 2)), *acts[1:]], 3),
+    "another dtype": lambda acts: ([acts[0].double(), *acts[1:]], 3),
+    "more classes": lambda acts: (acts, 9),
+    "labels of any kind": lambda acts: (acts, None),
+}
+
+
+def rank_changing(rank, what, who, first, batch):
+    """Steps of one layout; then the ranks `who` have another one; then all have the first one, and all the other one."""
+    group = dist.new_group()
+    acts, labels = batch
+    other, num_classes = CHANGES[what](acts)
+
+    def step(activations, num_classes):
+        return modular_losses(activations, labels, group=group, num_classes=num_classes).dispersion.item()
+
+    before = [step(acts, first) for _ in range(2)]
+    try:
+        step(other, num_classes) if rank in who else step(acts, first)
+    except ValueError as error:
+        told = str(error)
+    else:
+        told = "no error"
+    return before, told, step(acts, first), [step(other, num_classes) for _ in range(2)], step(acts, first)
+
+
+@pytest.mark.parametrize("who", [[2], [0, 1, 3]], ids=["one", "all but one"])
+@pytest.mark.parametrize(
+    ("what", "first"), [(what, 3) for what in CHANGES] + [("a layer less", None), ("more classes", None)]
+)
+def test_layouts_that_change_after_the_first_step(ranks, what, who, first):
+    """An error on every rank at once, by one number more in the all-reduce; the group is good afterwards."""
+    acts, labels = make_batch(8, 3, torch.float32)
+    results = ranks(rank_changing, what, who, first, by_rank=cut(acts, labels, [2] * 4))
+    for before, told, again, changed, last in results:
+        assert told.startswith("activations: expected the same layers on every rank, got ")
+        assert re.search(rf" on rank {', '.join(map(str, who))}(;|$)", told)
+        assert before == [again, again]
+        assert last == again
+        assert changed == [results[0][3][0]] * 2
 
 
 def test_group_errors(world_of_one):
