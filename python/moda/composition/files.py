@@ -28,6 +28,8 @@ from moda.files import (
     format_errors,
     read_tensors,
     sha256_of,
+    sha256_of_bytes,
+    tensor_bytes,
     write_tensors,
 )
 from moda.structure import Structure
@@ -93,7 +95,7 @@ def save_composed(
 
     Args:
         composed: the model; it may have been trained since.
-        folder: made if need be; each file in it is replaced as a whole, the description last.
+        folder: made if need be; a model that was there is replaced whole or not at all.
         metadata: what else is worth keeping (the source run), anything that JSON can hold.
 
     Raises:
@@ -108,13 +110,14 @@ def save_composed(
     routes = {mode: _described(route) for mode, route in composed.routes.items()}
     folder = Path(folder)
     check_own_folder(folder, DESCRIPTION_FILE)
-    folder.mkdir(parents=True, exist_ok=True)
     tensors = parameters_of(composed)
     first: dict[int, str] = {}
     for name, tensor in tensors.items():
         first.setdefault(id(tensor), name)
     persistent = set(composed.state_dict())
     facts = composed.facts
+    weights = tensor_bytes({name: tensors[name] for name in first.values()})
+    masks = tensor_bytes(composed.masks)
     description = {
         "classes": list(composed.classes),
         "num_classes": composed.num_classes,
@@ -137,11 +140,11 @@ def save_composed(
         "layers": [vars(layer) for layer in facts.layers],
         "whole_parameters": facts.parameters,
         "refused": dict(facts.refused),
-        "weights_sha256": write_tensors(folder / WEIGHTS_FILE, {name: tensors[name] for name in first.values()}),
-        "masks_sha256": write_tensors(folder / MASKS_FILE, composed.masks),
+        "weights_sha256": sha256_of_bytes(weights),
+        "masks_sha256": sha256_of_bytes(masks),
         "metadata": dict(metadata or {}),
     }
-    COMPOSED.write(folder / DESCRIPTION_FILE, description)
+    COMPOSED.write_with(folder / DESCRIPTION_FILE, description, {WEIGHTS_FILE: weights, MASKS_FILE: masks})
 
 
 def _save_ensemble(ensemble: Ensemble, folder: Path, metadata: dict[str, Any]) -> None:

@@ -90,8 +90,8 @@ class Decomposition:
     def save(self, folder: str | Path) -> None:
         """Write the decomposition to a folder, made if need be: `masks.safetensors` and `decomposition.json`.
 
-        Heads, where there are any, go to `heads.safetensors`. Each file is replaced as a whole, the JSON last; it holds
-        the SHA-256 of the others, so a crash in between is seen by `load`.
+        Heads, where there are any, go to `heads.safetensors`. The JSON holds the SHA-256 of the others. A decomposition
+        that was there is replaced whole or not at all, whenever a crash comes.
         """
         description = {
             "method": self.method,

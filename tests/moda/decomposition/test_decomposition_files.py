@@ -6,6 +6,7 @@ import json
 import pickle
 import re
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -318,3 +319,39 @@ def test_metadata_must_be_an_object(finished, tmp_path):
     path.write_text(path.read_text().replace('"metadata": {}', '"metadata": []'))
     with pytest.raises(FormatError, match="metadata: expected an object, got list"):
         rates_metadata(tmp_path)
+
+
+@pytest.mark.parametrize("killed_at", range(1, 8))
+def test_a_kill_leaves_the_old_decomposition_or_the_new_one(tmp_path, monkeypatch, killed_at):
+    """At any of its renames, files and description; what is left is whole, and the next save is good."""
+    old = Decomposition({"a": torch.tensor([[True, False], [True, True]])})
+    new = Decomposition({"a": torch.tensor([[False, True], [True, True]])}, settings={"x": 1})
+    last = Decomposition({"a": torch.tensor([[True, True], [True, True]])})
+    old.save(tmp_path)
+    rename, count = Path.replace, 0
+
+    def kill(self: Path, target: Path) -> Path:
+        nonlocal count
+        count += 1
+        if count == killed_at:
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "replace", kill)
+    with suppress(KeyboardInterrupt):
+        new.save(tmp_path)
+    monkeypatch.undo()
+    left = Decomposition.load(tmp_path)
+    whole = new if left.settings else old
+    assert torch.equal(left.masks["a"], whole.masks["a"])
+    assert (whole is new) == (killed_at > 2)  # the second rename puts the description in its place
+    last.save(tmp_path)
+    assert torch.equal(Decomposition.load(tmp_path).masks["a"], last.masks["a"])
+    assert not [path for path in tmp_path.iterdir() if path.name.endswith(".moda-next")]
+
+
+def test_a_file_of_another_kind_is_never_replaced(tmp_path):
+    (tmp_path / "decomposition.json").write_text('{"format": "thesis", "chapters": 7}')
+    with pytest.raises(ValueError, match=r"decomposition\.json: is a file of another kind \(format 'thesis'\)"):
+        example().save(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["decomposition.json"]

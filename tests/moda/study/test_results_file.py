@@ -88,3 +88,19 @@ def test_a_table_without_its_note_is_refused(tmp_path):
         table(tmp_path / "x.csv")
     with pytest.raises(FormatError, match=r"none\.csv: no such file"):
         read_rows(tmp_path / "none.csv", COLUMNS)
+
+
+def test_a_table_is_begun_anew_where_that_is_asked_for_and_nothing_else_is_replaced(tmp_path):
+    table(tmp_path / "x.csv").append({"name": "a", "value": 1})
+    other = {"weights": "def"}
+    anew = ResultsFile.open(tmp_path / "x.csv", "moda-x", COLUMNS, other, force=True)
+    assert (anew.rows, read_note(tmp_path / "x.csv", "moda-x")["source"]) == ([], other)
+    assert (tmp_path / "x.csv").read_text() == "name,value\n"
+    (tmp_path / "config.json").write_text('{"format": "moda-run", "format_version": 1}')
+    (tmp_path / "thesis.csv").write_text("chapter,pages\n1,20\n")
+    for name in ("config.csv", "thesis.csv"):  # config.json would be the note
+        with pytest.raises(FormatError, match='expected "format": "moda-x"|expected the columns name, value'):
+            ResultsFile.open(tmp_path / name, "moda-x", COLUMNS, other, force=True)
+    assert (tmp_path / "config.json").read_text() == '{"format": "moda-run", "format_version": 1}'
+    assert (tmp_path / "thesis.csv").read_text() == "chapter,pages\n1,20\n"
+    assert not (tmp_path / "config.csv").exists()
