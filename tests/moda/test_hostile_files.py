@@ -21,12 +21,13 @@ import torch
 import moda
 from moda.composition.export import EXPORT, read_provenance
 from moda.composition.files import load_composed, save_composed
+from moda.data.imagefolder import read_class_list
 from moda.decomposition.container import Decomposition
 from moda.decomposition.files import load_rates, rates_metadata, save_rates
 from moda.decomposition.rule import decompose
 from moda.files import FormatError, read_bytes, sha256_of
 from moda.runs.config import TrainingConfig
-from moda.runs.folder import RunFolder
+from moda.runs.folder import RunFolder, create_model, load_data
 from moda.runs.metrics import MetricsFile, read_metrics
 from moda.runs.published import load_published_weights
 from moda.study.analysis_files import read_analysis, write_analysis
@@ -317,3 +318,29 @@ def test_mutated_archives_are_refused_by_name(tmp_path, suffix):
         path.write_bytes(mutate(original, random_))
         error = refusal(lambda: read(path))
         assert error is None or str(path) in error
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"model": "vgg16", "width": 200.0, "data_options": {"image_size": 32}}, "width: expected a model of at most"),
+        ({"width": 1e300}, "width: expected a model of at most"),
+        ({"data_options": {"image_size": 10**6}}, "image_size: expected images of at most"),
+        ({"data_options": {"channels": 10**9}}, "image_size: expected images of at most"),
+    ],
+)
+def test_sizes_that_would_take_all_memory_are_refused(tmp_path, settings, message):
+    """The settings of a run, or of a composed model, may be those of a stranger."""
+    config = TrainingConfig(**settings)
+    with pytest.raises(ValueError, match=message):
+        create_model(config, load_data(config))
+
+
+def test_a_list_of_classes_that_never_ends_is_refused(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", Path("/dev/zero"), tmp_path):
+        with pytest.raises(ValueError, match="class_list: .* cannot be read"):
+            read_class_list(path)
+    (tmp_path / "bytes").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match="class_list: .* is no list of classes"):
+        read_class_list(tmp_path / "bytes")

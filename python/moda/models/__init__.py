@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -99,17 +100,14 @@ def _may_be_large(value: Any, usual: int) -> bool:
 
 def _check_size(make: Callable[..., nn.Module], options: dict[str, Any]) -> None:
     """Count the parameters of a model that takes no memory: the numbers may be those of a file from elsewhere."""
-    try:
-        with torch.device("meta"):
-            count = sum(parameter.numel() for parameter in make(**options).parameters())
-    except (RuntimeError, OverflowError):  # not even their number can be held
-        count = None
-    if count is None or count > MOST_PARAMETERS:
-        shown = "too many to count" if count is None else f"{count:,}"
-        raise ValueError(
-            f"width: expected a model of at most {MOST_PARAMETERS:,} parameters, got {options['width']}, with which it "
-            f"has {shown}"
-        )
+    width = options["width"]
+    expected = f"width: expected a model of at most {MOST_PARAMETERS:,} parameters, got {width}"
+    if _may_be_large(width, MOST_PARAMETERS) and width < math.inf:  # tensors cannot even have such shapes
+        raise ValueError(expected)
+    with torch.device("meta"):
+        count = sum(parameter.numel() for parameter in make(**options).parameters())
+    if count > MOST_PARAMETERS:
+        raise ValueError(f"{expected}, with which it has {count:,}")
 
 
 __getattr__ = submodules(__name__)
