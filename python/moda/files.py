@@ -390,10 +390,16 @@ class Format:
         data = self.to_bytes(entries)
         self._check_replaceable(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        for name, content in files.items():
-            with write_errors(path.with_name(name)):
-                write_bytes(_next(path.with_name(name)), content)
-        write_bytes(path, data)
+        try:
+            for name, content in files.items():
+                with write_errors(path.with_name(name)):
+                    write_bytes(_next(path.with_name(name)), content)
+            write_bytes(path, data)
+        except BaseException:
+            with suppress(OSError):
+                for name in files:
+                    _next(path.with_name(name)).unlink(missing_ok=True)
+            raise
         for name in files:
             with write_errors(path.with_name(name)):
                 _next(path.with_name(name)).replace(path.with_name(name))
