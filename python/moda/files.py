@@ -390,6 +390,7 @@ class Format:
         data = self.to_bytes(entries)
         self._check_replaceable(path)
         path.parent.mkdir(parents=True, exist_ok=True)
+        remove_partial_files(path.parent)
         try:
             for name, content in files.items():
                 with write_errors(path.with_name(name)):

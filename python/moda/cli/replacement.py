@@ -14,7 +14,7 @@ from moda.cli.options import takes
 from moda.cli.printing import say, show, table
 from moda.runs.finished import FinishedRun
 from moda.study.replacement import RESULTS, ReplacementResult
-from moda.study.replacement_study import ReplacementStudy, check_study, run_replacement_study
+from moda.study.replacement_study import ReplacementStudy, run_replacement_study
 
 commands = group()
 
@@ -46,7 +46,6 @@ def replace(
     model. The defaults are the paper's. After Ctrl-C the same command goes on.
     """
     study = ReplacementStudy(**given)
-    check_study(out, study, force=force)
     given_strong = None if strong is None else FinishedRun.open(strong, study.device)
     results = run_replacement_study(out, study, given_strong, force=force)
     _print_results(results)

@@ -26,7 +26,7 @@ from moda.demo.page import demo_page
 from moda.demo.results import SHARES, DemoResult, SeedResult, SubTasks, Trained, to_json
 from moda.demo.settings import DemoSettings
 from moda.demo.tables import comparison, print_tables
-from moda.files import write_bytes, write_json
+from moda.files import is_temporary, remove_partial_files, write_bytes, write_json
 from moda.observation.taps import observe
 from moda.runs.config import TrainingConfig
 from moda.runs.folder import create_model, load_data
@@ -47,10 +47,10 @@ def run_demo(folder: Path, settings: DemoSettings, console: Console) -> DemoResu
         ValueError: `folder` holds something else.
         ImportError: an optional package is missing; the message says which.
     """
+    data = load_data(_config(settings.seeds[0], settings))  # before anything is removed or made
     _clear(folder)
     start = time.perf_counter()
     seeds = [_run_seed(folder / RUNS / f"seed-{seed}", seed, settings, console) for seed in settings.seeds]
-    data = load_data(_config(settings.seeds[0], settings))
     parameters = _parameters(create_model(_config(settings.seeds[0], settings), data))
     result = DemoResult(settings, data.class_names, parameters, seeds, time.perf_counter() - start)
     print_tables(result, console)
@@ -69,9 +69,11 @@ def _clear(folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder}: expected a folder, found a file")
     folder.mkdir(parents=True, exist_ok=True)
-    strangers = sorted(path.name for path in folder.iterdir() if path.name not in (RUNS, PAGE, PICTURE, RESULTS))
+    own = (RUNS, PAGE, PICTURE, RESULTS)
+    strangers = sorted(path.name for path in folder.iterdir() if path.name not in own and not is_temporary(path))
     if strangers:
         raise ValueError(f"{folder}: holds {strangers[0]!r}, which no demo made; choose another folder")
+    remove_partial_files(folder)
     shutil.rmtree(folder / RUNS, ignore_errors=True)
     for name in (PAGE, PICTURE, RESULTS):
         (folder / name).unlink(missing_ok=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -172,7 +172,7 @@ def run_replacement_study(
         ValueError: settings that do not go together, or a folder that is of another kind, holds runs with other
             settings, or results that this study does not make.
     """
-    check_study(folder, study, force=force)
+    _check_folder(folder, study, strong, force=force)
     if strong is None:
         strong = trained(folder / "strong", study.strong_config(), study.device, progress=progress)
     if not strong.run.decomposition.exists():
@@ -193,7 +193,7 @@ def run_replacement_study(
     return list(made.values())
 
 
-def check_study(folder: Path, study: ReplacementStudy, *, force: bool) -> None:
+def _check_folder(folder: Path, study: ReplacementStudy, strong: FinishedRun | None, *, force: bool) -> None:
     """Check, before anything is made, that a folder may take a study's results.
 
     Raises:
@@ -204,8 +204,9 @@ def check_study(folder: Path, study: ReplacementStudy, *, force: bool) -> None:
         return
     checkpoints = [name for name, _ in study.checkpoints]
     for result in there:
-        wanted = {
-            "strong_model": (study.strong_model,),
+        wanted: dict[str, Collection[Any]] = {
+            "strong_model": (study.strong_model if strong is None else strong.run.config.model,),
+            "strong_weights_sha256": (result.strong_weights_sha256 if strong is None else strong.weights_sha256,),
             "weak_model": (study.weak_model,),
             "strategy": study.strategies,
             "checkpoint": checkpoints,
