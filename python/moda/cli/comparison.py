@@ -17,6 +17,7 @@ from moda.cli.printing import percent, say, show, table
 from moda.composition import measure
 from moda.decomposition.files import METADATA_FILE
 from moda.files import check_result_file, check_result_folder, write_bytes, write_json
+from moda.hints import command_line
 from moda.runs.finished import FinishedRun
 from moda.runs.lock import locked
 from moda.study.comparison import ComparisonSettings, MethodFigures, compare_methods, compare_run
@@ -52,7 +53,7 @@ def modularize(
     overlaps = measure.overlap_matrix(finished.taps, decomposition, counting="parameters")
     show_modules(finished.data.class_names, decomposition, sizes.tolist(), overlaps.tolist())
     say(f"Modules: {finished.run.decomposition}/")
-    say(f"Next: moda compose {folder} --classes 0,1")
+    say(f"Next: {command_line('compose', folder, '--classes', '0,1')}")
 
 
 @commands.command(

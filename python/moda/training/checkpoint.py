@@ -164,8 +164,8 @@ def _check_optimizer(saved: Any, module: nn.Module, config: TrainingConfig, epoc
     if config.momentum and steps and not state:
         raise ValueError("optimizer_states: expected a momentum of every weight, got none")
     # By index without shared weights, by name with them.
-    named = dict(module.named_parameters())
-    parameters: dict[Any, Tensor] = {**named, **dict(enumerate(named.values()))}
+    trained = module.get_submodule("model")
+    parameters: dict[Any, Tensor] = {**dict(module.named_parameters()), **dict(enumerate(trained.parameters()))}
     for key, entry in state.items():
         if key not in parameters:
             raise ValueError(f"optimizer_states: expected the weights of this run's model, got one of {key!r:.80}")
