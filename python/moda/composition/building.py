@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from moda.composition.activations import as_module
 from moda.composition.kept import Kept
@@ -31,7 +31,7 @@ class Pieces:
     def __init__(self, taken: set[str]) -> None:
         self.taken = taken
         self.constants: dict[str, Tensor] = {}
-        self.modules: dict[str, torch.nn.Module] = {}
+        self.modules: dict[str, nn.Module] = {}
         self._home = "_composition"
         while any(name.startswith(f"{self._home}.") for name in taken):  # of a composed model that is composed
             self._home += "_"
@@ -292,18 +292,24 @@ class GraphBuilder:
         return self._device
 
     def _activation(self, node: fx.Node) -> str | None:
-        """The name of the module that takes the place of an activation function before a tap."""
-        taps = [user for user in node.users if user.target is TAP]
-        module = as_module(node) if taps else None
+        """The name of the module that takes the place of an activation function: its tap's, or that of the model's."""
+        module = as_module(node)
         if module is None:
             return None
-        rule = self.plan.reader.rules[taps[0]]
-        assert isinstance(rule, Tap)
-        name = self.taps[rule.index]
-        if name in self.pieces.taken or any(t.startswith(f"{name}.") for t in self.pieces.taken):
+        taps = [user for user in node.users if user.target is TAP]
+        if taps:
+            rule = self.plan.reader.rules[taps[0]]
+            assert isinstance(rule, Tap)
+            name = self.taps[rule.index]
+        elif isinstance(module, nn.Tanh | nn.Sigmoid):  # gates, which are no activations
             return None
-        self.pieces.modules.setdefault(name, module)
-        return name
+        else:
+            name = str(node.meta.get("path", ""))
+            name = "" if name in self.taps else name  # a part of an activation that is tapped as a whole
+        if not name or name in self.pieces.taken or any(t.startswith(f"{name}.") for t in self.pieces.taken):
+            return None
+        known = self.pieces.modules.setdefault(name, module)
+        return name if repr(known) == repr(module) else None
 
 
 def _axis(positions: np.ndarray[Any, Any], dim: int, rank: int) -> np.ndarray[Any, Any]:

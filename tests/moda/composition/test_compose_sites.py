@@ -143,6 +143,8 @@ def test_a_model_that_is_observed_at_the_sites(made: tuple[nn.Module, Decomposit
 def test_files_and_source_of_it(made: tuple[nn.Module, Decomposition, Tensor], tmp_path: Path) -> None:
     model, modules, x = made
     composed = compose(model, modules, [3, 1], example=x[:2])
+    with observe(model, example=x) as taps, observe(composed, example=x) as cut:
+        assert cut.names == taps.names
     save_composed(composed, tmp_path / "composed")
     loaded = load_composed(tmp_path / "composed")
     space: dict[str, object] = {}
