@@ -285,8 +285,9 @@ def losses_workspace_bytes(layers: Sequence[Tensor], room: int) -> int:
         samples, neurons = x.shape[:2]
         width = accumulation(x.dtype).itemsize
         own_pool = x.dim() == 2 and x.dtype == accumulation(x.dtype)
-        parts = [samples, room * neurons, neurons] + ([] if own_pool else [samples * neurons])
-        total += sum((part * width + 63) // 64 * 64 for part in parts)
+        parts = [samples * 8, room * neurons * width, neurons * width]
+        parts += [] if own_pool else [samples * neurons * width]
+        total += sum((part + 63) // 64 * 64 for part in parts)
     return total
 
 

@@ -51,8 +51,7 @@ def modular_losses(
         compactness =     mean over all elements of |a|
 
     A batch without a pair of the kind gives 0 for that term, with zero gradient. An all-zero row has cosine 0 with
-    every row, still counts in the means and receives gradient 0. Never NaN for finite activations
-    (backend "native": below 1e18).
+    every row, still counts in the means and receives gradient 0. Never NaN for finite activations.
 
     Args:
         activations: one tensor per layer, (N, C) or (N, C, *spatial), floating point, any strides, dtypes may differ.

@@ -22,7 +22,7 @@ constexpr double kFloor = 1e-12;      // of a row's norm
 template <class Acc>
 struct LayerSums {
   Acc* rows;          // (N, C)
-  Acc* inverse;       // (N,): 1 / max(|a|, 1e-12), 0 for a row of zeros
+  double* inverse;    // (N,): 1 / max(|a|, 1e-12), 0 for a row of zeros; Acc would have few bits for the largest rows
   Acc* class_sums;    // (room, C)
   Acc* total;         // (C,)
 };
@@ -30,7 +30,7 @@ struct LayerSums {
 // What a row and a block of columns add to the terms.
 struct RowShare {
   double square;    // |n|^2
-  double absolute;  // sum of |a|
+  double absolute;  // mean of |a|
 };
 struct BlockShare {
   double same;       // sum_k |s_k|^2 over segments of two samples and more
@@ -47,7 +47,7 @@ MODA_INLINE bool is_own_pool(const Layer& layer) {
 // Bytes of one layer's LayerSums; moda_kernels/_native_calls.py allocates them.
 MODA_INLINE int64_t sums_bytes(const Layer& layer, int64_t room) {
   const int64_t N = layer.samples, C = layer.neurons, acc = layer.dtype == Dtype::kFloat64 ? 8 : 4;
-  return (is_own_pool(layer) ? 0 : up_to_line(N * C * acc)) + up_to_line(N * acc) + up_to_line(room * C * acc) +
+  return (is_own_pool(layer) ? 0 : up_to_line(N * C * acc)) + up_to_line(N * sizeof(double)) + up_to_line(room * C * acc) +
          up_to_line(C * acc);
 }
 
@@ -63,9 +63,10 @@ MODA_INLINE LayerSums<Acc> sums_of(const Layer* layers, int64_t l, int64_t room,
     sums.rows = reinterpret_cast<Acc*>(workspace);
     workspace += up_to_line(N * C * acc);
   }
-  sums.inverse = reinterpret_cast<Acc*>(workspace);
-  sums.class_sums = reinterpret_cast<Acc*>(workspace + up_to_line(N * acc));
-  sums.total = reinterpret_cast<Acc*>(workspace + up_to_line(N * acc) + up_to_line(room * C * acc));
+  sums.inverse = reinterpret_cast<double*>(workspace);
+  workspace += up_to_line(N * sizeof(double));
+  sums.class_sums = reinterpret_cast<Acc*>(workspace);
+  sums.total = reinterpret_cast<Acc*>(workspace + up_to_line(room * C * acc));
   return sums;
 }
 
@@ -93,28 +94,44 @@ MODA_INLINE double dot(const Acc* a, const Acc* b, int64_t count) {
       [&](int64_t i) { return a[i] * b[i]; });
 }
 
+// The mean of |a|, whatever finite values there are.
 template <class Acc>
-MODA_INLINE double sum_of_absolute(const Acc* a, int64_t count) {
-  return sum_over<Acc>(
+MODA_INLINE double mean_of_absolute(const Acc* a, int64_t count) {
+  const double sum = sum_over<Acc>(
       count, [&](int64_t i) { return absolute<Acc>(load_unaligned<Vector<Acc>>(a + i)); },
       [&](int64_t i) { return absolute(a[i]); });
+  return is_infinite(sum) ? double(mean_of_shares(a, count, 1)) : sum / double(count);
 }
 
-// |a|^2 in double, which holds it also where Acc cannot.
+// What a row a is normalised by.
+struct RowNorm {
+  double inverse;  // 1 / max(|a|, 1e-12), 0 for a row of zeros
+  double square;   // |n|^2
+};
+
+MODA_INLINE RowNorm norm_of_square(double square) {
+  const double norm = __builtin_sqrt(square), inverse = 1 / (norm < kFloor ? kFloor : norm);
+  return {inverse, square * inverse * inverse};
+}
+
+// Whatever finite values the row holds: they are divided by the largest before they are squared.
 template <class Acc>
-MODA_INLINE double square_of(const Acc* a, int64_t count) {
-  const double square = dot(a, a, count);
-  if (square > 1e-30 && square < 1e30) return square;
-  double exact = 0;
-  for (int64_t i = 0; i < count; ++i) exact += double(a[i]) * double(a[i]);
-  return exact;
+MODA_INLINE RowNorm norm_of_scaled(const Acc* a, int64_t count) {
+  double largest = 0, square = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const double magnitude = absolute(double(a[i]));
+    if (magnitude > largest || magnitude != magnitude) largest = magnitude;
+  }
+  if (largest == 0) return {0, 0};
+  for (int64_t i = 0; i < count; ++i) square += (a[i] / largest) * (a[i] / largest);
+  const double root = __builtin_sqrt(square), floored = root * largest / kFloor;
+  return floored < 1 ? RowNorm{1 / kFloor, floored * floored} : RowNorm{1 / root / largest, 1};
 }
 
-// 1 / max(norm, 1e-12), 0 for a row of zeros.
-MODA_INLINE double inverse_norm(double square) {
-  if (square == 0) return 0;
-  const double norm = __builtin_sqrt(square);
-  return 1 / (norm < kFloor ? kFloor : norm);
+template <class Acc>
+MODA_INLINE RowNorm norm_of(const Acc* a, int64_t count) {
+  const double square = dot(a, a, count);
+  return square > 1e-30 && square < 1e30 ? norm_of_square(square) : norm_of_scaled(a, count);
 }
 
 // Step 1 for one sample of one layer.
@@ -127,9 +144,9 @@ MODA_INLINE RowShare row_share(const Layer& layer, const LayerSums<AccOf<T>>& su
   } else if (!is_own_pool(layer)) {
     for (int64_t c = 0; c < C; ++c) row[c] = Element<T>::load1(static_cast<const T*>(layer.data) + sample * C + c);
   }
-  const double square = square_of(row, C), inverse = inverse_norm(square);
-  sums.inverse[sample] = static_cast<AccOf<T>>(inverse);
-  return {square * inverse * inverse, sum_of_absolute(row, C)};
+  const RowNorm norm = norm_of(row, C);
+  sums.inverse[sample] = norm.inverse;
+  return {norm.square, mean_of_absolute(row, C)};
 }
 
 // sums += scale * row
@@ -143,6 +160,26 @@ MODA_INLINE void add_scaled(const Acc* row, Acc scale, Acc* sums, int64_t count)
   for (; i < count; ++i) sums[i] += scale * row[i];
 }
 
+// Of rows with a smaller inverse neither its square nor the row's product with a gradient need fit Acc, nor itself with all its
+// bits: they are normalised in double.
+template <class Acc> constexpr double kSmallInverse = sizeof(Acc) == 4 ? 1e-18 : 1e-150;
+
+template <class Acc>
+MODA_INLINE void normalize(const Acc* row, double inverse, Acc* n, int64_t count) {
+  for (int64_t c = 0; c < count; ++c) n[c] = static_cast<Acc>(inverse * double(row[c]));
+}
+
+// sums += n of up to kSumColumns neurons of a row
+template <class Acc>
+MODA_INLINE void add_normalized(const Acc* row, double inverse, Acc* sums, int64_t count) {
+  if (inverse > 0 && inverse < kSmallInverse<Acc>) {
+    Acc n[kSumColumns];
+    normalize(row, inverse, n, count);
+    return add_scaled(n, Acc(1), sums, count);
+  }
+  add_scaled(row, static_cast<Acc>(inverse), sums, count);
+}
+
 // Step 2 for one block of columns of one layer.
 template <class Acc>
 MODA_INLINE BlockShare block_share(const LayerSums<Acc>& sums, const SegmentsView& segments, int64_t N, int64_t C, int64_t block) {
@@ -154,7 +191,7 @@ MODA_INLINE BlockShare block_share(const LayerSums<Acc>& sums, const SegmentsVie
     for (int64_t c = 0; c < columns; ++c) own[c] = 0;
     for (int64_t at = segments.offsets[g]; at < segments.offsets[g + 1]; ++at) {
       const int64_t sample = segments.order[at];
-      add_scaled(sums.rows + sample * C + begin, sums.inverse[sample], own, columns);
+      add_normalized(sums.rows + sample * C + begin, sums.inverse[sample], own, columns);
     }
     add_scaled(own, Acc(1), total, columns);
   }
@@ -211,7 +248,7 @@ static Terms losses_forward(const Layer* layers, int64_t count, const SegmentsVi
   Terms terms{0, 0, 0};
   const BlockShare* block_share = block_shares;
   for (int64_t l = 0; l < count; ++l) {
-    double same = 0, different = 0, absolutes = 0;
+    double same = 0, different = 0, absolutes = 0, largest = 0;
     for (int64_t block = 0; block < sum_blocks(layers[l]); ++block, ++block_share) {
       same += block_share->same;
       different += block_share->different;
@@ -222,14 +259,18 @@ static Terms losses_forward(const Layer* layers, int64_t count, const SegmentsVi
         same -= row_shares[l * N + segments.order[at]].square;
       }
     }
-    for (int64_t sample = 0; sample < N; ++sample) absolutes += row_shares[l * N + sample].absolute;
+    for (int64_t sample = 0; sample < N; ++sample) {
+      const double absolute = row_shares[l * N + sample].absolute;
+      if (absolute > largest) largest = absolute;
+      absolutes += absolute / double(N);
+    }
+    if (absolutes > largest) absolutes = largest;  // by rounding: of the largest numbers there are, it would be infinite
     terms.affinity += per(same / 2, double(segments.same_pairs));
     terms.dispersion += per(different / 2, double(segments.diff_pairs));
-    terms.compactness += absolutes / (double(N) * double(layers[l].neurons));
+    terms.compactness += absolutes / double(count);
   }
   terms.affinity = segments.same_pairs > 0 ? 1 - terms.affinity / double(count) : 0;
   terms.dispersion /= double(count);
-  terms.compactness /= double(count);
   return terms;
 }
 
@@ -240,14 +281,16 @@ struct GradientFactors {
   double compactness;  // of sign(a)
 };
 
-// da of one sample.
+// sign(a) * compactness
 template <class Acc>
-MODA_INLINE void row_gradient(const LayerSums<Acc>& sums, const GradientFactors& factors, const int64_t* segment,
-                              int64_t sample, int64_t C, Acc* gradient) {
+MODA_INLINE Acc signed1(Acc a, Acc compactness) { return a > 0 ? compactness : a < 0 ? -compactness : Acc(0); }
+
+// da of one sample: of its row, its inverse norm, the sum of its class and that of all.
+template <class Acc>
+MODA_INLINE void row_gradient(const Acc* row, Acc inverse, const Acc* own, const Acc* total, const GradientFactors& factors,
+                              int64_t C, Acc* gradient) {
   constexpr int64_t lanes = kLanes<Acc>;
-  const Acc *row = sums.rows + sample * C, *own = sums.class_sums + segment[sample] * C, *total = sums.total;
-  const Acc inverse = sums.inverse[sample], same = Acc(factors.same), different = Acc(factors.different);
-  const Acc compactness = Acc(factors.compactness);
+  const Acc same = Acc(factors.same), different = Acc(factors.different), compactness = Acc(factors.compactness);
   int64_t i = 0;
   for (; i + lanes <= C; i += lanes) {
     const Vector<Acc> s = load_unaligned<Vector<Acc>>(own + i), n = inverse * load_unaligned<Vector<Acc>>(row + i);
@@ -261,9 +304,19 @@ MODA_INLINE void row_gradient(const LayerSums<Acc>& sums, const GradientFactors&
     const Vector<Acc> sign = keep_where<Acc>(a > Acc(0), one) - keep_where<Acc>(a < Acc(0), one);
     store_unaligned(gradient + i, (g - projection * a) * inverse + sign);
   }
-  for (; i < C; ++i) {
-    const Acc sign = row[i] > 0 ? compactness : row[i] < 0 ? -compactness : Acc(0);
-    gradient[i] = (gradient[i] - projection * row[i]) * inverse + sign;
+  for (; i < C; ++i) gradient[i] = (gradient[i] - projection * row[i]) * inverse + signed1(row[i], compactness);
+}
+
+// The same of a row with a small inverse: that of the normalised row, scaled afterwards. `n` has room for it.
+template <class Acc>
+MODA_INLINE void large_row_gradient(const Acc* row, double inverse, const Acc* own, const Acc* total, GradientFactors factors,
+                                    int64_t C, Acc* n, Acc* gradient) {
+  const Acc compactness = Acc(factors.compactness);
+  factors.compactness = 0;
+  normalize(row, inverse, n, C);
+  row_gradient(n, Acc(1), own, total, factors, C, gradient);
+  for (int64_t c = 0; c < C; ++c) {
+    gradient[c] = static_cast<Acc>(inverse * double(gradient[c])) + signed1(row[c], compactness);
   }
 }
 
@@ -273,9 +326,15 @@ MODA_INLINE void sample_gradient(const Layer& layer, const LayerSums<AccOf<T>>& 
                                  const int64_t* segment, int64_t sample) {
   using Acc = AccOf<T>;
   const int64_t C = layer.neurons;
+  const Acc *row = sums.rows + sample * C, *own = sums.class_sums + segment[sample] * C;
+  const double inverse = sums.inverse[sample];
   T* out = static_cast<T*>(layer.out) + sample * C * layer.positions;
-  Acc* gradient = static_cast<Acc*>(thread_scratch(C * sizeof(Acc)));
-  row_gradient(sums, factors, segment, sample, C, gradient);
+  Acc* gradient = static_cast<Acc*>(thread_scratch(2 * C * sizeof(Acc)));
+  if (inverse > 0 && inverse < kSmallInverse<Acc>) {
+    large_row_gradient(row, inverse, own, sums.total, factors, C, gradient + C, gradient);
+  } else {
+    row_gradient(row, static_cast<Acc>(inverse), own, sums.total, factors, C, gradient);
+  }
   if (layer.layout != Layout::kNoPositions) return spread_neurons<T>(layer, sample, {0, C}, gradient);
   for (int64_t c = 0; c < C; ++c) Element<T>::store1(out + c, gradient[c]);
 }
@@ -309,10 +368,10 @@ static void class_sums(const Layer* layers, int64_t count, const int64_t* labels
       count, threads, [&](int64_t) { return N; },
       [&](int64_t l, int64_t sample) {
         const int64_t C = layers[l].neurons;
-        const double square = layers[l].dtype == Dtype::kFloat64
-                                  ? square_of(static_cast<const double*>(layers[l].data) + sample * C, C)
-                                  : square_of(static_cast<const float*>(layers[l].data) + sample * C, C);
-        inverse[l * N + sample] = inverse_norm(square);
+        const RowNorm norm = layers[l].dtype == Dtype::kFloat64
+                                 ? norm_of(static_cast<const double*>(layers[l].data) + sample * C, C)
+                                 : norm_of(static_cast<const float*>(layers[l].data) + sample * C, C);
+        inverse[l * N + sample] = norm.inverse;
       });
   const auto sum_block = [&](auto acc, int64_t l, int64_t block) {
     using Acc = decltype(acc);
@@ -324,7 +383,7 @@ static void class_sums(const Layer* layers, int64_t count, const int64_t* labels
     for (int64_t n = 0; n < N; ++n) {
       if (labels[n] < 0 || labels[n] >= classes) continue;
       const Acc* row = static_cast<const Acc*>(layers[l].data) + n * C + begin;
-      add_scaled(row, static_cast<Acc>(inverse[l * N + n]), out + labels[n] * C, columns);
+      add_normalized(row, inverse[l * N + n], out + labels[n] * C, columns);
     }
   };
   over_layers(

@@ -2,7 +2,8 @@
 //
 //     rows[n, c] = mean over positions of |x[n, c, :]|          out[n, c, :] = rows[n, c] / S * sign(x[n, c, :])
 //
-// Sums are taken in blocks of positions, so that rounding grows with the block and not with the image.
+// Sums are taken in blocks of positions, so that rounding grows with the block and not with the image. A mean of finite values is
+// finite: where their sum is not, it is taken again of their shares.
 #pragma once
 
 #include "cpu/rows.h"
@@ -52,6 +53,45 @@ MODA_INLINE AccOf<T> sum_absolute(const T* x, int64_t count) {
   return sum_absolute(x, count, [](Vector<AccOf<T>>) {}, [](AccOf<T>) {});
 }
 
+template <class Acc>
+MODA_INLINE bool is_infinite(Acc value) { return value > (sizeof(Acc) == 4 ? Acc(__FLT_MAX__) : Acc(__DBL_MAX__)); }
+
+// The mean of |x| over `count` elements that are `step` apart, whatever finite values they hold: of shares instead of values,
+// and never more than the largest of them.
+template <class T>
+MODA_INLINE AccOf<T> mean_of_shares(const T* x, int64_t count, int64_t step) {
+  double total = 0, largest = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const double magnitude = absolute(double(Element<T>::load1(x + i * step)));
+    if (magnitude > largest) largest = magnitude;
+    total += magnitude / double(count);
+  }
+  return static_cast<AccOf<T>>(total > largest ? largest : total);
+}
+
+// Takes those of `count` means again whose sums left what Acc can hold. Mean i is that of S elements from x + i * apart on.
+template <class T>
+MODA_INLINE void bound_means(const T* x, int64_t count, int64_t apart, int64_t S, int64_t step, AccOf<T>* means) {
+  bool bounded = true;
+  for (int64_t i = 0; i < count; ++i) bounded &= !is_infinite(means[i]);
+  if (bounded) return;
+  for (int64_t i = 0; i < count; ++i) {
+    if (is_infinite(means[i])) means[i] = mean_of_shares(x + i * apart, S, step);
+  }
+}
+
+// Of some rows of the layout (N, C, S).
+template <class T>
+MODA_INLINE void bound_row_means(const T* x, Range part, int64_t S, AccOf<T>* means) {
+  bound_means(x + part.begin * S, part.end - part.begin, S, S, 1, means + part.begin);
+}
+
+// Of some neurons of one sample of the layout (N, S, C).
+template <class T>
+MODA_INLINE void bound_column_means(const T* x, int64_t columns, int64_t S, int64_t C, AccOf<T>* means) {
+  bound_means(x, columns, 1, S, C, means);
+}
+
 // Sums over positions, for up to kColumns neurons: `add(p, sums)` adds position p to `sums`.
 template <class Acc, class Add>
 MODA_INLINE void add_columns(int64_t positions, int64_t columns, Acc* totals, Add add) {
@@ -89,11 +129,13 @@ template <class T>
 MODA_INLINE void pool_rows(const T* x, Range part, int64_t S, AccOf<T>* means) {
   using Acc = AccOf<T>;
   if (are_reduced_together<Acc>(S)) {
-    return mean_of_rows<Acc>(
+    mean_of_rows<Acc>(
         part.begin, part.end, S, means, [&](int64_t i) { return absolute<Acc>(Element<T>::load(x + i)); },
         [&](int64_t i) { return absolute(Element<T>::load1(x + i)); });
+  } else {
+    for (int64_t row = part.begin; row < part.end; ++row) means[row] = sum_absolute(x + row * S, S) / Acc(S);
   }
-  for (int64_t row = part.begin; row < part.end; ++row) means[row] = sum_absolute(x + row * S, S) / Acc(S);
+  bound_row_means(x, part, S, means);
 }
 
 // Pooled activations of some neurons of one sample, whatever the layout. `means` is that sample's row.
@@ -106,6 +148,7 @@ MODA_INLINE void pool_neurons(const Layer& layer, int64_t sample, Range neurons,
   for (int64_t c = neurons.begin; c < neurons.end; c += kColumns) {
     const int64_t columns = smaller(kColumns, neurons.end - c);
     sum_columns<Acc>(S, columns, means + c, [&](int64_t p, Acc* sums) { add_absolute(x + p * C + c, sums, columns); });
+    bound_column_means(x + c, columns, S, C, means + c);
   }
 }
 

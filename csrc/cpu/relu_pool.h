@@ -125,13 +125,17 @@ MODA_INLINE void relu_pool_task(const Layer& layer, int64_t task) {
   T* y = static_cast<T*>(layer.out);
   Acc* rows = static_cast<Acc*>(layer.rows);
   if (layer.layout == Layout::kPositionsLast) {
-    relu_pool_rows<kPastCaches>(x, y, task_rows(layer, task), S, rows);
+    const Range part = task_rows(layer, task);
+    relu_pool_rows<kPastCaches>(x, y, part, S, rows);
+    bound_row_means(y, part, S, rows);
   } else {
     const Columns part = task_columns(layer, task);
     const int64_t offset = part.sample * S * C + part.neurons.begin, columns = part.neurons.end - part.neurons.begin;
-    sum_columns<Acc>(S, columns, rows + part.sample * C + part.neurons.begin, [&](int64_t p, Acc* sums) {
+    Acc* means = rows + part.sample * C + part.neurons.begin;
+    sum_columns<Acc>(S, columns, means, [&](int64_t p, Acc* sums) {
       relu_columns<kPastCaches>(x + offset + p * C, y + offset + p * C, sums, columns);
     });
+    bound_column_means(y + offset, columns, S, C, means);
   }
   if (kPastCaches) fence_stores();
 }

@@ -29,7 +29,8 @@ MODA_INLINE AccOf<T> marked_row(const T* x, int64_t positions, Bits<AccOf<T>> th
   const Acc sum = sum_absolute(
       x, positions, [&](Vector<Acc> magnitude) { fired |= bit_cast<Vector<Bits<Acc>>>(magnitude) > threshold; },
       [&](Acc magnitude) { rest_fired |= magnitude_bits(magnitude) > threshold; });
-  return marked(sum / Acc(positions), any<Bits<Acc>>(fired) || rest_fired);
+  const Acc mean = is_infinite(sum) ? mean_of_shares(x, positions, 1) : sum / Acc(positions);
+  return marked(mean, any<Bits<Acc>>(fired) || rest_fired);
 }
 
 // Takes many short rows at a time: first their means, then, from the cache, their largest magnitudes.
@@ -85,6 +86,7 @@ MODA_INLINE void mark_task(const StatisticsLayer& of, int64_t task) {
     add_absolute(x + p * C, sums, columns);
     mark_exceeding(x + p * C, threshold, fired, columns);
   });
+  bound_column_means(x, columns, S, C, rows);
   for (int64_t c = 0; c < columns; ++c) rows[c] = marked(rows[c], fired[c] != 0);
 }
 

@@ -6,14 +6,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from moda_kernels import class_similarity, closed_form, modular_losses, pool, relu_pool, triton_kernels
+from moda_kernels import class_similarity, closed_form, modular_losses, native, pool, relu_pool, triton_kernels
+from tests.moda_kernels._helpers.native_needed import needs_native
 
 LABELS = torch.tensor([0, 1, 0, 1, 2])
 SHAPES = ((5, 8), (5, 300), (5, 8, 5, 5), (5, 6, 2, 2), (5, 6, 41), "channels last")
 SCALES = (1e-40, 1e-30, 1e-20, 1e-13, 1.0, 1e15, 1e19, 1e25, 3e37, "largest")
 
 
-@pytest.fixture(params=["reference", "torch", "triton"])
+@pytest.fixture(params=["reference", "torch", pytest.param("native", marks=needs_native), "triton"])
 def backend(request, monkeypatch):
     if request.param == "triton":
         request.getfixturevalue("triton_interpreted")
@@ -73,7 +74,7 @@ def test_pooling_of_the_largest_number(backend, shape, dtype):
     assert modular_losses([x], LABELS, backend=backend).compactness.item() == pytest.approx(largest, rel=1e-6)
 
 
-@pytest.mark.parametrize("backend", ["reference", "torch"])
+@pytest.mark.parametrize("backend", ["reference", "torch", pytest.param("native", marks=needs_native)])
 @pytest.mark.parametrize("scale", [1e-300, 1e-200, 1e160, 1e300, "largest"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_float64(backend, shape, scale):
@@ -88,7 +89,7 @@ def test_float64(backend, shape, scale):
     assert torch.autograd.grad(total, x)[0].isfinite().all()
 
 
-@pytest.mark.parametrize("backend", ["torch"])
+@pytest.mark.parametrize("backend", ["torch", pytest.param("native", marks=needs_native)])
 @pytest.mark.parametrize("scale", [1.0, 1e25, "largest"])
 def test_class_similarity(backend, scale):
     x, ordinary = made((5, 300), scale), made((5, 300), 1.0)
@@ -107,7 +108,7 @@ def test_one_value_that_is_no_number_makes_its_row_nan(backend, shape, value):
     assert affinity.isnan()
     assert dispersion.isnan()
     assert compactness.isnan() if value != value else compactness == value
-    if backend == "torch":
-        kept = closed_form.class_sums(pool([x]), LABELS, 3)[0]
+    if backend in ("torch", "native"):
+        kept = [closed_form, native][backend == "native"].class_sums(pool([x]), LABELS, 3)[0]
         assert kept[1].isnan().all()
         assert kept[[0, 2]].isfinite().all()
