@@ -26,6 +26,7 @@ from moda.composition.rules import Rule, Tap
 from moda.composition.values import Bools, Grid, shape_of
 from moda.decomposition.container import Decomposition, check_classes
 from moda.inference import device_of
+from moda.observation.record import version_of
 from moda.observation.taps import Taps
 from moda.outputs import Output, logit_places
 
@@ -314,6 +315,8 @@ def _copied(tensor: Tensor, kept: Kept) -> Tensor:
     return nn.Parameter(part, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else part
 
 
+_COMPARED = (bool, int, float, complex, str, bytes, type(None), tuple, list, dict, set)
+
 _KNOWN: weakref.WeakKeyDictionary[nn.Module, tuple[Any, Composer]] = weakref.WeakKeyDictionary()
 
 
@@ -338,10 +341,21 @@ def composer_of(taps: Taps, decomposition: Decomposition, example: Any = None, o
 
 def _key(model: nn.Module, example: Example, decomposition: Decomposition, output: Output) -> Any:
     """What a composer has read: equal where it is the same."""
-    modules = tuple((id(module), module.training) for module in model.modules())
+    modules = tuple((id(module), module.training, *_attributes(module)) for module in model.modules())
     tensors = tuple((id(t), t.shape, t.dtype, t.device, t.requires_grad) for t in parameters_of(model).values())
     structure, inputs = example.flat()
     shapes = tuple((x.shape, x.dtype) for x in inputs)
     named = output if isinstance(output, str | int | None) else tuple(output)
     sites = tuple((site, mask.shape) for site, mask in decomposition.masks.items())
     return modules, tensors, structure, shapes, sites, names_every_tap(decomposition), named
+
+
+def _attributes(module: nn.Module) -> Iterator[Any]:
+    """A module's own plain attributes, by value, and its other ones, by which object they are."""
+    for name, value in vars(module).items():
+        if name.startswith("_") or name == "training":
+            continue
+        if isinstance(value, Tensor):
+            yield name, id(value), version_of(value)
+        else:
+            yield name, (repr(value) if isinstance(value, _COMPARED) else id(value))

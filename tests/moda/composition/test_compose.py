@@ -754,3 +754,36 @@ def test_model_with_several_outputs():
         torch.testing.assert_close(got, expected)
     with pytest.raises(ValueError, match="output: expected one of"):
         compose(model, decomposition, [0], output="logits")
+
+
+class Switched(nn.Module):
+    """Does what its attributes say when it is called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden, self.last = nn.Linear(3, 6), nn.Linear(6, 4)
+        self.doubled, self.scale, self.steps = False, torch.tensor(2.0), [1]
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.hidden(x)) * self.scale
+        for step in self.steps:
+            x = x + step
+        return self.last(x) * (2 if self.doubled else 1)
+
+
+@pytest.mark.parametrize("change", ["flag", "another tensor", "tensor in place", "list in place"])
+def test_a_model_that_was_changed_is_read_again(change):
+    model, x = Switched().eval(), torch.randn(5, 3)
+    decomposition = random_modules(widths(watched(model), x), 4, 0.5)
+    compose(model, decomposition, [0, 1], example=x)
+    if change == "flag":
+        model.doubled = True
+    elif change == "another tensor":
+        model.scale = torch.tensor(5.0)
+    elif change == "tensor in place":
+        model.scale.mul_(3)
+    else:
+        model.steps.append(4)
+    composed = compose(model, decomposition, [2, 0], example=x)
+    expected = mask(model, decomposition, [2, 0])
+    torch.testing.assert_close(composed(x), expected(x), rtol=1e-5, atol=1e-5)
