@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
+from torch.utils._sympy.interp import sympy_interp
+from torch.utils._sympy.reference import PythonReferenceAnalysis
 
 from moda.composition.activations import as_module
 from moda.composition.kept import Kept
@@ -107,14 +110,27 @@ class GraphBuilder:
             source, dim = node.args
             made = self._made.get(source) if isinstance(source, fx.Node) else None
             if made is None:
-                made = self._placeholder_of(node)
-                if made is None:
-                    return size_of(node.meta["val"])
+                return self._of_inputs(node.meta["val"])
             return self.graph.call_function(aten.sym_size.int, (made.node, dim))
         return self.graph.create_node("call_function", node.target, self._plain(node.args, {}), dict(node.kwargs))
 
-    def _placeholder_of(self, node: fx.Node) -> Made | None:
-        return None
+    def _of_inputs(self, size: Any) -> Any:
+        """The size of a value that is not built, from those of the inputs."""
+        if isinstance(size, int):
+            return size
+        tracer = fx.proxy.GraphAppendingTracer(self.graph)
+        known: dict[Any, fx.Proxy] = {}
+        for node, made in self._made.items():
+            if node.op != "placeholder" or not is_tensor(node):
+                continue
+            for dim, length in enumerate(node.meta["val"].shape):
+                symbol = None if isinstance(length, int) else length.node.expr
+                if symbol is not None and symbol.is_symbol and symbol not in known:
+                    known[symbol] = fx.Proxy(self.graph.call_function(aten.sym_size.int, (made.node, dim)), tracer)
+        if not size.node.expr.free_symbols <= set(known):
+            return size_of(size)
+        computed = sympy_interp(PythonReferenceAnalysis, known, size.node.expr)
+        return computed.node if isinstance(computed, fx.Proxy) else int(computed)
 
     # -- what rules use
 
@@ -131,7 +147,11 @@ class GraphBuilder:
             (*(b"" if p is None else p.tobytes() for p in grid), b"" if masked is None else masked.tobytes()),
         )
         if key not in self._taken:
-            self._taken[key] = self._take(made, grid, shape_of(source) if is_tensor(source) else (), masked)
+            taken = self._take(made, grid, shape_of(source) if is_tensor(source) else ())
+            if masked is not None:
+                mask = self._following(masked, source, taken)
+                taken = self.graph.call_function(aten.where.ScalarOther, (mask, taken, 0.0))
+            self._taken[key] = taken
         return self._taken[key]
 
     def _lacking(self, source: fx.Node, made: Made, grid: Grid) -> np.ndarray[Any, Any] | None:
@@ -160,16 +180,38 @@ class GraphBuilder:
             return None
         return np.asarray(~np.broadcast_to(~taken & held, np.broadcast_shapes(taken.shape, held.shape)))
 
-    def _take(self, made: Made, grid: Grid, shape: Shape, masked: np.ndarray[Any, Any] | None) -> Any:
+    def _following(self, mask: np.ndarray[Any, Any], source: fx.Node, taken: fx.Node) -> Any:
+        """A mask as a value of the graph: along an axis that grows with the input it repeats itself."""
+        tiled: dict[int, int] = {}  # axis -> after how many positions it begins again
+        spread: dict[int, int] = {}  # axis -> how many values there are, each repeated
+        for dim, length in enumerate(source.meta["val"].shape):
+            if isinstance(length, int) or mask.shape[dim] == 1:
+                continue
+            if period := _period(mask, dim):
+                tiled[dim], mask = period, np.take(mask, np.arange(period), axis=dim)
+            elif count := _runs(mask, dim):
+                spread[dim], mask = count, np.take(mask, np.arange(count) * (mask.shape[dim] // count), axis=dim)
+        value: Any = self.constant(mask)
+        for dim, count in spread.items():
+            value = self.graph.call_function(
+                aten.repeat_interleave.self_int, (value, self._times(taken, dim, count), dim)
+            )
+        if tiled:
+            times = [self._times(taken, dim, tiled[dim]) if dim in tiled else 1 for dim in range(mask.ndim)]
+            value = self.graph.call_function(aten.repeat.default, (value, times))
+        return value
+
+    def _times(self, value: fx.Node, dim: int, count: int) -> fx.Node:
+        length = self.graph.call_function(aten.sym_size.int, (value, dim))
+        return self.graph.call_function(operator.floordiv, (length, count))
+
+    def _take(self, made: Made, grid: Grid, shape: Shape) -> Any:
         value = made.node
         for dim, asked in enumerate(grid):
             there = made.grid[dim]
             if made.real is not None:
                 there = self._without_empty(made, there, dim, shape[dim])
             value = self._along(value, dim, len(grid), there, made.grid[dim], asked, shape[dim])
-        if masked is not None:
-            mask = self.constant(masked)
-            value = self.graph.call_function(aten.where.ScalarOther, (mask, value, 0.0))
         return value
 
     @staticmethod
@@ -340,3 +382,22 @@ def _remove_dead(graph: fx.Graph) -> None:
 def _has_state(node: fx.Node) -> bool:
     name = getattr(getattr(node.target, "_overloadpacket", None), "__name__", "")
     return name in ("batch_norm", "instance_norm")
+
+
+def _period(values: np.ndarray[Any, Any], dim: int) -> int | None:
+    """After how many positions along an axis values begin again; None if they do not."""
+    length = values.shape[dim]
+    for period in range(1, length // 2 + 1):
+        if length % period == 0 and np.array_equal(values, np.roll(values, period, axis=dim)):
+            return period
+    return None
+
+
+def _runs(values: np.ndarray[Any, Any], dim: int) -> int | None:
+    """Of how many runs of one length, each of one value, an axis consists; None if of nothing longer than one."""
+    length = values.shape[dim]
+    for count in range(1, length // 2 + 1):
+        run = length // count
+        if length % count == 0 and np.array_equal(values, np.take(values, np.arange(length) // run * run, axis=dim)):
+            return count
+    return None

@@ -787,3 +787,35 @@ def test_a_model_that_was_changed_is_read_again(change):
     composed = compose(model, decomposition, [2, 0], example=x)
     expected = mask(model, decomposition, [2, 0])
     torch.testing.assert_close(composed(x), expected(x), rtol=1e-5, atol=1e-5)
+
+
+class FoldedHeads(nn.Module):
+    """Attention-like: heads are folded into the batch, in one order or the other, where all of a head's neurons are needed."""
+
+    def __init__(self, batch_first: bool) -> None:
+        super().__init__()
+        self.hidden, self.last, self.batch_first = nn.Linear(3, 12), nn.Linear(12, 4), batch_first
+
+    def forward(self, x: Tensor) -> Tensor:
+        samples, tokens, _ = x.shape
+        heads = torch.relu(self.hidden(x)).view(samples, tokens, 4, 3)
+        order = (0, 2, 1, 3) if self.batch_first else (2, 0, 1, 3)
+        folded = torch.softmax(heads.permute(order).reshape(-1, tokens, 3), -1)
+        if self.batch_first:
+            unfolded = folded.view(samples, 4, tokens, 3).transpose(1, 2)
+        else:
+            unfolded = folded.view(4, samples, tokens, 3).permute(1, 2, 0, 3)
+        return self.last(unfolded.reshape(samples, tokens, 12)).mean(1)
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_heads_folded_into_the_batch_follow_its_size(batch_first):
+    model = FoldedHeads(batch_first).eval()
+    x = torch.randn(2, 6, 3)
+    taps = taps_of(watched(model, x))
+    (tap,) = taps.names
+    decomposition = random_modules({tap: 12}, 4, 0.4, seed=3)
+    composed, masked = compose(model, decomposition, [1, 3], example=x), mask(model, decomposition, [1, 3])
+    for samples in (1, 2, 3, 7):
+        other = torch.randn(samples, 6, 3)
+        torch.testing.assert_close(composed(other), masked(other), rtol=1e-5, atol=1e-5)
