@@ -16,7 +16,18 @@ from moda.composition.activations import as_module
 from moda.composition.kept import Kept
 from moda.composition.planning import GraphPlan, is_effect, output_of
 from moda.composition.rules import Made, Tap
-from moda.composition.values import TAP, Grid, Indices, Shape, any_over, is_tensor, same, shape_of, size_of, spread
+from moda.composition.values import (
+    TAP,
+    Grid,
+    Indices,
+    any_over,
+    is_free,
+    is_tensor,
+    same,
+    shape_of,
+    size_of,
+    spread,
+)
 
 __all__ = ["GraphBuilder", "Pieces"]
 
@@ -147,7 +158,7 @@ class GraphBuilder:
             (*(b"" if p is None else p.tobytes() for p in grid), b"" if masked is None else masked.tobytes()),
         )
         if key not in self._taken:
-            taken = self._take(made, grid, shape_of(source) if is_tensor(source) else ())
+            taken = self._take(source, made, grid)
             if masked is not None:
                 mask = self._following(masked, source, taken)
                 taken = self.graph.call_function(aten.where.ScalarOther, (mask, taken, 0.0))
@@ -175,6 +186,8 @@ class GraphBuilder:
         clear = _clear_axes(taken)
         lacking = held & ~taken
         for dim, empty in clear.items():
+            if is_free(source, dim):
+                continue
             lacking = lacking & ~_axis(empty, dim, rank)
         if not lacking.any():
             return None
@@ -187,9 +200,12 @@ class GraphBuilder:
         for dim, length in enumerate(source.meta["val"].shape):
             if isinstance(length, int) or mask.shape[dim] == 1:
                 continue
-            if period := _period(mask, dim):
+            period, count = _period(mask, dim), _runs(mask, dim)
+            if period and count:  # either may be what it is: left as it is, for inputs of the example's size alone
+                continue
+            if period:
                 tiled[dim], mask = period, np.take(mask, np.arange(period), axis=dim)
-            elif count := _runs(mask, dim):
+            elif count:
                 spread[dim], mask = count, np.take(mask, np.arange(count) * (mask.shape[dim] // count), axis=dim)
         value: Any = self.constant(mask)
         for dim, count in spread.items():
@@ -205,11 +221,11 @@ class GraphBuilder:
         length = self.graph.call_function(aten.sym_size.int, (value, dim))
         return self.graph.call_function(operator.floordiv, (length, count))
 
-    def _take(self, made: Made, grid: Grid, shape: Shape) -> Any:
-        value = made.node
+    def _take(self, source: fx.Node, made: Made, grid: Grid) -> Any:
+        value, shape = made.node, shape_of(source) if is_tensor(source) else ()
         for dim, asked in enumerate(grid):
             there = made.grid[dim]
-            if made.real is not None:
+            if made.real is not None and not is_free(source, dim):
                 there = self._without_empty(made, there, dim, shape[dim])
             value = self._along(value, dim, len(grid), there, made.grid[dim], asked, shape[dim])
         return value

@@ -808,13 +808,19 @@ class FoldedHeads(nn.Module):
         return self.last(unfolded.reshape(samples, tokens, 12)).mean(1)
 
 
+@pytest.mark.parametrize("masks", ["random", "whole heads", "heads and more"])
 @pytest.mark.parametrize("batch_first", [True, False])
-def test_heads_folded_into_the_batch_follow_its_size(batch_first):
+def test_heads_folded_into_the_batch_follow_its_size(batch_first, masks):
     model = FoldedHeads(batch_first).eval()
     x = torch.randn(2, 6, 3)
     taps = taps_of(watched(model, x))
     (tap,) = taps.names
-    decomposition = random_modules({tap: 12}, 4, 0.4, seed=3)
+    kept = random_modules({tap: 12}, 4, 0.4, seed=3).masks[tap]
+    if masks != "random":
+        kept = torch.zeros(4, 12, dtype=torch.bool)
+        kept[:, 3:6], kept[1, 9:12], kept[1, :3] = True, True, True
+        kept[3, 7] = masks == "heads and more"
+    decomposition = Decomposition({tap: kept})
     composed, masked = compose(model, decomposition, [1, 3], example=x), mask(model, decomposition, [1, 3])
     for samples in (1, 2, 3, 7):
         other = torch.randn(samples, 6, 3)
