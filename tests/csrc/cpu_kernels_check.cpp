@@ -209,7 +209,8 @@ void check_losses(const CpuKernels& kernels, const Shape& s, Dtype dtype, const 
   offsets.resize(static_cast<size_t>(N + 1), N);
   const SegmentsView segments{order.data(), offsets.data(), segment.data(), same_pairs, N * (N - 1) / 2 - same_pairs, room};
   Buffer out(N * C * s.positions * width(dtype)), other(N * C * s.positions * width(dtype));
-  Buffer workspace(2 * (up_to_line(N * C * acc) + up_to_line(room * C * acc) + up_to_line(N * acc) + up_to_line(C * acc)));
+  const auto inverse = static_cast<int64_t>(N * sizeof(double));
+  Buffer workspace(2 * (up_to_line(N * C * acc) + up_to_line(room * C * acc) + up_to_line(inverse) + up_to_line(C * acc)));
   const Layer layer{x.as(), dtype, s.layout, N, C, s.positions, nullptr, out.as()};
   const Layer layers[] = {layer, {x.as(), dtype, s.layout, N, C, s.positions, nullptr, other.as()}};
   const Terms terms = kernels.losses_forward(layers, 2, segments, workspace.as(), kThreads);

@@ -164,7 +164,10 @@ class RunFolder:
     def _check_shapes(self, weights: dict[str, Tensor], data: DataSplits) -> None:
         """Compare with a model that takes no memory: the settings of a file from elsewhere may ask for any size."""
         with torch.device("meta"):
-            model = create_model(self.config, data)
+            try:
+                model = create_model(self.config, data)
+            except ValueError as error:  # a model that cannot be, or of more than memory
+                raise FormatError(f"{self.path / 'config.json'}: {error}") from error
             if self.config.gated:
                 with_gates(self.config, data, model)
             expected = model.state_dict()

@@ -84,5 +84,5 @@ def test_what_stands_in_the_entries(folder):
     assert set(note["summary"]) | set(note["summary"]["by_size"][0]) == set(re.findall(r"`(\w+)`", described))
     result = json.loads((folder / "replacement.json").read_text())["results"][0]
     assert set(result) <= set(re.findall(r"`(\w+)`", behind("A result has").split("\n\n", 1)[0]))
-    layers = behind("| `layers` |").split("\n", 1)[0]
+    layers = behind("| `layers` | list of objects |").split("\n", 1)[0]
     assert {field.name for field in fields(LayerAnalysis)} <= set(re.findall(r"`(\w+)`", layers))

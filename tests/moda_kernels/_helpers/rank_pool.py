@@ -31,7 +31,8 @@ class RankPool:
     def __init__(self, world_size: int, folder: Path) -> None:
         # A fork server that has PyTorch loaded starts a process in milliseconds, and no process inherits our threads.
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch", "torch.distributed.fsdp", "moda_kernels"])
+        # One server a process of tests: whoever starts it loads what the others need, too (those not installed are left out).
+        context.set_forkserver_preload(["moda.training", "lightning.pytorch.strategies", "torch.distributed.fsdp"])
         self._ranks: list[tuple[Any, Connection]] = []
         for rank in range(world_size):
             ours, theirs = context.Pipe()
