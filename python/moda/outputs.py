@@ -58,7 +58,8 @@ def _places(paths: Sequence[str], name: str | int) -> list[int]:
     ends = (f"[{name!r}]", f".{name}")
     places = [place for place, path in enumerate(paths) if path.startswith(ends) or path == name]
     if not places:
-        raise ValueError(f"output: expected one of {paths}, got {name!r}")
+        expected = "none, as the model puts out one tensor" if list(paths) == [""] else f"one of {list(paths)}"
+        raise ValueError(f"output: expected {expected}, got {name!r}")
     return places
 
 

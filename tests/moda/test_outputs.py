@@ -71,6 +71,12 @@ def test_everything_that_reads_logits_finds_them(form):
         ({"a": torch.ones(2, 3), "b": torch.ones(2, 3)}, {}, ValueError, "expected one tensor, or one called logits"),
         ({"a": torch.ones(2, 4)}, {"num_classes": 3}, ValueError, r"4 logits"),
         ({"a": torch.ones(2, 3)}, {"output": "b"}, ValueError, "output: expected one of"),
+        (
+            torch.ones(2, 3),
+            {"output": "b"},
+            ValueError,
+            "output: expected none, as the model puts out one tensor, got 'b'",
+        ),
         (torch.ones(2, 3, 4), {}, ValueError, r"expected logits \(N, K\)"),
         (torch.ones(2, 4), {"num_classes": 3}, ValueError, r"expected logits \(N, 3\) .* got shape \(2, 4\)"),
         (object(), {"num_classes": 3}, TypeError, "expected tensors"),

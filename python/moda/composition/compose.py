@@ -17,7 +17,7 @@ from moda.composition.composed import ComposedModel
 from moda.composition.composer import Plan, composer_of
 from moda.composition.ensemble import Ensemble, ensemble
 from moda.composition.observed import observed
-from moda.decomposition.container import Decomposition, check_classes
+from moda.decomposition.container import Decomposition, chosen_classes
 from moda.observation.taps import Taps
 from moda.outputs import Output
 
@@ -53,13 +53,13 @@ def compose(
         class_names: names of all classes of the whole model, for the composed model to know those of its own.
 
     Raises:
-        TypeError: `model` is no module, or `classes` is no sequence of integers.
+        TypeError: `model` is no module, `decomposition` is none, or `classes` is no sequence of integers.
         ValueError: no class, one twice or an unknown one; the decomposition's taps, neurons or number of classes are
             not those of the model; there is no example; or torch.export cannot follow the model (the message has the
             line).
         RuntimeError: the composed model does not compute what the masked one does: a mistake of ours.
     """
-    chosen = check_classes(classes, decomposition.num_classes)
+    chosen = chosen_classes(decomposition, classes)
     names = _class_names(class_names, decomposition)
     if decomposition.combine != "rows":
         return ensemble(
@@ -85,7 +85,7 @@ def plan(
     Raises:
         TypeError, ValueError: as `compose`.
     """
-    chosen = check_classes(classes, decomposition.num_classes)
+    chosen = chosen_classes(decomposition, classes)
     with observed(model, decomposition.sites) as taps:
         return composer_of(taps, decomposition, example, output).plan(decomposition.select(chosen), chosen)
 

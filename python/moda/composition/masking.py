@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from moda.composition.ensemble import Ensemble, ensemble
 from moda.composition.observed import check_taps, names_every_tap, observed
-from moda.decomposition.container import Decomposition, check_classes
+from moda.decomposition.container import Decomposition, chosen_classes
 from moda.observation.taps import Taps
 from moda.outputs import Output, pick
 
@@ -104,11 +104,11 @@ def mask(
             column for each class.
 
     Raises:
-        TypeError: `model` is no module, or `classes` is no sequence of integers.
+        TypeError: `model` is no module, `decomposition` is none, or `classes` is no sequence of integers.
         ValueError: no class, one twice or an unknown one; or, at the latest when the masked model is called: taps,
             neurons or number of classes of the decomposition are not those of the model.
     """
-    chosen = check_classes(classes, decomposition.num_classes)
+    chosen = chosen_classes(decomposition, classes)
     if decomposition.combine != "rows":
         return ensemble(decomposition, chosen, lambda rows, wanted: mask(model, rows, wanted, output=output))
     every = names_every_tap(decomposition)

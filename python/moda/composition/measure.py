@@ -16,7 +16,7 @@ from moda.composition.composer import Composer, Plan, composer_of
 from moda.composition.kept import Kept
 from moda.composition.observed import observed
 from moda.data.unpacking import Inputs, Unpack, unpacked
-from moda.decomposition.container import Decomposition, check_classes
+from moda.decomposition.container import Decomposition, check_classes, check_decomposition, chosen_classes
 from moda.decomposition.heads import head_parameters
 from moda.inference import device_of, evaluating
 from moda.observation.taps import Taps
@@ -49,9 +49,10 @@ def size(
     Raises:
         TypeError, ValueError: as `moda.compose`.
     """
+    check_decomposition(decomposition)
     if decomposition.combine == "rows":
         return plan_size(_module(model), plan(model, decomposition, classes, example=example))
-    chosen = check_classes(classes, decomposition.num_classes)
+    chosen = chosen_classes(decomposition, classes)
     return float(module_sizes(model, decomposition, example=example)[chosen].sum())
 
 
@@ -82,13 +83,14 @@ def neurons_kept(decomposition: Decomposition, classes: Iterable[int]) -> float:
     Raises:
         TypeError, ValueError: see `check_classes`.
     """
-    chosen = check_classes(classes, decomposition.num_classes)
+    chosen = chosen_classes(decomposition, classes)
     groups = [chosen] if decomposition.combine == "rows" else [[number] for number in chosen]
     kept = sum(int(mask.sum()) for group in groups for mask in decomposition.select(group).values())
     return kept / sum(mask.shape[1] for mask in decomposition.masks.values())
 
 
 def _composer(model: nn.Module | Taps, decomposition: Decomposition, example: Any) -> Composer:
+    check_decomposition(decomposition)
     with observed(model, decomposition.sites) as taps:
         return composer_of(taps, decomposition, example)
 
@@ -129,7 +131,7 @@ def overlap(
     Raises:
         TypeError, ValueError: as `moda.compose`, or `counting` is neither.
     """
-    chosen = [check_classes([c], decomposition.num_classes)[0] for c in (a, b)]
+    chosen = [chosen_classes(decomposition, [c])[0] for c in (a, b)]
     return float(_overlaps(model, decomposition, chosen, counting, example)[0, 1])
 
 

@@ -115,6 +115,26 @@ class Decomposition:
             return cls(masks, **{name: described[name] for name in names}, heads=heads)
 
 
+def check_decomposition(decomposition: object) -> None:
+    """Refuse what is no decomposition.
+
+    Raises:
+        TypeError: it is something else.
+    """
+    if not isinstance(decomposition, Decomposition):
+        raise TypeError(f"decomposition: expected a moda.Decomposition, got {type(decomposition).__name__}")
+
+
+def chosen_classes(decomposition: Decomposition, classes: Iterable[int]) -> list[int]:
+    """Classes of a decomposition as a list, in the order given.
+
+    Raises:
+        TypeError, ValueError: see `check_decomposition` and `check_classes`.
+    """
+    check_decomposition(decomposition)
+    return check_classes(classes, decomposition.num_classes)
+
+
 def check_classes(classes: Iterable[int], num_classes: int) -> list[int]:
     """The classes as a list, in the order given.
 

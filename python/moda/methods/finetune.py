@@ -138,9 +138,12 @@ def fine_tune(
         report: called with what every epoch came to.
 
     Raises:
+        TypeError: `module` is no module.
         ValueError: test data without `published`, or with validation data; unknown or no classes; or the loader
             gives no sample of them.
     """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"module: expected a torch.nn.Module, got {type(module).__name__}")
     settings = settings or FineTuning()
     if test is not None and not published:
         raise ValueError(

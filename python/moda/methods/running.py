@@ -49,9 +49,11 @@ def modularize(
         report: called with what every epoch came to.
 
     Raises:
-        TypeError: `method` is no method.
+        TypeError: `model` is no module, or `method` no method.
         ValueError: the loader gives no batch, or the method does not fit the network; the message says what to do.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     if not isinstance(method, Method):
         raise TypeError(f"method: expected a modularization method, got {type(method).__name__}")
     first = next(iter(loader), None)

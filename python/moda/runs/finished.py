@@ -39,11 +39,11 @@ from moda.runs.folder import RunFolder, load_data
 from moda.runs.gated import method_of
 from moda.runs.lock import locked
 
-__all__ = ["FinishedRun", "checked_device", "decompose_run", "run_scores"]
+__all__ = ["FinishedRun", "checked_device", "decompose_run", "kept_apart", "run_scores"]
 
 WEIGHTS = "weights_sha256"
 HELD_OUT = 5
-"""One training sample in so many is kept apart where epsilon is chosen."""
+"""One training sample in so many is kept apart where something is chosen."""
 _SCORES_FOLDERS = {"attribution": "attributions", "share": "shares"}
 
 
@@ -219,7 +219,7 @@ def decompose_run(
     samples = finished.data.for_firing_rates(augmented=augmented)
     held_out = None
     if epsilon == "auto" and rule != FiringRule.NAME:
-        samples, held_out = _apart(samples)
+        samples, held_out = kept_apart(samples)
     scores = _scored(finished, rule, finished.loader(samples), target or "margin", backend, progress)
     made = decompose(
         scores,
@@ -290,11 +290,11 @@ def _scored(
     return activation_shares(finished.taps, loader, classes, backend=backend, progress=progress)
 
 
-def _apart(samples: Dataset[Any]) -> tuple[Dataset[Any], Dataset[Any]]:
-    """The samples that are scored, and those kept apart."""
+def kept_apart(samples: Dataset[Any]) -> tuple[Subset[Any], Subset[Any]]:
+    """All samples but one in `HELD_OUT`, and those, by which something is chosen."""
     indices = range(len(samples))  # type: ignore[arg-type]
-    scored = [index for index in indices if index % HELD_OUT]
-    return Subset(samples, scored), Subset(samples, list(indices[::HELD_OUT]))
+    rest = [index for index in indices if index % HELD_OUT]
+    return Subset(samples, rest), Subset(samples, list(indices[::HELD_OUT]))
 
 
 def _epsilon(given: float | str | None) -> Any:

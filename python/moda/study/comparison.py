@@ -31,12 +31,12 @@ from moda.files import Format
 from moda.methods import CNNSplitter, FineTuning, GradSplitter, fine_tune
 from moda.methods.union import union_module
 from moda.runs.config import GATED, METHODS, DataOptions, TrainingConfig
-from moda.runs.finished import FinishedRun, decompose_run
+from moda.runs.finished import FinishedRun, decompose_run, kept_apart
 from moda.runs.lock import locked
 from moda.runs.metrics import read_metrics
 from moda.settings import Settings, setting
 from moda.study.reuse import TestSet
-from moda.study.searching import SEARCHING, SearchSettings, search_run, split
+from moda.study.searching import SEARCHING, SearchSettings, search_run
 from moda.study.subtasks import choose
 from moda.study.trainings import trained
 
@@ -443,7 +443,7 @@ def _fine_tuned(
     finished: FinishedRun, decomposition: Decomposition, task: Sequence[int], test: TestSet, settings: FineTuning
 ) -> tuple[float, float]:
     """Accuracy and seconds; training samples that are kept apart choose the epoch."""
-    part, kept_apart = (_of_classes(samples, task) for samples in split(finished.data.train))
+    part, held_out = (_of_classes(samples, task) for samples in kept_apart(finished.data.train))
     seed, size = finished.run.config.seed, finished.run.config.batch_size
     since = time.perf_counter()
     with torch.random.fork_rng(devices=[]):
@@ -453,7 +453,7 @@ def _fine_tuned(
             module,
             Passes(BatchLoader(part, EpochOrder(len(part), size, seed))),
             settings=settings,
-            validation=BatchLoader(kept_apart, EpochOrder(len(kept_apart), size, None)),
+            validation=BatchLoader(held_out, EpochOrder(len(held_out), size, None)),
         )
     return _accuracy(module, test, task), time.perf_counter() - since
 
@@ -474,7 +474,7 @@ def _replacements(
     for target in range(decomposition.num_classes):
         module = compose(finished.taps, decomposition, [target])
         loader = weak.loader(weak.data.train_eval)
-        own = weak.loader(_of_classes(split(weak.data.train_eval)[1], [target]))
+        own = weak.loader(_of_classes(kept_apart(weak.data.train_eval)[1], [target]))
         for strategy in ("calibrated", "normalized"):
             model = weak.run.load_model(weak.data)
             with torch.random.fork_rng(devices=[]):

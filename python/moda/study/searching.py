@@ -7,16 +7,15 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch.utils.data import Dataset, Subset
 
 from moda.data.batches import BatchLoader, EpochOrder, Passes
 from moda.decomposition.container import Decomposition
 from moda.inference import device_of
 from moda.methods import CNNSplitter, GradSplitter, modularize
-from moda.runs.finished import HELD_OUT, FinishedRun
+from moda.runs.finished import FinishedRun, kept_apart
 from moda.settings import Settings, setting
 
-__all__ = ["SEARCHING", "SearchSettings", "search_run", "split"]
+__all__ = ["SEARCHING", "SearchSettings", "search_run"]
 
 SEARCHING = (GradSplitter.name, CNNSplitter.name)
 """Methods that search a trained model for modules."""
@@ -107,7 +106,7 @@ class SearchSettings(Settings, command="modularize"):
 
 
 def search_run(finished: FinishedRun, settings: SearchSettings) -> Decomposition:
-    """Search a trained model for modules; one training sample in `HELD_OUT` chooses among epochs or candidates.
+    """Search a trained model for modules; samples kept apart choose among epochs or candidates.
 
     The decomposition's metadata have the hash of the weights, and the seconds that the search took.
 
@@ -115,7 +114,7 @@ def search_run(finished: FinishedRun, settings: SearchSettings) -> Decomposition
         ValueError: the method does not fit the model.
     """
     samples = finished.data.train_eval
-    part, kept_apart = split(samples)
+    part, held_out = kept_apart(samples)
     model = finished.run.load_model(finished.data).to(device_of(finished.model))
     config = finished.run.config
     since = time.perf_counter()
@@ -127,15 +126,8 @@ def search_run(finished: FinishedRun, settings: SearchSettings) -> Decomposition
             method,
             Passes(BatchLoader(part, EpochOrder(len(part), config.batch_size, config.seed))),
             finished.data.num_classes,
-            validation=BatchLoader(kept_apart, EpochOrder(len(kept_apart), config.batch_size, None)),
+            validation=BatchLoader(held_out, EpochOrder(len(held_out), config.batch_size, None)),
         ).decomposition
     seconds = time.perf_counter() - since
     origin = {"weights_sha256": finished.weights_sha256, "augmented": False, "seconds": seconds}
     return replace(made, metadata={**made.metadata, **origin})
-
-
-def split(samples: Dataset[Any], held_out: int = HELD_OUT) -> tuple[Subset[Any], Subset[Any]]:
-    """All samples but one in `held_out`, and those."""
-    indices = range(len(samples))  # type: ignore[arg-type]
-    rest = [index for index in indices if index % held_out]
-    return Subset(samples, rest), Subset(samples, list(indices[::held_out]))

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from moda import models
+from moda.composition import measure
 from moda.composition.compose import ComposedModel, compose, plan
 from moda.composition.masking import mask
 from moda.decomposition.container import Decomposition
@@ -825,3 +826,24 @@ def test_heads_folded_into_the_batch_follow_its_size(batch_first, masks):
     for samples in (1, 2, 3, 7):
         other = torch.randn(samples, 6, 3)
         torch.testing.assert_close(composed(other), masked(other), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda model, wrong, x: compose(model, wrong, [0], example=x),
+        lambda model, wrong, x: plan(model, wrong, [0], example=x),
+        lambda model, wrong, _: mask(model, wrong, [0]),
+        lambda model, wrong, x: measure.size(model, wrong, [0], example=x),
+        lambda model, wrong, x: measure.module_sizes(model, wrong, example=x),
+        lambda model, wrong, x: measure.overlap(model, wrong, 0, 1, example=x),
+        lambda _, wrong, __: measure.neurons_kept(wrong, [0]),
+    ],
+)
+@pytest.mark.parametrize(
+    "wrong", [None, {"1": torch.ones(2, 4)}, "decomposition"], ids=lambda wrong: type(wrong).__name__
+)
+def test_what_is_no_decomposition_is_named(call, wrong):
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    with pytest.raises(TypeError, match=f"decomposition: expected a moda.Decomposition, got {type(wrong).__name__}"):
+        call(model, wrong, torch.randn(2, 3))
