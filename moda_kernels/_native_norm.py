@@ -120,17 +120,7 @@ def operator(
 
 
 @operator.register_fake
-def _(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    training: bool,
-    momentum: float,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _(x: Tensor, _residual: Any, _weight: Any, _bias: Any, running_mean: Any, running_var: Any, *_settings: Any) -> Any:
     dtype, neurons = accumulation(x.dtype), x.shape[1]
     pooled = x.new_empty(0) if x.dim() == 2 else x.new_empty((x.shape[0], neurons), dtype=dtype)
     mean, var = (x.new_empty(0) if kept is None else kept.new_empty(neurons) for kept in (running_mean, running_var))
