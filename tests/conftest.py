@@ -64,11 +64,11 @@ COMPILING = 7200  # seconds, ten times what the slowest takes on two busy cores
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if "compiles" in item.keywords and item.get_closest_marker("timeout") is None:
+        if item.get_closest_marker("compiles") is not None and item.get_closest_marker("timeout") is None:
             item.add_marker(pytest.mark.timeout(COMPILING))
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs an NVIDIA GPU; `make gpu` runs it on a machine that has one")
     for item in items:
-        if "gpu" in item.keywords:
+        if item.get_closest_marker("gpu") is not None:
             item.add_marker(skip)

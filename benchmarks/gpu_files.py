@@ -1,0 +1,39 @@
+"""What the measurements on a GPU write: a file in benchmarks/results, and in $OUT where that is set."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moda.bench import machine
+
+DEVICE = "cuda"
+RESULTS = Path(__file__).parent / "results"
+
+
+def describe() -> dict[str, Any]:
+    """The GPU, versions, commit and date."""
+    return machine.describe(torch.device(DEVICE))
+
+
+@dataclass
+class GpuResults:
+    """Rows that are written anew, whole, whenever some are added: what was measured is never lost."""
+
+    name: str
+    machine: dict[str, Any]
+    rows: list[dict[str, Any]] = field(default_factory=list)
+
+    def add(self, rows: Sequence[dict[str, Any]]) -> None:
+        """Write the rows behind the others."""
+        self.rows += rows
+        text = json.dumps({"machine": self.machine, "rows": self.rows}, indent=1) + "\n"
+        folders = [RESULTS, *([Path(os.environ["OUT"])] if os.environ.get("OUT") else [])]
+        for folder in folders:
+            (folder / self.name).write_text(text)
