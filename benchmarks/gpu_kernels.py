@@ -113,10 +113,10 @@ def shapes(quick: bool) -> Iterator[tuple[tuple[int, ...], torch.dtype, bool]]:
 
 def seconds(operation: Operation, buffers: list[Tensor], rounds: int) -> float | None:
     """Seconds of the operation on one buffer; None without rounds."""
-    calls = [operation.prepare(buffer) for buffer in buffers]
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
+    with torch.cuda.stream(stream):  # backward runs on the stream of its forward
+        calls = [operation.prepare(buffer) for buffer in buffers]
         for call in calls[:2]:
             call()
     torch.cuda.current_stream().wait_stream(stream)
@@ -124,7 +124,7 @@ def seconds(operation: Operation, buffers: list[Tensor], rounds: int) -> float |
     if not rounds:
         return None
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=stream):
         for call in calls:
             call()
     graph.replay()

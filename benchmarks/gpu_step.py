@@ -106,7 +106,7 @@ class Step:
                 self()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, stream=stream):
             self()
         self.graph = graph
 
@@ -142,8 +142,8 @@ def measure(case: Case, rounds: int) -> list[dict[str, Any]]:
         try:
             steps[way] = step = Step(case, way)
             for _ in range(WARMUPS):
-                loss = step()
-            row["loss"] = float(loss.detach())
+                loss = step().detach()  # a graph that is kept ties its leaves to this stream, which is not captured
+            row["loss"] = float(loss)
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
             step()

@@ -32,7 +32,7 @@ class Handle(Protocol):
     def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Begin a forward pass; gives its `Run`, or None where nothing is to be seen."""
 
-    def _learn(self, training: bool, plan: Plan) -> None:
+    def _learn(self, training: int, plan: Plan) -> None:
         """Keep what a probe found out."""
 
     def _attach(self, module: nn.Module, part: Any) -> None:

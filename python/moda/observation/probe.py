@@ -86,7 +86,7 @@ class _NormedReLU:
 class Probe(Run):
     """A forward pass that is followed."""
 
-    def __init__(self, taps: Handle, training: bool, samples: int, inputs: list[Tensor], **purpose: Any) -> None:
+    def __init__(self, taps: Handle, training: int, samples: int, inputs: list[Tensor], **purpose: Any) -> None:
         super().__init__(None, training, samples, **purpose)
         self.taps = taps
         self.watching = True

@@ -58,7 +58,7 @@ class Run:
     def __init__(
         self,
         plan: Plan | None,
-        training: bool,
+        training: int,
         samples: int,
         *,
         record: Record | None = None,
@@ -102,26 +102,32 @@ class Run:
         tap = self.next(site)
         if tap is not None and self.only_records and self.caller is None and not site.opaque:
             return self.deliver(tap, call(*args, **kwargs))  # the short way, for the sake of its cost
+        caller, inside = self.caller, self.inside
+        # Functions that an activation calls, or that compute it in its place, are none of the model's calls.
+        self.caller, self.inside = None, site.opaque
+        try:
+            return self._call_module(tap, module, call, args, kwargs)
+        finally:
+            self.caller, self.inside = caller, inside
+
+    def _call_module(
+        self, tap: Tap | None, module: nn.Module, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        inplace = bool(getattr(module, "inplace", False))
         hooked = has_hooks(module) or any_global_hooks()
         if self.norms and args and type(args[0]) is Deferred:
-            inplace = bool(getattr(module, "inplace", False))
             y = None if tap is None or hooked else self._rectified(tap, args[0], inplace)
             if y is not None:
                 return y
             args = plain_values(args)
-        if tap is not None and self._may_compute(tap, args, kwargs) and not hooked:
+        if tap is None:
+            return call(*args, **kwargs)
+        if self._may_compute(tap, args, kwargs) and not hooked:
             if self._fuses(tap, args[0]):
-                return self._fused(tap, args[0], bool(module.inplace))
+                return self._fused(tap, args[0], inplace)
             if self.overwriting and tap.spare:
                 return self.deliver(tap, torch.relu_(args[0]))
-        caller, inside = self.caller, self.inside
-        self.caller, self.inside = None, site.opaque
-        try:
-            if tap is None:
-                return call(*args, **kwargs)
-            return self.call(tap, call, args, kwargs, bool(getattr(module, "inplace", False)))
-        finally:
-            self.caller, self.inside = caller, inside
+        return self.call(tap, call, args, kwargs, inplace)
 
     def call_function(
         self, function: Call, known: ActivationFunction, args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -103,8 +103,13 @@ class Taps:
     # ---- what is known ---
 
     @property
+    def _training(self) -> int:
+        """1 in training mode, else 0: an index, for which the compiler of PyTorch 2.11 takes no bool."""
+        return int(self.model.training)
+
+    @property
     def _plan(self) -> Plan:
-        plan = self._plans[self.model.training] or self._plans[not self.model.training]
+        plan = self._plans[self._training] or self._plans[1 - self._training]
         if plan is None:
             raise RuntimeError(
                 "taps: known only after the first forward pass of the observed model; run it once, or pass example= to "
@@ -286,7 +291,7 @@ class Taps:
         self.remove()
 
     def __repr__(self) -> str:
-        known = self._plans[self.model.training] or self._plans[not self.model.training]
+        known = self._plans[self._training] or self._plans[1 - self._training]
         count = "not probed yet" if known is None else f"{len(known.taps)} taps"
         return f"Taps({type(self.model).__name__}, {count}, route={self.route!r})"
 
@@ -301,7 +306,7 @@ class Taps:
         apart = torch.compiler.is_exporting() or (not compiling and _apart(args, kwargs))
         if apart and not changes:
             return None
-        training = self.model.training
+        training = self._training
         if compiling and not apart and not self._known_modes[training]:
             _probe_while_compiling(self, args, kwargs)
         plan = self._plans[training]
@@ -352,7 +357,7 @@ class Taps:
         return FUSED_FROM_BYTES.get(device, FUSED_FROM_BYTES["cuda"])
 
     def _probe(
-        self, plan: Plan | None, training: bool, args: tuple[Any, ...], kwargs: dict[str, Any], recorded: bool
+        self, plan: Plan | None, training: int, args: tuple[Any, ...], kwargs: dict[str, Any], recorded: bool
     ) -> Run | None:
         """The probe that this forward pass is; None if it would tell nothing more than `plan`."""
         inputs = tensors_of(args, kwargs)
@@ -377,7 +382,7 @@ class Taps:
         self._run = run
         return run
 
-    def _learn(self, training: bool, plan: Plan) -> None:
+    def _learn(self, training: int, plan: Plan) -> None:
         self._plans[training] = plan
         self._known_modes[training] = True
 
@@ -401,7 +406,7 @@ class Taps:
         for training, plan in enumerate(self._plans):
             if plan is not None:
                 repeated = tuple(sites[id(site)] for site in plan.repeated if id(site) in sites)
-                made._learn(bool(training), Plan(plan.taps, plan.skipped, repeated, plan.samples, plan.folded))
+                made._learn(training, Plan(plan.taps, plan.skipped, repeated, plan.samples, plan.folded))
 
     def _like(self, model: nn.Module) -> Taps:
         return Taps(

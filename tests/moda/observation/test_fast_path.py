@@ -274,3 +274,19 @@ def test_moving_average_and_evaluation():
     assert not torch.equal(average.head.weight, net.head.weight)
     x, y = next(batches("cpu", torch.float64))
     assert fast_step(taps_of(average), loss, x, y).item() != fast_step(taps, loss, x, y).item()
+
+
+def test_what_a_backend_calls_is_no_call_of_the_model(monkeypatch):
+    """Backend torch computes a fused ReLU by ReLU functions, which are tapped where the model calls them."""
+    nets = [make_net("cpu", torch.float64) for _ in range(2)]
+    x, y = next(batches("cpu", torch.float64))
+    counts = []
+    for net, backend in zip(nets, ("auto", "torch"), strict=True):
+        monkeypatch.setenv("MODA_BACKEND", backend)
+        taps = moda.observe(net, route="fused", example=x)
+        fast_step(taps, ModularLoss(), x, y).backward()
+        net(x)
+        counts.append(len(taps.activations()))
+    assert counts == [3, 3]
+    for expected, got in zip(*(net.parameters() for net in nets), strict=True):
+        torch.testing.assert_close(got.grad, expected.grad, rtol=1e-10, atol=1e-12)
