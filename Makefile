@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := pyproject.toml setup.py CMakeLists.txt moda_kernels/_version.py $(wildcard csrc/*.* csrc/*/*.*)
 
-.PHONY: demo test test-other-torch test-oldest lint bench soak gpu clean
+.PHONY: demo test test-other-torch test-oldest lint docs bench soak gpu clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed
@@ -41,6 +41,12 @@ lint: $(VENV)/installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# The site, in site/: pages, and a reference made of the docstrings. A broken link is an error. The environment is that of
+# `make demo` with the tools of the extra `docs`; no network is needed to build or to read it.
+docs: $(VENV)/installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "site/index.html"
+
 # Measures this machine, notes it in benchmarks/results/ and makes docs/benchmarks.md anew; the table comes last.
 bench: $(VENV)/installed-dev
 	$(BIN)/moda bench
@@ -56,7 +62,7 @@ gpu:
 	$(PYTHON) benchmarks/gpu.py
 
 clean:
-	rm -rf $(VENV) build dist demo *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist demo site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 	rm -f moda_kernels/_native*.so
 
@@ -77,3 +83,7 @@ $(VENV)/installed-dev: $(VENV)/torch $(SOURCES)
 	$(PIP) install --quiet --editable ".[train,dev]"
 	$(PIP) install --quiet --no-deps --upgrade --target $(VENV)/vision torchvision==0.28.0 timm==1.0.31
 	touch $(VENV)/installed $@
+
+$(VENV)/installed-docs: $(VENV)/installed
+	$(PIP) install --quiet --editable ".[train,docs]"
+	touch $@

@@ -1,6 +1,6 @@
 """The cost of the distributed loss's collective: bytes, simulated time, and a measurement that checks the simulation.
 
-    python -m benchmarks.collective             # writes the tables of docs/distributed.md
+    python -m benchmarks.collective             # writes the tables of docs/distributed.md and its appendix
     python -m benchmarks.collective measure     # times local processes, writes benchmarks/results/collective/, and both
 
 The model of time is latency and bandwidth: a message of b bytes over a link takes latency + b / bandwidth, where links
@@ -31,7 +31,7 @@ from moda_kernels.distributed import owners_pay
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "collective"
-PAGE = ROOT / "docs" / "distributed.md"
+PAGES = (ROOT / "docs" / "distributed.md", ROOT / "docs" / "distributed_tables.md")
 
 FLOAT, LABEL = 4, 8  # bytes
 SAMPLES = 64  # per rank and step
@@ -386,7 +386,7 @@ def step_table(measured: dict[str, Any]) -> str:
 
 
 def tables() -> dict[str, str]:
-    """The tables of the page, by the names of their places in it."""
+    """The tables of the pages, by the names of their places in them."""
     made = {"bytes": bytes_table(), "crossover": crossover_table()}
     made |= {f"seconds-{index}": seconds_table(cluster) for index, cluster in enumerate(CLUSTERS)}
     for path in sorted(RESULTS.glob("*.json")):
@@ -396,7 +396,7 @@ def tables() -> dict[str, str]:
 
 
 def filled(page: str) -> str:
-    """The page with its tables made anew; each stands between `<!-- table NAME -->` and `<!-- end -->`."""
+    """A page with its tables made anew; each stands between `<!-- table NAME -->` and `<!-- end -->`."""
     for name, text in tables().items():
         before, mark, rest = page.partition(f"<!-- table {name} -->\n")
         if mark:
@@ -410,7 +410,8 @@ def main(arguments: Sequence[str]) -> None:
         path = RESULTS / f"cpu-{os.cpu_count()}-cores.json"
         path.write_text(json.dumps(measure(), indent=1) + "\n")
         print(f"written to {path}")
-    PAGE.write_text(filled(PAGE.read_text()))
+    for page in PAGES:
+        page.write_text(filled(page.read_text()))
 
 
 if __name__ == "__main__":

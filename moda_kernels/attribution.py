@@ -34,7 +34,7 @@ class AttributionSums(ClassTotals):
     Raises:
         TypeError, ValueError: an argument is not as above.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from moda_kernels import AttributionSums
         >>> totals = AttributionSums(num_classes=2)

@@ -116,7 +116,7 @@ class Status:
 def backends() -> dict[str, Status]:
     """Every backend's name and whether it can run on this machine, with the reason when it cannot.
 
-    Example:
+    Examples:
         >>> print(backends()["torch"])
         available
     """

@@ -44,7 +44,7 @@ class FiringCounter(ClassTotals):
     Raises:
         TypeError, ValueError: an argument is not as above.
 
-    Example:
+    Examples:
         >>> counter = FiringCounter(num_classes=2)
         >>> counter.update([torch.tensor([[1.0, 0.0], [2.0, 3.0]])], torch.tensor([0, 0]))
         >>> counter.update([torch.tensor([[0.0, 4.0]])], torch.tensor([1]))

@@ -77,7 +77,7 @@ def modular_losses(
         UserWarning: the batch is one sample, or (looked at on the CPU only) every label is negative, as labels to be
             ignored are.
 
-    Example:
+    Examples:
         >>> layer = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])  # two samples of class 4, one of class 9
         >>> losses = modular_losses([layer], torch.tensor([4, 4, 9]))
         >>> losses.affinity.item(), losses.dispersion.item(), losses.compactness.item()
@@ -143,7 +143,7 @@ class ModularLoss(nn.Module):
     Raises:
         TypeError, ValueError: a weight is no number, negative or not finite.
 
-    Example:
+    Examples:
         >>> modular_loss = ModularLoss(affinity=1.0, dispersion=1.0, compactness=0.5)
         >>> layer = torch.tensor([[1.0, 0.0], [1.0, 0.0], [1.0, 0.0]])  # one neuron fires for all three samples
         >>> modular_loss([layer], torch.tensor([4, 4, 9])).item()  # 0 + 1 + 0.5 * 0.5

@@ -33,7 +33,7 @@ def class_means(
         TypeError, ValueError: an argument is not as above.
         BackendUnavailableError: the backend asked for cannot run.
 
-    Example:
+    Examples:
         >>> class_means([torch.tensor([[1.0, 0.0], [3.0, 0.5]])], torch.tensor([1, 1]), num_classes=2)[0].tolist()
         [[0.0, 0.0], [2.0, 0.25]]
     """

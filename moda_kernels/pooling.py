@@ -26,7 +26,7 @@ def pool(activations: Sequence[Tensor], *, backend: str = "auto") -> list[Tensor
         TypeError, ValueError: a layer is no floating-point tensor of such a shape, or there is none.
         BackendUnavailableError: the backend asked for cannot run.
 
-    Example:
+    Examples:
         >>> image = torch.tensor([[[[1.0, -3.0]], [[0.0, 0.5]]]])  # one sample, two neurons, 1 x 2 positions
         >>> [pooled.tolist() for pooled in pool([image])]
         [[[2.0, 0.25]]]
@@ -57,7 +57,7 @@ def relu_pool(x: Tensor, *, inplace: bool = False, backend: str = "auto") -> tup
         TypeError, ValueError: x is no floating-point tensor of such a shape.
         BackendUnavailableError: the backend asked for cannot run.
 
-    Example:
+    Examples:
         >>> y, pooled = relu_pool(torch.tensor([[[1.0, -3.0], [0.0, 0.5]]]))  # one sample, two neurons, two positions
         >>> y.tolist(), pooled.tolist()
         ([[[1.0, 0.0], [0.0, 0.5]]], [[0.5, 0.25]])

@@ -30,7 +30,7 @@ class ClassSimilarity:
     Raises:
         TypeError, ValueError: `num_classes` is not as above.
 
-    Example:
+    Examples:
         >>> similarity = ClassSimilarity(num_classes=2)
         >>> similarity.update([torch.tensor([[1.0, 0.0], [3.0, 0.0]])], torch.tensor([0, 0]))
         >>> similarity.update([torch.tensor([[0.0, 2.0]])], torch.tensor([1]))
@@ -107,7 +107,7 @@ def class_similarity(
     Raises:
         TypeError, ValueError: an argument is not as above.
 
-    Example:
+    Examples:
         >>> layer = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 2.0]])
         >>> class_similarity([layer], torch.tensor([0, 0, 1]), num_classes=2)[0].tolist()
         [[0.0, 0.5], [0.5, 0.0]]

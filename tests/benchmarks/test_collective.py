@@ -81,10 +81,17 @@ def test_the_model_is_within_a_factor_of_2_of_the_measurement(path):
             assert seconds / 2 < model < 2 * seconds
 
 
-def test_the_page_shows_what_the_script_gives():
-    page = collective.PAGE.read_text()
+@pytest.mark.parametrize("path", collective.PAGES, ids=lambda path: path.name)
+def test_the_pages_show_what_the_script_gives(path):
+    page = path.read_text()
     assert collective.filled(page) == page
     assert "<!-- table " in page
+
+
+def test_every_table_has_its_place():
+    pages = "".join(path.read_text() for path in collective.PAGES)
+    for name in collective.tables():
+        assert pages.count(f"<!-- table {name} -->") == 1, name
 
 
 def test_human_units():

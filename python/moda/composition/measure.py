@@ -228,7 +228,7 @@ def flops(model: nn.Module, example_input: Tensor) -> int:
         model: any module.
         example_input: one batch; the result is for all of its samples.
 
-    Example:
+    Examples:
         >>> flops(nn.Linear(10, 5), torch.zeros(1, 10))
         100
     """
@@ -264,7 +264,7 @@ def accuracy(
         TypeError: a batch or what the model puts out is not as above.
         ValueError: no class, one twice, or one that the model has no logit for; or no sample of the classes.
 
-    Example:
+    Examples:
         >>> logits, labels = torch.tensor([[2.0, 1.0, 3.0], [0.0, 1.0, 0.0]]), torch.tensor([0, 1])
         >>> accuracy(nn.Identity(), [(logits, labels)])
         0.5

@@ -142,7 +142,7 @@ def check_classes(classes: Iterable[int], num_classes: int) -> list[int]:
         TypeError: not a sequence of integers.
         ValueError: none, one twice, or one outside [0, num_classes).
 
-    Example:
+    Examples:
         >>> check_classes((2, 0), num_classes=3)
         [2, 0]
     """

@@ -45,7 +45,7 @@ def masks_from_rates(
     Raises:
         TypeError, ValueError: an argument is not as above.
 
-    Example:
+    Examples:
         >>> rates = torch.tensor([[0.95, 0.2, 1.0], [0.1, 0.3, 0.2]])  # the second class would keep nothing
         >>> masks_from_rates(rates, threshold=0.9).int().tolist()
         [[1, 0, 1], [0, 1, 1]]

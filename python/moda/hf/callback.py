@@ -37,7 +37,7 @@ class ModularTrainerCallback(TrainerCallback):
     Raises (in a forward pass):
         ValueError: there is not one label for each sample, or the model's output has no loss.
 
-    Example:
+    Examples:
         >>> from moda.hf import ModularTrainerCallback
         >>> callback = ModularTrainerCallback()  # of Trainer(model=model, ..., callbacks=[callback])
     """

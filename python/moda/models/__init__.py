@@ -77,7 +77,7 @@ def create(
         ValueError: the name is unknown, a number out of range, or the model would have more than `MOST_PARAMETERS`.
         TypeError: an argument is of the wrong type.
 
-    Example:
+    Examples:
         >>> import torch
         >>> model = create("small_vgg", num_classes=4, width=0.25)
         >>> model(torch.zeros(2, 3, 8, 8)).shape

@@ -634,7 +634,7 @@ def accelerate(model: nn.Module, *, example: Any = None) -> Taps:
     Raises:
         TypeError, ValueError: as for `observe`, but a model without activations is fine.
 
-    Example:
+    Examples:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
         >>> with accelerate(model, example=torch.zeros(2, 3, 8, 8)):
         ...     loss = model(torch.ones(64, 3, 32, 32)).mean()

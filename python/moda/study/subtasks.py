@@ -18,7 +18,7 @@ def subtasks(num_classes: int, seed: int = 42) -> list[tuple[int, ...]]:
     Raises:
         ValueError: there are fewer than two classes.
 
-    Example:
+    Examples:
         >>> subtasks(3)
         [(0, 1), (0, 2), (1, 2), (0, 1, 2)]
     """

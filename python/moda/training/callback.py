@@ -41,7 +41,7 @@ class ModularCallback(lightning.Callback):
         RuntimeError: the network did not run, ran twice, or was optimised by hand without `manual_backward`: it would
             be trained without the modular loss.
 
-    Example:
+    Examples:
         >>> trainer = lightning.Trainer(callbacks=[ModularCallback(attribute="net")], logger=False)
     """
 
