@@ -67,7 +67,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 
 def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Formulas as MathML, which browsers show without a script, and in code in tables a bar as GitHub shows `\\|`."""
+    """Formulas as MathML, which browsers show without a script, and bars in the code of tables as GitHub shows them."""
 
     def drawn(found: re.Match[str]) -> str:
         latex = re.sub(r"^\\[\[(]|\\[\])]$", "", found[2].strip()).strip()

@@ -13,7 +13,7 @@ import moda
 from tests.moda._helpers.processes import environment
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "docs" / "how-to").glob("*.md"))]
 NAME = re.compile(r"(?<![\w/.\-])moda(?:_kernels)?(?:\.[A-Za-z_]\w*)+")
 FILE = re.compile(r"\.(json|html|py|md)$")
 
