@@ -1,13 +1,14 @@
-"""Where a model is, and evaluation mode that is put back afterwards."""
+"""Where a model is, how its inputs are best laid out, and evaluation mode that is put back afterwards."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import chain
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -15,6 +16,22 @@ def device_of(model: nn.Module) -> torch.device:
     for tensor in chain(model.parameters(), model.buffers()):
         return tensor.device
     return torch.device("cpu")
+
+
+def fastest_layout(model: nn.Module, example: Any) -> torch.memory_format:
+    """The order in memory of images with which the model is fastest: channels last on a CPU, where it takes that.
+
+    Convolutions and pooling are up to twice as fast there. A model that views its features flat, without copying them,
+    does not take it.
+    """
+    if not isinstance(example, Tensor) or example.dim() != 4 or example.device.type != "cpu":
+        return torch.contiguous_format
+    try:
+        with torch.no_grad():
+            model(example.contiguous(memory_format=torch.channels_last))
+    except RuntimeError:
+        return torch.contiguous_format
+    return torch.channels_last
 
 
 @contextmanager

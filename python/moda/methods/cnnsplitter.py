@@ -21,9 +21,11 @@ from rich.progress import track
 from torch import Tensor, nn
 
 from moda.decomposition.container import Decomposition
+from moda.inference import fastest_layout
 from moda.methods.base import TASK, Loader, Phase, check_choice
 from moda.methods.genetic import Slot, decode, first_population, mutated_genes, next_generation, published_groups
 from moda.methods.importance import (
+    DECIDING,
     Bools,
     PreparedSearch,
     importances,
@@ -118,7 +120,10 @@ class CNNSplitter:
         widths = chosen_widths(dict(zip(taps.names, taps.widths, strict=True)), self.sites)
         check_choice(widths, "sites")
         owners = owners_of(widths, self.shared)
-        return PreparedSearch(model, num_classes, {}, frozen=True, taps=taps, owners=owners, widths=widths)
+        layout = fastest_layout(model, example)
+        return PreparedSearch(
+            model, num_classes, {}, frozen=True, taps=taps, owners=owners, widths=widths, layout=layout
+        )
 
     def phases(self) -> list[Phase]:
         """None: nothing is trained."""
@@ -160,7 +165,7 @@ class CNNSplitter:
         orders = {tap: (-values).argsort(dim=1, stable=True).numpy() for tap, values in importance.items()}
         sensitive = self.sensitive
         if sensitive is None:
-            sensitive = tuple(sensitive_slots(sensitivities(prepared, loader, orders)))
+            sensitive = tuple(sensitive_slots(sensitivities(prepared, loader, orders, DECIDING), ratios=DECIDING))
         return Search(self, prepared, loader, labels, orders, sensitive)
 
 

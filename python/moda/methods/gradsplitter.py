@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from moda.decomposition.container import Decomposition
-from moda.inference import device_of, evaluating
+from moda.inference import device_of, evaluating, fastest_layout
 from moda.methods.base import TASK, Loader, Phase, Prepared, check_choice
 from moda.methods.splitter import PUBLISHED_HIDDEN, Splitter
 from moda.observation.taps import Taps, observe
@@ -135,6 +135,7 @@ class GradSplitter:
             shared=self.shared,
             hidden=self.hidden,
             classes_at_once=self.classes_at_once,
+            layout=fastest_layout(model, example),
         ).to(logits.dtype)
         check_choice({tap: splitter.mask(tap).shape[1] for tap in splitter.owners}, "sites")
         groups = {"masks": list(splitter.masks.parameters()), "heads": list(splitter.heads.parameters())}

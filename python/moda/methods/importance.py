@@ -22,6 +22,8 @@ Bools = npt.NDArray[np.bool_]
 _PASS = 2048  # samples of all modules together that one pass takes
 RATIOS = tuple(share / 10 for share in range(1, 11))
 """Shares of a layer's neurons that its sensitivity is tried with."""
+DECIDING = (0.5, 1.0)
+"""Those that decide whether a layer is sensitive."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,11 +34,13 @@ class PreparedSearch(Prepared):
         taps: of the network.
         owners: the slot that decides on each tap's neurons, as {tap: tap}.
         widths: neurons of each tap.
+        layout: the order in memory of the network's inputs.
     """
 
     taps: Taps = field(kw_only=True)
     owners: Mapping[str, str] = field(kw_only=True)
     widths: Mapping[str, int] = field(kw_only=True)
+    layout: torch.memory_format = field(default=torch.contiguous_format, kw_only=True)
 
     @property
     def slots(self) -> list[str]:
@@ -108,7 +112,8 @@ def _run(prepared: PreparedSearch, inputs: Tensor, kept: Mapping[str, Tensor], o
         return product.flatten(0, 1)
 
     with prepared.taps.replacing(masked):
-        logits: Tensor = prepared.model(inputs.repeat(count, *[1] * (inputs.dim() - 1)))
+        repeated = inputs.repeat(count, *[1] * (inputs.dim() - 1)).contiguous(memory_format=prepared.layout)
+        logits: Tensor = prepared.model(repeated)
     of_modules: Tensor = logits.unflatten(0, (count, -1))
     return of_modules[torch.arange(count, device=chosen.device), :, chosen]
 
@@ -180,29 +185,42 @@ def sensitivities(
     """
     num_classes = prepared.num_classes
     labels = labels_of(loader, num_classes)
+
+    def accuracy(slot: str, kept: npt.NDArray[np.int64]) -> float:
+        masks = {tap: np.ones((num_classes, width), bool) for tap, width in prepared.widths.items()}
+        for tap, owner in prepared.owners.items():
+            if owner == slot:
+                masks[tap] = np.zeros_like(masks[tap])
+                np.put_along_axis(masks[tap], kept, True, axis=1)
+        outputs = module_outputs(prepared, masks, range(num_classes), loader)
+        return float((outputs.argmax(0) == labels).mean())
+
     found: dict[str, list[float]] = {}
+    whole: float | None = None  # with all of a layer modules are the network, whichever layer it is
     for slot in prepared.slots:
         found[slot] = []
         for ratio in ratios:
-            masks = {tap: np.ones((num_classes, width), bool) for tap, width in prepared.widths.items()}
-            for tap, owner in prepared.owners.items():
-                if owner == slot:
-                    masks[tap] = np.zeros_like(masks[tap])
-                    np.put_along_axis(masks[tap], most_important(orders[slot], ratio), True, axis=1)
-            outputs = module_outputs(prepared, masks, range(num_classes), loader)
-            found[slot].append(float((outputs.argmax(0) == labels).mean()))
+            kept = most_important(orders[slot], ratio)
+            if kept.shape[1] == prepared.widths[slot]:
+                whole = accuracy(slot, kept) if whole is None else whole
+                found[slot].append(whole)
+            else:
+                found[slot].append(accuracy(slot, kept))
     return found
 
 
-def sensitive_slots(accuracies: Mapping[str, Sequence[float]], loss: float = 0.05) -> list[str]:
+def sensitive_slots(
+    accuracies: Mapping[str, Sequence[float]], loss: float = 0.05, ratios: Sequence[float] = RATIOS
+) -> list[str]:
     """Return the slots whose half of most important neurons does not suffice.
 
     That is, modules that keep half of the layer lose more than `loss` of the accuracy that they have with all of it.
     (In the published code people choose by looking at the same curves.)
 
     Args:
-        accuracies: per slot one accuracy per share of `RATIOS`.
+        accuracies: per slot one accuracy per ratio.
         loss: as a share.
+        ratios: the shares of the layer that were kept, `DECIDING` among them.
     """
-    half = RATIOS.index(0.5)
-    return [slot for slot, curve in accuracies.items() if curve[half] < curve[-1] - loss]
+    half, whole = (list(ratios).index(share) for share in DECIDING)
+    return [slot for slot, curve in accuracies.items() if curve[half] < curve[whole] - loss]

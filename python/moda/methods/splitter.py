@@ -118,6 +118,7 @@ class Splitter(nn.Module):
         initial: the masks' first value; published: 1. At 0 every neuron is off.
         hidden: hidden neurons of a head.
         classes_at_once: for how many classes the network runs in one pass.
+        layout: the order in memory of the network's inputs.
 
     Raises:
         ValueError: an argument is not as above.
@@ -136,6 +137,7 @@ class Splitter(nn.Module):
         initial: float = 1.0,
         hidden: int = PUBLISHED_HIDDEN,
         classes_at_once: int | None = None,
+        layout: torch.memory_format = torch.contiguous_format,
     ) -> None:
         super().__init__()
         if num_classes < 2:
@@ -144,6 +146,7 @@ class Splitter(nn.Module):
             raise ValueError(f"classes_at_once: expected at least 1, got {classes_at_once}")
         self.__dict__["taps"] = taps  # the frozen network is no part of this module
         self.num_classes = num_classes
+        self.layout = layout
         self.classes_at_once = min(num_classes, classes_at_once or num_classes)
         widths = chosen_widths(dict(zip(taps.names, taps.widths, strict=True)), sites)
         self.owners = owners_of(widths, shared or {})
@@ -182,7 +185,8 @@ class Splitter(nn.Module):
             return masked_rows.flatten(0, 1)
 
         with self.taps.replacing(masked):
-            logits: Tensor = self.taps.model(inputs.repeat(count, *[1] * (inputs.dim() - 1)))
+            repeated = inputs.repeat(count, *[1] * (inputs.dim() - 1)).contiguous(memory_format=self.layout)
+            logits: Tensor = self.taps.model(repeated)
         of_classes: Tensor = logits.unflatten(0, (count, -1))
         return of_classes
 

@@ -20,7 +20,8 @@ Bools = npt.NDArray[np.bool_]
 LEAST, MOST = 50, 500
 """How many combinations a round keeps at least, if there are so many, and at most."""
 
-_BLOCK = 1 << 24  # comparisons at once: bounds the memory of a round
+_BLOCK = 1 << 16  # pairs of combinations compared at once: so many stay in a core's cache
+_BYTE = 255
 
 
 def task_sizes(num_classes: int) -> list[int]:
@@ -228,16 +229,22 @@ def _accuracies(left: _Combinations, right: _Combinations, labels: Integers) -> 
     return accuracy
 
 
-def _wins(own: _Combinations, other: _Combinations, samples: Bools, *, strictly: bool) -> npt.NDArray[np.float64]:
+def _wins(own: _Combinations, other: _Combinations, samples: Bools, *, strictly: bool) -> Integers:
     """(own, other) samples that the own combination answers right and with a higher output than the other's."""
-    wins = np.zeros((len(own), len(other)))
-    mine, theirs, right = own.best[:, samples], other.best[:, samples], own.right[:, samples]
-    rows = max(1, _BLOCK // max(1, theirs.size))
+    answers = np.where(own.right[:, samples], own.best[:, samples], np.nan)  # a wrong one is above no other
+    mine, theirs = (np.ascontiguousarray(part.T) for part in (answers, other.best[:, samples]))
     compare = np.greater if strictly else np.greater_equal
+    wins = np.zeros((len(own), len(other)), np.int64)
+    rows = max(1, _BLOCK // max(1, len(other)))
     for start in range(0, len(own), rows):
-        block = slice(start, start + rows)
-        higher = compare(mine[block, None], theirs[None])
-        wins[block] = (higher & right[block, None]).sum(2)
+        block = wins[start : start + rows]
+        higher = np.empty(block.shape, bool)
+        for first in range(0, len(mine), _BYTE):
+            counts = np.zeros(block.shape, np.uint8)  # a byte a pair: fast to add to, and enough for so many samples
+            for sample in range(first, min(first + _BYTE, len(mine))):
+                compare(mine[sample, start : start + rows, None], theirs[sample, None], out=higher)
+                counts += higher.view(np.uint8)
+            block += counts
     return wins
 
 

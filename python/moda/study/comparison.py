@@ -90,6 +90,12 @@ class ComparisonSettings(Settings, command="compare"):
     splitter_epochs: int = setting(
         GradSplitter.epochs, help="With gradsplitter: the epochs behind those of heads.", at_least=1, panel=_METHODS
     )
+    splitter_rate: float = setting(
+        GradSplitter.mask_rate,
+        help="With gradsplitter: the learning rate while masks are trained, see moda modularize --mask-rate.",
+        above=0,
+        panel=_METHODS,
+    )
     generations: int = setting(
         CNNSplitter.generations, help="With cnnsplitter: how many times candidates breed.", at_least=0, panel=_METHODS
     )
@@ -323,7 +329,11 @@ def _searched(
     """Search a trained model for modules, or read those found before."""
     if not (folder / METADATA_FILE).exists():
         wanted = SearchSettings(
-            method, epochs=settings.splitter_epochs, generations=settings.generations, population=settings.population
+            method,
+            epochs=settings.splitter_epochs,
+            mask_rate=settings.splitter_rate,
+            generations=settings.generations,
+            population=settings.population,
         )
         search_run(standard, wanted).save(folder)
     decomposition = Decomposition.load(folder)

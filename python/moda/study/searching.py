@@ -39,6 +39,19 @@ class SearchSettings(Settings, command="modularize"):
         at_least=1,
         panel=_GRADSPLITTER,
     )
+    head_rate: float = setting(
+        GradSplitter.head_rate,
+        help="The learning rate of the first epochs; behind them it is a tenth.",
+        above=0,
+        panel=_GRADSPLITTER,
+    )
+    mask_rate: float = setting(
+        GradSplitter.mask_rate,
+        help="The learning rate while masks are trained. A mask begins at 1 and drops its neuron at 0, so that some "
+        "1 / rate steps have to agree on that.",
+        above=0,
+        panel=_GRADSPLITTER,
+    )
     weight: float = setting(
         GradSplitter.weight, help="The weight of the share of neurons kept.", at_least=0, panel=_GRADSPLITTER
     )
@@ -89,6 +102,8 @@ class SearchSettings(Settings, command="modularize"):
             return GradSplitter(
                 self.head_epochs,
                 self.epochs,
+                self.head_rate,
+                self.mask_rate,
                 weight=self.weight,
                 tolerance=self.tolerance,
                 classes_at_once=self.classes_at_once,

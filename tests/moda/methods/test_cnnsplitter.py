@@ -14,6 +14,7 @@ from moda.methods.base import Method
 from moda.methods.cnnsplitter import CNNSplitter
 from moda.methods.genetic import Slot, decode
 from moda.methods.importance import (
+    DECIDING,
     RATIOS,
     PreparedSearch,
     importances,
@@ -255,3 +256,38 @@ def test_it_is_a_method():
 def test_bad_arguments_are_named(found, make, message: str):
     with pytest.raises(ValueError, match=message):
         make(*found)
+
+
+class Viewing(nn.Module):
+    """Views its features flat without copying them, which images with channels last do not allow."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolution, self.linear = nn.Conv2d(3, 6, 3, padding=1), nn.Linear(6 * 16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.convolution(x).relu()
+        return self.linear(x.view(len(x), -1))
+
+
+@pytest.mark.parametrize("viewing", [True, False])
+def test_images_are_laid_out_as_the_network_takes_them(viewing: bool):
+    model = Viewing() if viewing else nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(24, 3))
+    images = torch.randn(6, 3, 4, 4)
+    prepared = CNNSplitter(progress=False).prepare(model, 3, images)
+    assert prepared.layout == (torch.contiguous_format if viewing else torch.channels_last)
+    every = {tap: np.ones((3, width), bool) for tap, width in prepared.widths.items()}
+    outputs = module_outputs(prepared, every, range(3), [(images, torch.arange(6) % 3)])
+    np.testing.assert_allclose(outputs, model(images).T.detach(), rtol=1e-5, atol=1e-6)
+
+
+def test_only_what_decides_is_tried_to_find_sensitive_layers(found):
+    prepared, loader = found
+    orders = {
+        tap: (-values).argsort(dim=1, stable=True).numpy() for tap, values in importances(prepared, loader).items()
+    }
+    curves = sensitivities(prepared, loader, orders)
+    few = {slot: [curve[RATIOS.index(share)] for share in DECIDING] for slot, curve in curves.items()}
+    assert sensitivities(prepared, loader, orders, DECIDING) == few
+    for loss in (-1.0, 0.0, 0.05):
+        assert sensitive_slots(few, loss, DECIDING) == sensitive_slots(curves, loss)
