@@ -11,7 +11,8 @@ from rich.console import Console
 
 from moda.bench import results, runner
 from moda.bench.plan import SUITES
-from moda.bench.table import notes, table
+from moda.bench.table import TEXT_COLUMNS, notes, table
+from moda.tables import print_table
 
 _TABLE_WIDTH = 190
 
@@ -46,7 +47,7 @@ def bench(*, quick: bool, device: str, suites: Sequence[str], folder: Path | Non
         report(f"written to {results.write(measured, target)}")
     console = Console()
     shown = console if console.is_terminal else Console(width=_TABLE_WIDTH)
-    shown.print(table(measured))
+    print_table(table(measured), shown, keys=len(TEXT_COLUMNS))
     return not any(row.status == results.WRONG for row in measured.rows)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 import traceback
 from typing import Annotated, Any, NoReturn
@@ -54,16 +55,24 @@ app = typer.Typer(
     cls=_Moda,
     help="Train modular, decompose, recombine: modular training of neural networks (MODA, arXiv 2411.01074).",
     epilog="Start with: moda demo",
-    no_args_is_help=True,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 
+def _print_version(asked: bool) -> None:
+    if asked:  # the package imports PyTorch, which nothing else here needs
+        print(f"moda-kernels {importlib.import_module('moda_kernels').__version__}")
+        raise typer.Exit
+
+
 @app.callback()
 def _options(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback too when there is an error.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", is_eager=True, callback=_print_version)
+    ] = False,
 ) -> None:
     """Declare --debug for the help alone: `main` takes it from anywhere on the command line."""
 
@@ -75,6 +84,7 @@ def main() -> None:
     """
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     debug = len(arguments) < len(sys.argv) - 1
+    arguments = arguments or ["--help"]
     try:
         status = app(args=arguments, prog_name="moda", standalone_mode=False)
     except Interrupted as interrupt:

@@ -42,10 +42,10 @@ def parse_classes(text: str, names: Sequence[str]) -> list[int]:
             chosen.append(int(word))
         else:
             known = ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
-            raise ValueError(f"classes: expected names or indices of {len(names)} classes ({known}), got {word!r}")
+            raise ValueError(f"--classes: expected names or indices of {len(names)} classes ({known}), got {word!r}")
     twice = sorted({names[index] for index in chosen if chosen.count(index) > 1})
     if twice:
-        raise ValueError(f"classes: expected every class once, got {', '.join(twice)} more than once")
+        raise ValueError(f"--classes: expected every class once, got {', '.join(twice)} more than once")
     return chosen
 
 

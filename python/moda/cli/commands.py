@@ -51,11 +51,18 @@ class Deferred(TyperCommand):
 
     def load(self) -> Any:
         """Import the command's file, and give the command itself."""
-        return get_group(importlib.import_module(self._module).commands).commands[str(self.name)]
+        command = get_group(importlib.import_module(self._module).commands).commands[str(self.name)]
+        command.help = _flowing(command.help or "")
+        return command
 
     def make_context(self, *args: Any, **kwargs: Any) -> Any:
         """Hand over to the command itself, which parses the command line and then runs."""
         return self.load().make_context(*args, **kwargs)
+
+
+def _flowing(text: str) -> str:
+    """Join the lines of each paragraph, so that the help breaks them where the terminal ends."""
+    return "\n\n".join(" ".join(paragraph.split()) for paragraph in text.split("\n\n"))
 
 
 @cache

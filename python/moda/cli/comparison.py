@@ -115,6 +115,7 @@ def _print_comparison(found: list[MethodFigures]) -> None:
         "gain, replaced",
         "train",
         "modularize",
+        keys=2,
     )
     for one in found:
         rows.add_row(
@@ -123,15 +124,25 @@ def _print_comparison(found: list[MethodFigures]) -> None:
             *(percent(share) for share in (one.accuracy, one.module_size, one.kept, one.overlap, one.calibrated)),
             *(_seconds(value) for value in (one.train_seconds, one.modularize_seconds)),
         )
-    show(rows)
+    show(rows, keys=2)
     rows = table(
-        "Composed modules", "method", "classes", "whole", "composed", "fine-tuned", "size", "kept", "FLOPs", "tuning"
+        "Composed modules",
+        "method",
+        "classes",
+        "whole",
+        "composed",
+        "fine-tuned",
+        "size",
+        "kept",
+        "FLOPs",
+        "tuning",
+        keys=2,
     )
     for one in found:
         for size in one.sizes:
             shares = (size.whole, size.before, size.after, size.size, size.kept, size.flops)
             rows.add_row(f"{one.method}, {one.model}", str(size.classes), *map(percent, shares), _seconds(size.seconds))
-    show(rows)
+    show(rows, keys=2)
 
 
 def _seconds(value: float | None) -> str:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.metadata
 import platform
 import sys
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 import moda_kernels
+from moda_kernels import native
 
 _EXTRAS = {
     "triton": "",
@@ -98,13 +99,24 @@ def _backends() -> list[Finding]:
 
 def _native() -> Finding:
     """What the compiled extension was built with."""
-    native = importlib.import_module("moda_kernels.native")
-    build_info = getattr(native, "build_info", None)
-    if build_info is None:
-        return Finding("native", "extension", False, "not built: reinstall where there is a C++ compiler")
     try:
-        info = build_info()
+        info = native.build_info()
     except (ImportError, RuntimeError, OSError) as error:
         return Finding("native", "extension", False, " ".join(str(error).split()))
-    text = ", ".join(f"{key} {value}" for key, value in info.items()) if isinstance(info, dict) else str(info)
-    return Finding("native", "extension", True, text)
+    return Finding("native", "extension", True, ", ".join(f"{key} {_short(value)}" for key, value in info.items()))
+
+
+def build() -> dict[str, Any] | None:
+    """What the compiled extension was built with, whole; None if there is none."""
+    try:
+        return dict(native.build_info())
+    except (ImportError, RuntimeError, OSError):
+        return None
+
+
+def _short(value: Any) -> str:
+    """An entry as a person reads it: a digest by its first digits, a list without its brackets."""
+    if isinstance(value, list | tuple):
+        return " ".join(map(str, value)) or "none"
+    text = str(value)
+    return text[:12] if len(text) == 64 else text or "none"

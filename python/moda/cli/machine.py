@@ -2,25 +2,37 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from moda.bench.command import bench as measure
 from moda.cli.commands import example, group
-from moda.cli.doctor import examine
-from moda.cli.printing import show
+from moda.cli.doctor import build, examine
 
 commands = group()
 
 
-@commands.command(epilog=example("moda doctor"))
-def doctor() -> None:
+@commands.command(epilog=example("moda doctor", "moda doctor --json"))
+def doctor(
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the same as JSON, for a program or to paste into an issue.")
+    ] = False,
+) -> None:
     """Show versions, devices and backends, why one is not available, and how to fix it."""
+    if as_json:
+        print(json.dumps({"findings": [asdict(finding) for finding in examine()], "native": build()}, indent=1))
+        return
     rows = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    for _ in range(3):
+        rows.add_column(no_wrap=True)
+    rows.add_column(overflow="fold")
     topic = None
     for finding in examine():
         if topic is not None and finding.topic != topic:
@@ -29,7 +41,7 @@ def doctor() -> None:
         topic = finding.topic
         mark = Text("yes", style="green") if finding.ok else Text("no", style="yellow")
         rows.add_row(Text(heading, style="bold"), finding.name, mark, finding.detail)
-    show(rows)
+    Console(markup=False, emoji=False).print(rows)
 
 
 @commands.command(epilog=example("moda bench --quick", "moda bench --suite step --suite loss"))

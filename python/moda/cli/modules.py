@@ -79,7 +79,7 @@ def _print_modules(taps: Taps, decomposition: Decomposition, data: DataSplits) -
 
 
 @commands.command(
-    epilog=example("moda compose runs/digits --classes 1,7", "moda compose runs/digits -c 3,5,8 -o three-five-eight")
+    epilog=example("moda compose runs/digits --classes 1,7", "moda compose runs/cifar10 -c cat,dog -o cat-or-dog")
 )
 def compose(
     folder: RunArgument,

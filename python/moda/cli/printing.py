@@ -5,19 +5,27 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Table
 
+from moda.tables import print_table
 
-def table(title: str, first: str, *others: str) -> Table:
-    """Make an empty table whose first column is text; the others are numbers and aligned to the right."""
+
+def table(title: str, *names: str, keys: int = 1) -> Table:
+    """Make an empty table whose first `keys` columns are text; the others are numbers and aligned to the right."""
     made = Table(title=title, title_justify="left")
-    made.add_column(first)
-    for name in others:
-        made.add_column(name, justify="right")
+    for number, name in enumerate(names):
+        made.add_column(name, justify="left" if number < keys else "right")
     return made
 
 
-def show(printed: Table) -> None:
-    """Print a table on stdout; brackets and colons in its text are no markup."""
-    _console().print(printed)
+def show(printed: Table, *, keys: int = 1) -> None:
+    """Print a table on stdout; brackets and colons in its text are no markup.
+
+    A table that is too wide comes in parts, one below the other, so that neither a number nor a word is broken.
+
+    Args:
+        printed: made by `table`.
+        keys: the number of columns, the first ones, that say what a row is; each part begins with them.
+    """
+    print_table(printed, _console(), keys=keys)
 
 
 def say(line: str) -> None:

@@ -8,11 +8,12 @@ from typing import Annotated, Any
 
 import typer
 
-from moda.cli.arguments import ForceOption
+from moda.cli.arguments import ForceOption, parse_classes
 from moda.cli.commands import example, group
 from moda.cli.options import takes
 from moda.cli.printing import say, show, table
 from moda.runs.finished import FinishedRun
+from moda.runs.folder import load_data
 from moda.study.replacement import RESULTS, ReplacementResult
 from moda.study.replacement_study import ReplacementStudy, run_replacement_study
 
@@ -34,6 +35,16 @@ def replace(
         Path, typer.Argument(help="The folder of the study, for its runs and replacement.json.", show_default=False)
     ],
     given: Mapping[str, Any],
+    classes: Annotated[
+        str | None,
+        typer.Option(
+            "--classes",
+            "-c",
+            help="The strong classes to replace, names or indices, each in a weak model of its own; all if not given.",
+            show_default=False,
+            rich_help_panel="Replacement",
+        ),
+    ] = None,
     strong: Annotated[
         Path | None, typer.Option(help="Take this strong run instead of training one.", show_default=False)
     ] = None,
@@ -47,6 +58,9 @@ def replace(
     """
     study = ReplacementStudy(**given)
     given_strong = None if strong is None else FinishedRun.open(strong, study.device)
+    if classes is not None:
+        data = load_data(study.strong_config()) if given_strong is None else given_strong.data
+        study = study.changed(mixed_classes=tuple(parse_classes(classes, data.class_names)))
     results = run_replacement_study(out, study, given_strong, force=force)
     _print_results(results)
     say(f"All figures: {out / RESULTS}")
@@ -61,6 +75,7 @@ def _print_results(results: list[ReplacementResult]) -> None:
         "strategy",
         "replaced class",
         "other classes",
+        keys=3,
     )
     for result in results:
         (target, target_after), (others, others_after) = result.target, result.others
@@ -71,7 +86,7 @@ def _print_results(results: list[ReplacementResult]) -> None:
             _change(target, target_after),
             _change(others, others_after),
         )
-    show(rows)
+    show(rows, keys=3)
 
 
 def _change(before: float, after: float) -> str:

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from moda.demo.results import DemoResult, SubTasks
+from moda.tables import print_table
 
 
 def print_tables(result: DemoResult, console: Console) -> None:
@@ -18,8 +19,8 @@ def print_tables(result: DemoResult, console: Console) -> None:
         f"in batches of {result.settings.batch_size}{seeds}.",
         highlight=False,
     )
-    console.print(_training_table(result))
-    console.print(_subtask_table(result))
+    print_table(_training_table(result), console)
+    print_table(_subtask_table(result), console)
     for line in reading(result):
         console.print(f"- {line}", highlight=False)
     spent = [

@@ -49,8 +49,7 @@ class ReplacementStudy(Settings, command="replace"):
         None,
         help="The indices of the strong classes to replace, each in a weak model of its own; all of them if not given.",
         at_least=0,
-        panel=_REPLACEMENT,
-        option="--classes -c",
+        commands=(),
     )
     strategies: tuple[str, ...] = setting(
         STRATEGIES,

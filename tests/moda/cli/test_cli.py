@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import shlex
@@ -15,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import moda_kernels
 from moda import requirements
 from moda.cli import app as cli
 from moda.cli.arguments import parse_classes
@@ -245,6 +247,61 @@ def test_doctor(moda: Moda) -> None:
     assert re.search(r"native +extension +(yes|no) +\w+", out)
     if not torch.cuda.is_available():
         assert re.search(r"cuda +no +(this PyTorch is built without CUDA|PyTorch sees no GPU)", out)
+
+
+def test_doctor_as_json(moda: Moda) -> None:
+    status, out, err = moda("doctor", "--json")
+    assert (status, err) == (0, "")
+    said = json.loads(out)
+    found = {(finding["topic"], finding["name"]): finding for finding in said["findings"]}
+    assert found["package", "torch"]["detail"] == torch.__version__
+    assert found["backend", "reference"]["ok"] is True
+    built = found["native", "extension"]["ok"]
+    assert (said["native"] is not None) == built
+    assert not built or len(said["native"]["source_digest"]) == 64
+
+
+def test_doctor_fits_a_terminal(moda: Moda, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is cut: what stands in the table is what it says as JSON."""
+    said = json.loads(moda("doctor", "--json")[1])
+    monkeypatch.setenv("COLUMNS", "80")
+    _, out, _ = moda("doctor")
+    assert max(map(len, out.splitlines())) <= 80
+    assert "…" not in out
+    words = "".join(out.split())
+    for finding in said["findings"]:
+        assert finding["name"] in words
+        assert all(word in words for word in finding["detail"].split()), finding
+
+
+@pytest.mark.parametrize("debug", [[], ["--debug"]])
+def test_alone_it_shows_the_help(moda: Moda, debug: list[str]) -> None:
+    assert moda(*debug) == (0, moda("--help")[1], "")
+
+
+def test_version(moda: Moda) -> None:
+    assert moda("--version") == (0, f"moda-kernels {moda_kernels.__version__}\n", "")
+
+
+@pytest.mark.parametrize("name", [name for name, each in cli.commands().items() if not each.hidden])
+def test_paragraphs_of_the_help_flow(moda: Moda, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A line ends where the terminal does, or with its paragraph."""
+    monkeypatch.setenv("COLUMNS", "80")
+    status, out, err = moda(name, "--help")
+    assert (status, err) == (0, "")
+    assert max(map(len, out.splitlines())) <= 80
+    lines = [line.strip() for line in out.partition("╭")[0].splitlines()][3:]
+    for line, following in itertools.pairwise(lines):
+        assert not line or not following or len(line) + 1 + len(following.split()[0]) > 77, line
+
+
+def test_completion_knows_commands_and_options(moda: Moda, monkeypatch: pytest.MonkeyPatch) -> None:
+    for words, expected in (("moda deco", "decompose"), ("moda train --learn", "--learning-rate")):
+        monkeypatch.setenv("_MODA_COMPLETE", "complete_bash")
+        monkeypatch.setenv("COMP_WORDS", words)
+        monkeypatch.setenv("COMP_CWORD", str(len(words.split()) - 1))
+        status, out, _ = moda()
+        assert (status, out.split()) == (0, [expected])
 
 
 @pytest.mark.parametrize("name", ["train", "decompose", "compose", "evaluate", "doctor", "demo"])

@@ -186,6 +186,7 @@ def test_study(moda, tmp_path, monkeypatch):
         (["sweep", "RUN", "--threshold", "0.5,high"], 2, "Invalid value: --threshold: expected numbers separated by commas, got '0.5,high'"),
         (["sweep", "RUN", "--threshold", "2"], 1, "threshold: expected numbers in [0, 1], got 2.0"),
         (["export", "RUN", "-o", "x.pt2"], 2, "Missing option '--classes'"),
+        (["replace", "x", "--data", "digits", "-c", "7"], 1, "--classes: expected names or indices of 5 classes (0, 1, 2, 3, 4), got '7'"),
         (["export", "RUN", "-c", "1,1", "-o", "x.pt2"], 1, "classes: expected every class once, got 1 more than once"),
         (["export", "RUN", "-c", "1", "-o", "x.pth"], 1, "output: expected a name that ends in .pt2 or .onnx, got 'x.pth'"),
         (["replace", "x", "--strategy", "glue"], 1, "strategies: expected some of calibrate, normalize, got ['glue']"),
