@@ -8,19 +8,27 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.table import Table
 
 from moda.cli.arguments import DeviceOption, ForceOption, RunArgument
 from moda.cli.commands import example, group
 from moda.cli.module_table import show_modules
 from moda.cli.options import takes
-from moda.cli.printing import percent, say, show, table
+from moda.cli.printing import say, show, table
 from moda.composition import measure
 from moda.decomposition.files import METADATA_FILE
 from moda.files import check_result_file, check_result_folder, write_bytes, write_json
 from moda.hints import command_line
 from moda.runs.finished import FinishedRun
 from moda.runs.lock import locked
-from moda.study.comparison import ComparisonSettings, MethodFigures, compare_methods, compare_run
+from moda.study.comparison import (
+    ComparisonSettings,
+    MethodFigures,
+    compare_methods,
+    compare_run,
+    means,
+    read_comparison,
+)
 from moda.study.searching import SearchSettings, search_run
 
 commands = group()
@@ -58,8 +66,9 @@ def modularize(
 
 @commands.command(
     epilog=example(
-        "moda compare comparison --methods all --data digits --model small_vgg,simcnn --epochs 40",
+        "moda compare comparison --methods all --data digits --model small_vgg --epochs 40 --seeds 0,1,2",
         "moda compare runs/moda runs/mwt runs/standard",
+        "moda compare comparisons/vgg comparisons/simcnn -o both.html",
     )
 )
 @takes(ComparisonSettings, "compare")
@@ -68,7 +77,8 @@ def compare(
         list[Path],
         typer.Argument(
             metavar="FOLDER",
-            help="Decomposed runs to compare, or one folder in which all methods are trained and compared.",
+            help="One folder in which all methods are trained and compared, decomposed runs to compare, or several "
+            "folders of comparisons to show together.",
             show_default=False,
         ),
     ],
@@ -81,21 +91,15 @@ def compare(
 ) -> None:
     """Compare modularization methods: accuracy, size, overlap, FLOPs and time, in one table and on one page.
 
-    Given decomposed runs, these are compared. Given one new folder, each method trains its model there, or searches the
-    standard one, and all are measured on the same data; after Ctrl-C the same command goes on.
+    Given one new folder, each method trains its model there, or searches the standard one, and all are measured on the
+    same data; after Ctrl-C the same command goes on. Given decomposed runs, these are compared; given several folders
+    of comparisons, they are read.
     """
     from moda.report.comparison import comparison_page
 
-    settings = ComparisonSettings(**given)
-    runs = [folder for folder in folders if (folder / "config.json").exists()]
-    if runs and len(runs) < len(folders):
-        other = next(folder for folder in folders if folder not in runs)
-        raise typer.BadParameter(f"{other}: holds no run; name runs alone, or one folder for a comparison")
-    if not runs and len(folders) > 1:
-        raise typer.BadParameter("FOLDER: expected runs, or one folder in which all methods are compared")
     page = output or folders[0] / "comparison.html"
     check_result_file(page, force=force or output is None)
-    found = [compare_run(folder, settings) for folder in runs] or compare_methods(folders[0], settings)
+    found = _compared(folders, ComparisonSettings(**given))
     _print_comparison(found)
     page.parent.mkdir(parents=True, exist_ok=True)
     write_bytes(page, comparison_page(found).encode())
@@ -103,47 +107,78 @@ def compare(
     say(f"Page: {page}")
 
 
+def _compared(folders: list[Path], settings: ComparisonSettings) -> list[MethodFigures]:
+    """The figures of runs or of comparisons, whichever the folders hold; those of a new one are measured."""
+    runs = [(folder / "config.json").exists() for folder in folders]
+    if all(runs):
+        return [compare_run(folder, settings) for folder in folders]
+    if any(runs):
+        other = folders[runs.index(False)]
+        raise typer.BadParameter(f"{other}: holds no run; name runs alone, or one folder for a comparison")
+    if len(folders) == 1:
+        return compare_methods(folders[0], settings)
+    read = [read_comparison(folder) for folder in folders]
+    if not all(read):
+        raise typer.BadParameter(
+            f"{folders[read.index([])]}: holds no run and no comparison; name runs alone, comparisons alone, or one "
+            "folder in which all methods are compared"
+        )
+    return [figures for one in read for figures in one]
+
+
 def _print_comparison(found: list[MethodFigures]) -> None:
-    rows = table(
-        "Methods",
+    """Print means over seeds, one table of methods and one of composed modules for every model."""
+    averaged = means(found)
+    for model, data in dict.fromkeys((one.model, one.data) for one in averaged):
+        members = [one for one in averaged if (one.model, one.data) == (model, data)]
+        seeds = len({one.seed for one in found if (one.model, one.data) == (model, data)})
+        words = f"{model} on {data}, " + (f"means over {seeds} seeds" if seeds > 1 else f"seed {members[0].seed}")
+        show(_table_of_methods(words, members))
+        show(_table_of_modules(words, members), keys=2)
+
+
+def _table_of_methods(words: str, members: list[MethodFigures]) -> Table:
+    made = table(
+        f"{words}: shares in %, seconds",
         "method",
-        "model",
         "whole",
         "module size",
         "neurons kept",
         "overlap",
         "gain, replaced",
-        "train",
-        "modularize",
-        keys=2,
+        "to train",
+        "to modularize",
     )
-    for one in found:
-        rows.add_row(
-            one.method,
-            f"{one.model}, seed {one.seed}",
-            *(percent(share) for share in (one.accuracy, one.module_size, one.kept, one.overlap, one.calibrated)),
-            *(_seconds(value) for value in (one.train_seconds, one.modularize_seconds)),
-        )
-    show(rows, keys=2)
-    rows = table(
-        "Composed modules",
+    for one in members:
+        shares = (one.accuracy, one.module_size, one.kept, one.overlap, one.calibrated)
+        made.add_row(one.method, *map(_hundredths, shares), *map(_number, (one.train_seconds, one.modularize_seconds)))
+    return made
+
+
+def _table_of_modules(words: str, members: list[MethodFigures]) -> Table:
+    made = table(
+        f"Composed modules, {words}",
         "method",
         "classes",
         "whole",
         "composed",
         "fine-tuned",
         "size",
-        "kept",
+        "neurons kept",
         "FLOPs",
-        "tuning",
         keys=2,
     )
-    for one in found:
+    for one in members:
         for size in one.sizes:
             shares = (size.whole, size.before, size.after, size.size, size.kept, size.flops)
-            rows.add_row(f"{one.method}, {one.model}", str(size.classes), *map(percent, shares), _seconds(size.seconds))
-    show(rows, keys=2)
+            made.add_row(one.method, str(size.classes), *map(_hundredths, shares))
+        made.add_section()
+    return made
 
 
-def _seconds(value: float | None) -> str:
-    return "" if value is None else f"{value:.1f} s"
+def _hundredths(share: float | None) -> str:
+    return _number(None if share is None else 100 * share)
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.1f}"

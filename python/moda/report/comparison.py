@@ -6,14 +6,16 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from importlib.resources import files
-from typing import Any
+from typing import Any, TypeAlias
 
 from moda.report.page import Block, Row, Section, Table, Words, render
+from moda.report.spread import Spread
 from moda.study.comparison import MethodFigures
 from moda_kernels import __version__
 
 __all__ = ["comparison_page"]
 
+_Shown: TypeAlias = "Callable[[Iterable[float | None]], str]"
 NAMES = {"moda": "MODA", "mwt": "MwT", "nemo": "NeMo", "gradsplitter": "GradSplitter", "cnnsplitter": "CNNSplitter"}
 _MEASURES = (
     "Accuracies are on test samples. A module's size is the parameters of one class's composed module over those of "
@@ -22,7 +24,9 @@ _MEASURES = (
     "neurons and FLOPs of several classes are those of the composed model: of united modules (MODA, MwT, NeMo) what "
     "two share counts once, of modules side by side (GradSplitter, CNNSplitter) every time, heads included. Gates are "
     "in no module. A gain is the change in accuracy of a weak model when a module takes over one of its classes, in "
-    "percentage points, the mean over classes. Times are wall-clock on this machine."
+    "percentage points, the mean over classes: by a layer trained on all logits (calibrated), or with the module's "
+    'output min-max normalised over held-out samples of the class; "on the class" is the gain on its own samples. '
+    "Times are wall-clock on one machine."
 )
 
 
@@ -50,6 +54,8 @@ def comparison_page(found: Sequence[MethodFigures], title: str | None = None) ->
         headlines=(),
         sections=sections,
         drawings={},
+        made_by="moda compare",
+        method="Methods: MODA, arXiv 2411.01074; MwT, 2306.09376; GradSplitter, 2311.04438; CNNSplitter, 2209.06116.",
         version=__version__,
     )
 
@@ -57,7 +63,11 @@ def comparison_page(found: Sequence[MethodFigures], title: str | None = None) ->
 def _section(model: str, data: str, found: Sequence[MethodFigures]) -> Section:
     blocks: list[Block] = [_overview(found), *_by_size(model, data, found)]
     seeds = sorted({figures.seed for figures in found})
-    words = f"Means over {len(seeds)} seeds." if len(seeds) > 1 else f"One training of each, seed {seeds[0]}."
+    words = (
+        f"Means over {len(seeds)} seeds \u00b1 standard deviations."
+        if len(seeds) > 1
+        else f"One training of each, seed {seeds[0]}."
+    )
     return Section(f"{model}-{data}", f"{model} on {data}", (Words(words), *blocks))
 
 
@@ -69,12 +79,12 @@ def _methods(found: Iterable[MethodFigures]) -> dict[str, list[MethodFigures]]:
 
 
 def _overview(found: Sequence[MethodFigures]) -> Table:
-    columns: tuple[tuple[str, Callable[[MethodFigures], float | None], Callable[[float | None], str]], ...] = (
-        ("whole model", lambda one: one.accuracy, _percent),
-        ("standard model", lambda one: one.standard, _percent),
-        ("module size", lambda one: one.module_size, _percent),
-        ("neurons kept", lambda one: one.kept, _percent),
-        ("overlap", lambda one: one.overlap, _percent),
+    columns: tuple[tuple[str, Callable[[MethodFigures], float | None], _Shown], ...] = (
+        ("whole model", lambda one: one.accuracy, _shares),
+        ("standard model", lambda one: one.standard, _shares),
+        ("module size", lambda one: one.module_size, _shares),
+        ("neurons kept", lambda one: one.kept, _shares),
+        ("overlap", lambda one: one.overlap, _shares),
         ("gain, calibrated", lambda one: one.calibrated, _points),
         ("on the class", lambda one: one.calibrated_class, _points),
         ("gain, normalised", lambda one: one.normalized, _points),
@@ -83,7 +93,7 @@ def _overview(found: Sequence[MethodFigures]) -> Table:
         ("modularizing", lambda one: one.modularize_seconds, _seconds),
     )
     rows = tuple(
-        Row((NAMES.get(method, method), *(shown(_mean(map(value, members))) for _, value, shown in columns)))
+        Row((NAMES.get(method, method), *(shown(map(value, members)) for _, value, shown in columns)))
         for method, members in _methods(found).items()
     )
     return Table("What each method came to.", ("method", *(name for name, _, _ in columns)), rows)
@@ -98,11 +108,12 @@ def _by_size(model: str, data: str, found: Sequence[MethodFigures]) -> list[Bloc
             sizes = [size for figures in members for size in figures.sizes if size.classes == count]
             if not sizes:
                 continue
-            cells = [_percent(_mean(getattr(size, name) for size in sizes)) for name in _SHARES]
-            rows.append(Row((NAMES.get(method, method), *cells, _seconds(_mean(size.seconds for size in sizes)))))
+            cells = [_shares(getattr(size, name) for size in sizes) for name in _SHARES]
+            rows.append(Row((NAMES.get(method, method), *cells, _seconds(size.seconds for size in sizes))))
             rows += _papers(method, model, data, count)
         tasks = max(size.tasks for figures in found for size in figures.sizes if size.classes == count)
-        caption = f"Models of {count} classes, composed of their modules: means over {tasks} sub-tasks."
+        drawn = "one sub-task" if tasks == 1 else f"means over {tasks} sub-tasks"
+        caption = f"Models of {count} classes, composed of their modules: {drawn}."
         columns = (
             "method",
             "whole, restricted",
@@ -126,22 +137,26 @@ def _papers(method: str, model: str, data: str, count: int) -> list[Row]:
         if (entry["method"], entry["model"], entry["data"]) == (method, model, data) and count in entry["classes"]:
             place = entry["classes"].index(count)
             values = [entry[name][place] if name in entry else None for name in _SHARES]
-            rows.append(Row((entry["name"], *map(_percent, values), ""), reference=True))
+            rows.append(Row((entry["name"], *(_shares([value]) for value in values), ""), reference=True))
     return rows
 
 
-def _mean(values: Iterable[float | None]) -> float | None:
+def _spread(values: Iterable[float | None]) -> Spread | None:
+    """Over the seeds that have the figure; None where none has."""
     known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known else None
+    return Spread.of(known) if known else None
 
 
-def _percent(share: float | None) -> str:
-    return "" if share is None else f"{100 * share:.1f} %"
+def _shares(values: Iterable[float | None]) -> str:
+    spread = _spread(values)
+    return "" if spread is None else f"{spread.percent(1)} %"
 
 
-def _points(gain: float | None) -> str:
-    return "" if gain is None else f"{100 * gain:+.1f}"
+def _points(values: Iterable[float | None]) -> str:
+    spread = _spread(values)
+    return "" if spread is None else spread.points(1)
 
 
-def _seconds(value: float | None) -> str:
-    return "" if value is None else f"{value:.1f} s"
+def _seconds(values: Iterable[float | None]) -> str:
+    spread = _spread(values)
+    return "" if spread is None else f"{spread.mean:.1f} s"

@@ -28,10 +28,12 @@ from moda.data.batches import BatchLoader, EpochOrder, Passes
 from moda.decomposition.container import Decomposition
 from moda.decomposition.files import METADATA_FILE
 from moda.files import Format
+from moda.inference import device_of, evaluating
 from moda.methods import CNNSplitter, FineTuning, GradSplitter, fine_tune
 from moda.methods.union import union_module
 from moda.runs.config import GATED, METHODS, DataOptions, TrainingConfig
 from moda.runs.finished import FinishedRun, decompose_run, kept_apart
+from moda.runs.folder import create_model, load_data
 from moda.runs.lock import locked
 from moda.runs.metrics import read_metrics
 from moda.settings import Settings, setting
@@ -40,7 +42,16 @@ from moda.study.searching import SEARCHING, SearchSettings, search_run
 from moda.study.subtasks import choose
 from moda.study.trainings import trained
 
-__all__ = ["ALL", "ComparisonSettings", "MethodFigures", "SizeFigures", "compare_methods", "compare_run"]
+__all__ = [
+    "ALL",
+    "ComparisonSettings",
+    "MethodFigures",
+    "SizeFigures",
+    "compare_methods",
+    "compare_run",
+    "means",
+    "read_comparison",
+]
 
 ALL = (*METHODS, *SEARCHING)
 _MODELS, _TRAINING, _METHODS, _TASKS = "Model and data", "Training", "Methods", "Sub-tasks"
@@ -270,6 +281,9 @@ def compare_methods(out: Path, settings: ComparisonSettings, *, progress: bool =
     found = []
     with locked(_made(out)):
         for model in settings.models:
+            config = settings.config(model, settings.seeds[0], "standard")
+            create_model(config, load_data(config))  # one that is not for these images is named before any is trained
+        for model in settings.models:
             for seed in settings.seeds:
                 folder = out / model / f"seed-{seed}"
                 found += [_of_method(folder, settings, model, seed, method, progress) for method in settings.methods]
@@ -338,6 +352,51 @@ def _searched(
         search_run(standard, wanted).save(folder)
     decomposition = Decomposition.load(folder)
     return decomposition, float(decomposition.metadata["seconds"])
+
+
+def read_comparison(folder: Path) -> list[MethodFigures]:
+    """Read what `compare_methods` wrote, model by model and seed by seed; nothing where there is none.
+
+    Raises:
+        FormatError (a ValueError): a file is malformed.
+    """
+    paths = [path for method in ALL for path in folder.glob(f"*/seed-*/{method}.json")]
+    found = [MethodFigures.of(FIGURES.read(path)) for path in paths]
+    return sorted(found, key=lambda figures: (figures.model, figures.seed, ALL.index(figures.method)))
+
+
+def means(found: Sequence[MethodFigures]) -> list[MethodFigures]:
+    """Give the means over seeds, one for every model, data set and method in the order in which they come.
+
+    A figure that not all seeds have is the mean over those that have it. `seed` is the first one. Several runs of one
+    method with the same seed differ in something else, and stay apart.
+    """
+    groups: dict[tuple[str, str, str], list[MethodFigures]] = {}
+    for figures in found:
+        groups.setdefault((figures.model, figures.data, figures.method), []).append(figures)
+    made: list[MethodFigures] = []
+    for members in groups.values():
+        alike = len({one.seed for one in members}) == len(members)
+        made += [_mean_figures(members)] if alike else members
+    return made
+
+
+def _mean_figures(members: Sequence[MethodFigures]) -> MethodFigures:
+    numbers: dict[str, Any] = {
+        name: _mean(getattr(one, name) for one in members)
+        for name, check in MethodFigures.__annotations__.items()
+        if "float" in check
+    }
+    sizes: dict[int, list[SizeFigures]] = {}
+    for size in (size for one in members for size in one.sizes):
+        sizes.setdefault(size.classes, []).append(size)
+    return replace(members[0], **numbers, sizes=tuple(_mean_sizes(group) for group in sizes.values()))
+
+
+def _mean_sizes(members: Sequence[SizeFigures]) -> SizeFigures:
+    names = [name for name, check in SizeFigures.__annotations__.items() if "float" in check]
+    numbers: dict[str, Any] = {name: _mean(getattr(one, name) for one in members) for name in names}
+    return replace(members[0], **numbers)
 
 
 # ---- one method ---------------------------------------------------------------------------------------------------
@@ -473,39 +532,65 @@ def _of_classes(samples: Subset[Any], classes: Sequence[int]) -> Subset[Any]:
     return Subset(samples, [index for index in range(len(samples)) if int(samples[index][1]) in wanted])
 
 
+class _Known(nn.Module):
+    """Gives the logits that a model gave before, by the numbers of samples."""
+
+    logits: Tensor
+
+    def __init__(self, logits: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("logits", logits)
+
+    def forward(self, numbers: Tensor) -> Tensor:
+        return self.logits[numbers]
+
+
 def _replacements(
     finished: FinishedRun, decomposition: Decomposition, weak: FinishedRun | None, test: TestSet
 ) -> dict[str, float | None]:
-    """The gains when each class of a weak model is replaced in turn, by both strategies."""
+    """The gains when each class of a weak model is replaced in turn, by both strategies.
+
+    Every model runs once, on training and test samples; whatever replaces is then made of known logits.
+    """
     gains: dict[str, list[float]] = {name: [] for name in _GAINS}
     if weak is None:
         return dict.fromkeys(_GAINS)
-    logits = test.logits(weak.model)
+    loader = weak.loader(weak.data.train_eval)
+    labels = torch.cat([batch[1] for batch in loader])
+    held_out = torch.tensor(kept_apart(weak.data.train_eval)[1].indices)
+    numbers = torch.arange(len(labels) + len(test.labels))
+    training, tested = numbers[: len(labels)], numbers[len(labels) :]
+    batches = list(zip(*(part.split(weak.run.config.batch_size) for part in (training, labels)), strict=True))
+
+    def known(model: nn.Module) -> _Known:
+        return _Known(torch.cat([_logits(model, loader), test.logits(model)]))
+
+    before = known(weak.model)
     for target in range(decomposition.num_classes):
-        module = compose(finished.taps, decomposition, [target])
-        loader = weak.loader(weak.data.train_eval)
-        own = weak.loader(_of_classes(kept_apart(weak.data.train_eval)[1], [target]))
+        module = known(compose(finished.taps, decomposition, [target]))
+        own = held_out[labels[held_out] == target]
         for strategy in ("calibrated", "normalized"):
-            model = weak.run.load_model(weak.data)
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(finished.run.config.seed)
                 made: nn.Module
                 if strategy == "calibrated":
-                    made = replaced_by(model, module, target, loader)
-                elif _varies(module, own):
-                    made = normalize(model, module, target, own)
+                    made = replaced_by(before, module, target, batches)
+                elif len(own) and module(own).min() < module(own).max():
+                    made = normalize(before, module, target, [(own,)])
                 else:
                     continue  # a module that answers the same to everything has no range to be normalised by
-            every, single = _gain(logits, test.logits(made), test.labels, target)
+            with torch.no_grad():
+                after = made(tested)
+            every, single = _gain(before(tested), after, test.labels, target)
             gains[strategy].append(every)
             gains[f"{strategy}_class"].append(single)
     return {name: _mean(values) for name, values in gains.items()}
 
 
-def _varies(module: nn.Module, loader: Iterable[Any]) -> bool:
-    with torch.no_grad():
-        answers = torch.cat([module(batch[0]) for batch in loader])
-    return bool(answers.min() < answers.max())
+def _logits(model: nn.Module, loader: Iterable[Any]) -> Tensor:
+    device = device_of(model)
+    with evaluating(model), torch.no_grad():
+        return torch.cat([model(batch[0].to(device)).cpu() for batch in loader])
 
 
 _GAINS = ("calibrated", "calibrated_class", "normalized", "normalized_class")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,12 +11,22 @@ import pytest
 pytest.importorskip("lightning")
 pytest.importorskip("sklearn")
 
+from moda.cli import app as cli
 from moda.decomposition.container import Decomposition
 from moda.methods import CNNSplitter, GradSplitter
 from moda.report.comparison import comparison_page, papers_numbers
 from moda.runs.config import TrainingConfig
 from moda.runs.finished import FinishedRun, decompose_run
-from moda.study.comparison import FIGURES, ComparisonSettings, MethodFigures, SizeFigures, compare_methods, compare_run
+from moda.study.comparison import (
+    FIGURES,
+    ComparisonSettings,
+    MethodFigures,
+    SizeFigures,
+    compare_methods,
+    compare_run,
+    means,
+    read_comparison,
+)
 from moda.study.searching import SearchSettings
 
 SETTINGS = ComparisonSettings(
@@ -99,6 +110,61 @@ def test_the_page_has_every_method_and_the_papers_numbers(compared: tuple[Path, 
     assert "MODA&#39;s paper" in page
     assert "75.3" in page
     assert "97.2" in page
+
+
+def test_the_page_of_several_seeds_has_their_spread(compared: tuple[Path, list[MethodFigures]]):
+    _, (first, _) = compared
+    second = replace(first, seed=1, accuracy=first.accuracy - 0.02)
+    page = comparison_page([first, second])
+    assert "Means over 2 seeds \u00b1 standard deviations." in page
+    assert f"{100 * first.accuracy - 1:.1f}\u00a0\u00b1\u00a01.4" in page
+    assert "one sub-task" in page
+    assert "moda compare" in page
+
+
+def test_means_are_over_seeds_and_over_those_that_have_the_figure(compared: tuple[Path, list[MethodFigures]]):
+    _, (mwt, gradsplitter) = compared
+    other = replace(
+        mwt, seed=1, accuracy=mwt.accuracy + 0.25, standard=None,
+        sizes=tuple(replace(size, before=size.before + 0.5, seconds=None) for size in mwt.sizes),
+    )  # fmt: skip
+    first, second = means([mwt, other, gradsplitter])
+    assert (first.method, second) == ("mwt", gradsplitter)
+    assert first.accuracy == pytest.approx(mwt.accuracy + 0.125)
+    assert first.standard == mwt.standard
+    assert first.sizes[0].before == pytest.approx(mwt.sizes[0].before + 0.25)
+    assert first.sizes[0].seconds == mwt.sizes[0].seconds
+    assert means([mwt, gradsplitter, mwt]) == [mwt, mwt, gradsplitter]
+
+
+def test_comparisons_are_shown_together(
+    compared: tuple[Path, list[MethodFigures]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    out, found = compared
+    assert read_comparison(out) == found
+    assert read_comparison(tmp_path) == []
+    page = tmp_path / "both.html"
+    monkeypatch.setattr("sys.argv", ["moda", "compare", str(out), str(out), "-o", str(page)])
+    with pytest.raises(SystemExit, match="0"):
+        cli.main()
+    assert "small_vgg on digits, seed 0" in capsys.readouterr().out
+    assert "small_vgg on digits" in page.read_text(encoding="utf-8")
+    none = tmp_path / "none"
+    monkeypatch.setattr("sys.argv", ["moda", "compare", str(out), str(none), "-o", str(tmp_path / "no.html")])
+    with pytest.raises(SystemExit, match="2"):
+        cli.main()
+    told = "".join(character for character in capsys.readouterr().err if character not in "\u2502\n")
+    assert "holds no run and no comparison" in " ".join(told.split())
+
+
+def test_a_model_that_is_not_for_the_images_is_named_before_any_is_trained(tmp_path: Path):
+    settings = ComparisonSettings(models=("small_vgg", "simcnn"), epochs=1)
+    with pytest.raises(ValueError, match="image_size: expected"):
+        compare_methods(tmp_path / "new", settings, progress=False)
+    assert not list((tmp_path / "new").glob("small_vgg*"))
 
 
 def test_the_papers_numbers_are_shares():

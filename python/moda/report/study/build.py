@@ -32,6 +32,8 @@ def study_page(inputs: Inputs, title: str | None = None) -> str:
         headlines=headlines(inputs.settings),
         sections=sections,
         drawings=draw_all(sections),
+        made_by="moda report",
+        method="Method: DNN Modularization via Activation-Driven Training, arXiv 2411.01074.",
         version=__version__,
     )
 
