@@ -55,7 +55,7 @@ class Case:
 
 def cases() -> list[Case]:
     """Every kernel, every dtype, every compile-time variant that the launches use."""
-    return [*_pooling_cases(), *_loss_cases(), *_relu_pool_cases(), *_attribution_cases()]
+    return [*_pooling_cases(), *_loss_cases(), *_relu_pool_cases(), *_norm_cases(), *_attribution_cases()]
 
 
 def _signature(kernel: Any, pointers: dict[str, str], constants: dict[str, Any]) -> dict[str, str]:
@@ -151,6 +151,76 @@ def _relu_pool_cases() -> Iterator[Case]:
         "add_parts_kernel", forward.add_parts_kernel, {"parts": "*fp32", "pooled": "*fp32"},
         {"BLOCK": forward.PARTS_BLOCK}, wide_loads=False, wide_stores=False,
     )  # fmt: skip
+
+
+def _norm_cases() -> Iterator[Case]:
+    from moda_kernels.triton_kernels import layouts, norm_apply
+
+    joined = {"NEURONS": norm_apply.JOINED_NEURONS, "PARTS": norm_apply.JOINED_PARTS}
+    narrow: dict[str, Any] = {"wide_loads": False, "wide_stores": False}
+    numbers = dict.fromkeys(("sums", "saved", "weight", "bias", "running_mean", "running_var"), "*fp32")
+    floats = {"momentum": "fp32", "eps": "fp32"}
+    for training in (True, False):
+        given = joined | {"TRAINING": training}
+        name = "training" if training else "eval"
+        have = dict.fromkeys(("RUNNING", "WEIGHT", "BIAS"), True)
+        yield _case(f"numbers_kernel/{name}", norm_apply.numbers_kernel, numbers | floats, given | have, **narrow)
+        joins = dict.fromkeys(("sums", "saved", "parameters", "means"), "*fp32")
+        yield _case(f"join_kernel/{name}", norm_apply.join_kernel, joins, given, **narrow)
+    for dtype, element in DTYPES.items():
+        itemsize = element.primitive_bitwidth // 8
+        for vec in (16 // itemsize, 1):
+            for residual in (False, True):
+                name = f"{dtype}/{'wide' if vec > 1 else 'narrow'}{'/residual' if residual else ''}"
+                yield from _norm_passes(name, {"VEC": vec, "ALIGN": vec * itemsize}, residual, dtype, layouts.TILE)
+
+
+def _norm_passes(name: str, access: dict[str, Any], residual: bool, dtype: str, tile: int) -> Iterator[Case]:
+    """The four passes over an activation, in rows of each width and in columns."""
+    from moda_kernels.triton_kernels import layouts, norm_apply, norm_sums
+
+    wide: dict[str, Any] = {"wide_loads": access["VEC"] > 1, "wide_stores": access["VEC"] > 1}
+    sums_wide = {"wide_loads": access["VEC"] > 1, "wide_stores": access["VEC"] > 1 and residual}
+    pointers = dict.fromkeys(("x", "y", "dy", "dx", "residual", "dresidual"), f"*{dtype}")
+    pointers |= dict.fromkeys(("saved", "sums", "pooled", "parts", "dpooled", "means"), "*fp32")
+
+    def case(shape: str, kernel: Any, constants: dict[str, Any], **expected: Any) -> Case:
+        names = {parameter.name for parameter in kernel.params}
+        return _case(
+            f"{kernel.__name__}/{shape}/{name}",
+            kernel,
+            {key: value for key, value in pointers.items() if key in names},
+            {key: value for key, value in (constants | access).items() if key in names},
+            **expected,
+        )
+
+    both = {"HAS_DY": True, "HAS_DPOOLED": True}
+    backward = both | {"MASKED": False, "TRAINING": True, "LARGE": False}
+    if residual:
+        backward |= {"MASKED": True, "HAS_DPOOLED": False}
+    summed = both | {"RESIDUAL": residual, "LARGE": False}
+    for width in layouts.ROW_WIDTHS if access["VEC"] > 1 else layouts.ROW_WIDTHS[1::3]:
+        fits = {**access, "VEC": min(access["VEC"], width)}
+        fits["ALIGN"] = fits["VEC"] * access["ALIGN"] // access["VEC"]
+        if fits["ALIGN"] < 16 <= access["ALIGN"]:
+            continue  # eight bytes are all that a row of four half-precision values has
+        neurons = max(1, norm_sums.LINE // width)
+        rows = {"SAMPLES": tile // (neurons * width), "NEURONS": neurons, "WIDTH": width}
+        if not residual:
+            yield case(f"rows{width}", norm_sums.statistics_rows_kernel, rows, **sums_wide)
+        yield case(f"rows{width}", norm_sums.gradient_sums_rows_kernel, rows | summed, **sums_wide)
+        walked = {"ROWS": tile // width, "WIDTH": width}
+        yield case(f"rows{width}", norm_apply.apply_rows_kernel, walked | {"RESIDUAL": residual}, **wide)
+        yield case(f"rows{width}", norm_apply.gradient_rows_kernel, walked | backward, **wide)
+    neurons = 128 * access["VEC"] // access["ALIGN"]
+    columns = {"ROWS": tile // neurons, "NEURONS": neurons}
+    if not residual:
+        yield case("columns", norm_sums.statistics_columns_kernel, columns, **sums_wide)
+    yield case("columns", norm_sums.gradient_sums_columns_kernel, columns | summed, **sums_wide)
+    yield case("columns", norm_apply.gradient_columns_kernel, columns | backward, **wide)
+    for positions in (4, 16, norm_apply.MOST_POSITIONS):
+        shape = {"SAMPLES": max(1, tile // (neurons * positions)), "POSITIONS": positions, "NEURONS": neurons}
+        yield case(f"columns{positions}", norm_apply.apply_columns_kernel, shape | {"RESIDUAL": residual}, **wide)
 
 
 def _attribution_cases() -> Iterator[Case]:

@@ -22,8 +22,8 @@ from torch import Tensor
 
 from moda_kernels import _native_calls as calls
 from moda_kernels import _native_ops as ops
-from moda_kernels import closed_form
-from moda_kernels._native_norm import norm_relu_pool as norm_relu_pool
+from moda_kernels import _norm_ops, closed_form
+from moda_kernels.batch_norm import BatchNorm
 from moda_kernels.once import once_only, relu_pool_gradient
 from moda_kernels.plain import is_traced
 from moda_kernels.precision import accumulation
@@ -105,6 +105,11 @@ def grouped_losses(activations: Sequence[Tensor], segments: Segments) -> tuple[T
         return affinity, dispersion, compactness
     affinity, dispersion, compactness = _GroupedLosses.apply(segments, *layers)  # type: ignore[no-untyped-call]
     return affinity, dispersion, compactness
+
+
+def norm_relu_pool(x: Tensor, norm: BatchNorm) -> tuple[Tensor, Tensor]:
+    """`relu(batch_norm(x) + residual)` and its pooled activation; differentiable twice, traced once."""
+    return _norm_ops.norm_relu_pool(calls, x, norm)
 
 
 def class_sums(pooled: Sequence[Tensor], labels: Tensor, num_classes: int, *, normalize: bool = True) -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""Backend "triton": the modular losses, pooling, relu_pool, class sums and attributions as Triton kernels.
+"""Backend "triton": the modular losses, pooling, relu_pool, norm_relu_pool, class sums and attributions in Triton.
 
 One file per kernel; grouped.py strings the kernels of the losses together, ops.py shows them to PyTorch. Importing this
 module imports neither Triton nor a kernel: both come with the first call.
@@ -14,6 +14,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
+from moda_kernels.batch_norm import BatchNorm
 from moda_kernels.segments import Segments
 from moda_kernels.tally import Tally
 
@@ -21,7 +22,7 @@ _INSTALLED = find_spec("triton") is not None  # looked up at import, because tor
 _FLOATS = frozenset({torch.float16, torch.bfloat16, torch.float32})
 _OLDEST = (8, 0)  # older GPUs have no bfloat16 arithmetic, and the tests do not compile for them
 
-OPS = frozenset({"grouped_losses", "pool", "relu_pool", "class_sums", "add_attributions"})
+OPS = frozenset({"grouped_losses", "pool", "relu_pool", "norm_relu_pool", "class_sums", "add_attributions"})
 DTYPES: Mapping[str, frozenset[torch.dtype]] = dict.fromkeys(OPS, _FLOATS)
 READS_MEMORY = True
 DEVICES: Mapping[str, frozenset[str]] | None = dict.fromkeys(OPS, frozenset({"cuda"}))
@@ -67,6 +68,14 @@ def relu_pool(x: Tensor, inplace: bool) -> tuple[Tensor, Tensor]:
     from moda_kernels.triton_kernels import ops
 
     return ops.relu_pool(x, inplace)
+
+
+def norm_relu_pool(x: Tensor, norm: BatchNorm) -> tuple[Tensor, Tensor]:
+    """`relu(batch_norm(x) + residual)` and its pooled activation; differentiable twice, traced once."""
+    from moda_kernels import _norm_ops
+    from moda_kernels.triton_kernels import norm as kernels
+
+    return _norm_ops.norm_relu_pool(kernels, x, norm)
 
 
 def class_sums(pooled: Sequence[Tensor], labels: Tensor, num_classes: int, *, normalize: bool = True) -> list[Tensor]:

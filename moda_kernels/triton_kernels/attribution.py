@@ -43,23 +43,25 @@ def attribution_rows_kernel(
     x, g, out, rows: tl.int64, positions: tl.int64, ROWS: tl.constexpr, WIDTH: tl.constexpr, VEC: tl.constexpr
 ):
     """2048 elements: ROWS rows of one (sample, neuron) each, walked to their end."""
+    ALIGN: tl.constexpr = VEC * (x.dtype.element_ty.primitive_bitwidth // 8)
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     total = tl.zeros([ROWS, WIDTH], tl.float32)
     for start in range(0, positions, WIDTH):
         position = start + tl.arange(0, WIDTH)
         offsets = row[:, None] * positions + position[None, :]
         inside = tl.max_constancy((row < rows)[:, None] & (position < positions)[None, :], [1, VEC])
-        total += _products(x, g, offsets, inside, [1, 16 if VEC > 1 else 1], [1, VEC])
+        total += _products(x, g, offsets, inside, [1, ALIGN], [1, VEC])
     tl.store(out + row, tl.abs(tl.sum(total, 1)), mask=row < rows)
 
 
 @triton.jit(do_not_specialize=["rows"])
 def attribution_flat_kernel(x, g, out, rows: tl.int64, TILE: tl.constexpr, VEC: tl.constexpr):
     """TILE elements, one position each."""
+    ALIGN: tl.constexpr = VEC * (x.dtype.element_ty.primitive_bitwidth // 8)
     index = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     inside = tl.max_constancy(index < rows, VEC)
-    product = _products(x, g, index, inside, 16 if VEC > 1 else 1, VEC)
-    targets = tl.max_contiguous(tl.multiple_of(out + index, 16 if VEC > 1 else 1), VEC)
+    product = _products(x, g, index, inside, ALIGN, VEC)
+    targets = tl.max_contiguous(tl.multiple_of(out + index, ALIGN), VEC)
     tl.store(targets, tl.abs(product), mask=inside)
 
 
@@ -69,6 +71,7 @@ def attribution_columns_kernel(
     SPAN: tl.constexpr, POSITIONS: tl.constexpr, NEURONS: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
     """32 neurons of one sample over SPAN positions; the sum of a part keeps its sign."""
+    ALIGN: tl.constexpr = VEC * (x.dtype.element_ty.primitive_bitwidth // 8)
     tile = tl.program_id(0).to(tl.int64)
     blocks = tl.cdiv(neurons, NEURONS)
     neuron = (tile % blocks) * NEURONS + tl.arange(0, NEURONS)
@@ -79,7 +82,7 @@ def attribution_columns_kernel(
         position = start + tl.arange(0, POSITIONS)
         offsets = (sample * positions + position)[:, None] * neurons + neuron[None, :]
         inside = tl.max_constancy((position < positions)[:, None] & (neuron < neurons)[None, :], [1, VEC])
-        total += _products(x, g, offsets, inside, [1, 16 if VEC > 1 else 1], [1, VEC])
+        total += _products(x, g, offsets, inside, [1, ALIGN], [1, VEC])
     part = tl.sum(total, 0)
     part = tl.where(splits == 1, tl.abs(part), part)
     tl.store(parts + split * rows + sample * neurons + neuron, part, mask=neuron < neurons)

@@ -73,8 +73,14 @@ class Layout:
 
     def vector(self, itemsize: int, *addresses: int) -> bool:
         """Whether 16-byte accesses are aligned for these addresses of elements of `itemsize` bytes."""
-        whole = self.run * itemsize % VECTOR_BYTES == 0
-        return whole and all(address % VECTOR_BYTES == 0 for address in addresses)
+        return self.aligned_bytes(itemsize, *addresses) == VECTOR_BYTES
+
+    def aligned_bytes(self, itemsize: int, *addresses: int) -> int:
+        """The widest access, up to 16 bytes, that is aligned in every stretch from these addresses on."""
+        bits = self.run * itemsize | VECTOR_BYTES
+        for address in addresses:
+            bits |= address
+        return bits & -bits
 
 
 def arrange(activation: Tensor) -> tuple[Tensor, Layout]:

@@ -46,6 +46,7 @@ def relu_pool_rows_backward_kernel(
     ROWS: tl.constexpr, WIDTH: tl.constexpr, VEC: tl.constexpr, HAS_DY: tl.constexpr, HAS_DPOOLED: tl.constexpr,
 ):  # fmt: skip
     """2048 elements: ROWS rows of one (sample, neuron) each, walked to their end."""
+    ALIGN: tl.constexpr = VEC * (y.dtype.element_ty.primitive_bitwidth // 8)
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     gradient = _pooled_gradient(dpooled, row, row < rows, positions, HAS_DPOOLED, ROWS)
     for start in range(0, positions, WIDTH):
@@ -54,7 +55,7 @@ def relu_pool_rows_backward_kernel(
         inside = tl.max_constancy((row < rows)[:, None] & (position < positions)[None, :], [1, VEC])
         _gradient(
             y, dy, dx, offsets, inside, tl.broadcast_to(gradient[:, None], [ROWS, WIDTH]),
-            HAS_DY, [1, 16 if VEC > 1 else 1], [1, VEC],
+            HAS_DY, [1, ALIGN], [1, VEC],
         )  # fmt: skip
 
 
@@ -64,13 +65,14 @@ def relu_pool_flat_backward_kernel(
     TILE: tl.constexpr, VEC: tl.constexpr, HAS_DY: tl.constexpr, HAS_DPOOLED: tl.constexpr,
 ):  # fmt: skip
     """TILE elements, one position each."""
+    ALIGN: tl.constexpr = VEC * (y.dtype.element_ty.primitive_bitwidth // 8)
     index = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     inside = tl.max_constancy(index < rows, VEC)
     gradient = tl.zeros([TILE], tl.float32)
     if HAS_DPOOLED:
-        sources = tl.max_contiguous(tl.multiple_of(dpooled + index, 16 if VEC > 1 else 1), VEC)
+        sources = tl.max_contiguous(tl.multiple_of(dpooled + index, ALIGN), VEC)
         gradient = tl.load(sources, mask=inside, other=0.0)
-    _gradient(y, dy, dx, index, inside, gradient, HAS_DY, 16 if VEC > 1 else 1, VEC)
+    _gradient(y, dy, dx, index, inside, gradient, HAS_DY, ALIGN, VEC)
 
 
 @triton.jit(do_not_specialize=["neurons", "positions", "splits"])
@@ -80,6 +82,7 @@ def relu_pool_columns_backward_kernel(
     HAS_DY: tl.constexpr, HAS_DPOOLED: tl.constexpr,
 ):  # fmt: skip
     """32 neurons of one sample over SPAN positions."""
+    ALIGN: tl.constexpr = VEC * (y.dtype.element_ty.primitive_bitwidth // 8)
     tile = tl.program_id(0).to(tl.int64)
     blocks = tl.cdiv(neurons, NEURONS)
     neuron = (tile % blocks) * NEURONS + tl.arange(0, NEURONS)
@@ -92,7 +95,7 @@ def relu_pool_columns_backward_kernel(
         inside = tl.max_constancy((position < positions)[:, None] & (neuron < neurons)[None, :], [1, VEC])
         _gradient(
             y, dy, dx, offsets, inside, tl.broadcast_to(gradient[None, :], [POSITIONS, NEURONS]),
-            HAS_DY, [1, 16 if VEC > 1 else 1], [1, VEC],
+            HAS_DY, [1, ALIGN], [1, VEC],
         )  # fmt: skip
 
 

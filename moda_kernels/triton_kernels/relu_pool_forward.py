@@ -32,6 +32,7 @@ def relu_pool_rows_kernel(
     x, y, pooled, rows: tl.int64, positions: tl.int64, ROWS: tl.constexpr, WIDTH: tl.constexpr, VEC: tl.constexpr
 ):
     """2048 elements: ROWS rows of one (sample, neuron) each, walked to their end."""
+    ALIGN: tl.constexpr = VEC * (x.dtype.element_ty.primitive_bitwidth // 8)
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     unit = unit_of(positions)
     total = tl.zeros([ROWS, WIDTH], tl.float32)
@@ -39,9 +40,9 @@ def relu_pool_rows_kernel(
         position = start + tl.arange(0, WIDTH)
         offsets = row[:, None] * positions + position[None, :]
         inside = tl.max_constancy((row < rows)[:, None] & (position < positions)[None, :], [1, VEC])
-        pointers = tl.max_contiguous(tl.multiple_of(x + offsets, [1, 16 if VEC > 1 else 1]), [1, VEC])
+        pointers = tl.max_contiguous(tl.multiple_of(x + offsets, [1, ALIGN]), [1, VEC])
         value = _relu(tl.load(pointers, mask=inside, other=0.0).to(tl.float32))
-        targets = tl.max_contiguous(tl.multiple_of(y + offsets, [1, 16 if VEC > 1 else 1]), [1, VEC])
+        targets = tl.max_contiguous(tl.multiple_of(y + offsets, [1, ALIGN]), [1, VEC])
         tl.store(targets, value.to(y.dtype.element_ty), mask=inside)
         total += value * unit
     tl.store(pooled + row, mean_of(tl.sum(total, 1), positions, unit), mask=row < rows)
@@ -50,13 +51,14 @@ def relu_pool_rows_kernel(
 @triton.jit(do_not_specialize=["rows"])
 def relu_pool_flat_kernel(x, y, pooled, rows: tl.int64, TILE: tl.constexpr, VEC: tl.constexpr):
     """TILE elements, one position each."""
+    ALIGN: tl.constexpr = VEC * (x.dtype.element_ty.primitive_bitwidth // 8)
     index = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     inside = tl.max_constancy(index < rows, VEC)
-    pointers = tl.max_contiguous(tl.multiple_of(x + index, 16 if VEC > 1 else 1), VEC)
+    pointers = tl.max_contiguous(tl.multiple_of(x + index, ALIGN), VEC)
     value = _relu(tl.load(pointers, mask=inside, other=0.0).to(tl.float32))
-    targets = tl.max_contiguous(tl.multiple_of(y + index, 16 if VEC > 1 else 1), VEC)
+    targets = tl.max_contiguous(tl.multiple_of(y + index, ALIGN), VEC)
     tl.store(targets, value.to(y.dtype.element_ty), mask=inside)
-    means = tl.max_contiguous(tl.multiple_of(pooled + index, 16 if VEC > 1 else 1), VEC)
+    means = tl.max_contiguous(tl.multiple_of(pooled + index, ALIGN), VEC)
     tl.store(means, value, mask=inside)
 
 
@@ -66,6 +68,7 @@ def relu_pool_columns_kernel(
     SPAN: tl.constexpr, POSITIONS: tl.constexpr, NEURONS: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
     """32 neurons of one sample over SPAN positions."""
+    ALIGN: tl.constexpr = VEC * (x.dtype.element_ty.primitive_bitwidth // 8)
     tile = tl.program_id(0).to(tl.int64)
     blocks = tl.cdiv(neurons, NEURONS)
     neuron = (tile % blocks) * NEURONS + tl.arange(0, NEURONS)
@@ -77,9 +80,9 @@ def relu_pool_columns_kernel(
         position = start + tl.arange(0, POSITIONS)
         offsets = (sample * positions + position)[:, None] * neurons + neuron[None, :]
         inside = tl.max_constancy((position < positions)[:, None] & (neuron < neurons)[None, :], [1, VEC])
-        pointers = tl.max_contiguous(tl.multiple_of(x + offsets, [1, 16 if VEC > 1 else 1]), [1, VEC])
+        pointers = tl.max_contiguous(tl.multiple_of(x + offsets, [1, ALIGN]), [1, VEC])
         value = _relu(tl.load(pointers, mask=inside, other=0.0).to(tl.float32))
-        targets = tl.max_contiguous(tl.multiple_of(y + offsets, [1, 16 if VEC > 1 else 1]), [1, VEC])
+        targets = tl.max_contiguous(tl.multiple_of(y + offsets, [1, ALIGN]), [1, VEC])
         tl.store(targets, value.to(y.dtype.element_ty), mask=inside)
         total += value * unit
     mean = mean_of(tl.sum(total, 0), positions, unit)
@@ -101,10 +104,9 @@ PARTS_BLOCK = 512
 
 
 def vector_width(layout: Layout, *tensors: Tensor) -> int:
-    """Elements of the first tensor per access: 16 bytes' worth if that is aligned in all tensors, else 1."""
+    """Elements of the first tensor per access: as many as 16 bytes hold, fewer where a tensor is less aligned."""
     itemsize = tensors[0].element_size()
-    aligned = layout.vector(itemsize, *(tensor.data_ptr() for tensor in tensors))
-    return layouts.VECTOR_BYTES // itemsize if aligned else 1
+    return max(1, layout.aligned_bytes(itemsize, *(tensor.data_ptr() for tensor in tensors)) // itemsize)
 
 
 def launch_relu_pool(x: Tensor, y: Tensor, layout: Layout) -> Tensor:

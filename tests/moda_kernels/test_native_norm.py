@@ -10,7 +10,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
 
-from moda_kernels import _native_calls, _native_norm, native, norm_relu_pool
+from moda_kernels import _native_calls, _norm_ops, native, norm_relu_pool
 from tests.moda_kernels._helpers.native_needed import needs_native
 from tests.moda_kernels._helpers.norms import as_leaves, assert_three_way, aten, make_case, outcome, truth
 
@@ -296,7 +296,7 @@ def test_a_weight_that_changes_before_backward_is_an_error():
 
 
 def through_operator(x: Tensor, norm) -> tuple[Tensor, Tensor]:
-    return _native_norm._through_operator(x, norm)
+    return _norm_ops._through_operator(x, norm)
 
 
 @pytest.mark.parametrize(
@@ -325,13 +325,13 @@ def test_opcheck(options, shape):
         norm.momentum,
         norm.eps,
     )
-    opcheck(_native_norm.operator, (case.x, *arguments))
-    _, _, saved, _, _ = _native_norm.operator(case.x, *arguments)
+    opcheck(_norm_ops.operator, (case.x, *arguments))
+    _, _, saved, _, _ = _norm_ops.operator(case.x, *arguments)
     y = None if norm.residual is None else case.x.detach().relu()
     dpooled = None if len(shape) == 2 else case.dpooled
     checks = ("test_schema", "test_faketensor")
     opcheck(
-        _native_norm.operator_backward, (case.x.detach(), y, saved, case.dy, dpooled, norm.training), test_utils=checks
+        _norm_ops.operator_backward, (case.x.detach(), y, saved, case.dy, dpooled, norm.training), test_utils=checks
     )
 
 

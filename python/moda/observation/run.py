@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, TypeAlias
 
 import torch
@@ -31,14 +33,30 @@ Call: TypeAlias = "Callable[..., Any]"
 NEVER = float("inf")
 OTHER_CALLS = "model: expected the activation calls of the first forward pass in every one, got others"
 
-# Activations of at least this many bytes are pooled by their tap under route="auto", by type of device. On the CPU all:
-# fused was the cheaper and the leaner route for every model measured (docs/benchmarks.md). Elsewhere a guess, to be
-# measured: from here on a pass over memory should cost more than a launch.
+# From how many bytes of an activation on ReLU and pooling are one pass under route="auto", and batch norm and ReLU one
+# operation, by type of device. Below, a step's time is in calls, not in memory; on the CPU fusing ReLU and pooling was
+# the cheaper and the leaner route for every model measured (docs/benchmarks.md).
 FUSED_FROM_BYTES = {"cpu": 0, "cuda": 16 << 20}
+NORMS_FUSED_FROM_BYTES = {"cpu": 1 << 20, "cuda": 16 << 20}
 
-# Batch norm and ReLU are one operation from so many bytes of activation on: below, a step's time is in calls, not in
-# memory, and results stay those of PyTorch bit for bit. Elsewhere than on the CPU no backend has the operation.
-NORMS_FUSED_FROM_BYTES = 1 << 20
+_replayed = ContextVar("replayed", default=False)
+
+
+@contextmanager
+def replayed() -> Iterator[None]:
+    """Launches in here are captured, and replayed without the host: everything that saves memory traffic pays."""
+    token = _replayed.set(True)
+    try:
+        yield
+    finally:
+        _replayed.reset(token)
+
+
+def fused_from(known: Mapping[str, int], device: str, compiling: bool) -> int:
+    """The number of bytes for a type of device, from FUSED_FROM_BYTES or NORMS_FUSED_FROM_BYTES."""
+    if not compiling and _replayed.get():
+        return 0
+    return known.get(device, known["cuda"])
 
 
 class Run:

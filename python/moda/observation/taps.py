@@ -48,6 +48,7 @@ from moda.observation.run import (
     FunctionMode,
     Receiver,
     Run,
+    fused_from,
 )
 
 Route = Literal["grouped", "fused", "auto"]
@@ -335,7 +336,7 @@ class Taps:
             function=self._function,
             marking=self._marking,
             fuse_from=self._fuse_from(args, kwargs, compiling) if pooled and self.reading else NEVER,
-            norms_from=NORMS_FUSED_FROM_BYTES if norms else NEVER,
+            norms_from=fused_from(NORMS_FUSED_FROM_BYTES, _device(args, kwargs), compiling) if norms else NEVER,
             overwriting=self._overwriting and not gradients and not changes,
         )
         for site in plan.repeated:
@@ -353,8 +354,7 @@ class Taps:
             return 0
         if compiling:  # a compiler fuses the pass over memory by itself
             return NEVER
-        device = next((leaf.device.type for leaf in (*args, *kwargs.values()) if isinstance(leaf, Tensor)), "cpu")
-        return FUSED_FROM_BYTES.get(device, FUSED_FROM_BYTES["cuda"])
+        return fused_from(FUSED_FROM_BYTES, _device(args, kwargs), compiling)
 
     def _probe(
         self, plan: Plan | None, training: int, args: tuple[Any, ...], kwargs: dict[str, Any], recorded: bool
@@ -507,6 +507,11 @@ def _hooked(model: nn.Module) -> bool:
 
 
 # ---- probing while the model is compiled ---
+
+
+def _device(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    """The type of device of the first tensor that a model is called with."""
+    return next((leaf.device.type for leaf in (*args, *kwargs.values()) if isinstance(leaf, Tensor)), "cpu")
 
 
 def _probe_while_compiling(taps: Taps, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

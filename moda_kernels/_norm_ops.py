@@ -1,13 +1,13 @@
-"""norm_relu_pool through the compiled extension: the calls, eager autograd, and the operators for `torch.compile`.
+"""norm_relu_pool by compiled kernels: eager autograd, and the operators for `torch.compile`.
 
-The layouts, dtypes and determinism are those of `native.py`; the kernels are in csrc/cpu/norm_relu_pool.cpp. The
-operators are `torch.ops.moda_kernels.native_norm_relu_pool` and its backward. They change no tensor: running statistics
-come back as a result, and the caller copies them to where they belong.
+The kernels are those of csrc/cpu/norm_relu_pool.cpp on the CPU, of triton_kernels/norm.py on a GPU. The operators
+`torch.ops.moda_kernels.norm_relu_pool` and its backward take those of the device. They change no tensor: running
+statistics come back as a result, and the caller copies them to where they belong.
 """
 
 # No `from __future__ import annotations`: torch.library reads the annotations to infer the schemas.
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -21,13 +21,31 @@ from moda_kernels.plain import is_traced
 from moda_kernels.precision import accumulation
 
 
-def norm_relu_pool(x: Tensor, norm: BatchNorm) -> tuple[Tensor, Tensor]:
+class Kernels(Protocol):
+    """Compiled kernels of one kind of device."""
+
+    def dense(self, x: Tensor) -> Tensor:
+        """The activation, copied if it lies in a way that the kernels do not take."""
+
+    def norm_relu_pool_forward(self, x: Tensor, norm: BatchNorm) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Results for a dense x (pooled is None for a matrix), and what backward needs, (4, C); running statistics
+        are updated in place.
+        """
+
+    def norm_relu_pool_backward(
+        self, x: Tensor, y: Tensor | None, saved: Tensor, dy: Tensor | None, dpooled: Tensor | None, training: bool
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Gradients of x, of the residual (where `y` is there), and of weight and bias, (2, C)."""
+
+
+def norm_relu_pool(kernels: Kernels, x: Tensor, norm: BatchNorm) -> tuple[Tensor, Tensor]:
     """`relu(batch_norm(x) + residual)` and its pooled activation; as an operator differentiable once, else twice."""
-    x = calls.dense(x)
+    x = kernels.dense(x)
     if is_traced():
         y, pooled = _through_operator(x, norm)
     else:
-        y, pooled = _NormReluPool.apply(x, norm.residual, norm.weight, norm.bias, norm)  # type: ignore[no-untyped-call]
+        arguments = (norm.residual, norm.weight, norm.bias, norm, kernels)
+        y, pooled = _NormReluPool.apply(x, *arguments)  # type: ignore[no-untyped-call]
     return y, closed_form.pooled_activation(y) if x.dim() == 2 else pooled
 
 
@@ -44,11 +62,17 @@ def _through_operator(x: Tensor, norm: BatchNorm) -> tuple[Tensor, Tensor]:
 class _NormReluPool(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, norm: BatchNorm
+        ctx: Any,
+        x: Tensor,
+        residual: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        norm: BatchNorm,
+        kernels: Kernels,
     ) -> tuple[Tensor, Tensor | None]:
         ctx.set_materialize_grads(False)
-        y, pooled, saved = calls.norm_relu_pool_forward(x, norm)
-        ctx.training, ctx.eps = norm.training, norm.eps
+        y, pooled, saved = kernels.norm_relu_pool_forward(x, norm)
+        ctx.kernels, ctx.training, ctx.eps = kernels, norm.training, norm.eps
         ctx.bias_dtype = None if bias is None else bias.dtype
         # Like batch norm, this keeps the weight: a change of it before backward is an error.
         ctx.save_for_backward(x, saved, weight, None if residual is None else y)
@@ -57,14 +81,14 @@ class _NormReluPool(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, dpooled: Tensor | None) -> tuple[Tensor | None, ...]:
         if dy is None and dpooled is None:
-            return None, None, None, None, None
+            return (None,) * 6
         if torch.is_grad_enabled():
-            return *_gradients_with_graph(ctx, dy, dpooled), None
+            return *_gradients_with_graph(ctx, dy, dpooled), None, None
         x, saved, weight, y = ctx.saved_tensors
-        gradients = calls.norm_relu_pool_backward(x, y, saved, dy, dpooled, ctx.training)
-        dweight = None if weight is None else gradients.parameters[0].to(weight.dtype)
-        dbias = None if ctx.bias_dtype is None else gradients.parameters[1].to(ctx.bias_dtype)
-        return gradients.x, gradients.residual, dweight, dbias, None
+        dx, dresidual, parameters = ctx.kernels.norm_relu_pool_backward(x, y, saved, dy, dpooled, ctx.training)
+        dweight = None if weight is None else parameters[0].to(weight.dtype)
+        dbias = None if ctx.bias_dtype is None else parameters[1].to(ctx.bias_dtype)
+        return dx, dresidual, dweight, dbias, None, None
 
 
 def _gradients_with_graph(ctx: Any, dy: Tensor | None, dpooled: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -91,7 +115,15 @@ def _gradients_with_graph(ctx: Any, dy: Tensor | None, dpooled: Tensor | None) -
     return dx, None if y is None else g, dweight[0] if dweight else None, dbias
 
 
-@torch.library.custom_op("moda_kernels::native_norm_relu_pool", mutates_args=())
+def _kernels_for(x: Tensor) -> Kernels:
+    if x.device.type == "cpu":
+        return calls
+    from moda_kernels.triton_kernels import norm  # imports Triton, which need not be there
+
+    return norm
+
+
+@torch.library.custom_op("moda_kernels::norm_relu_pool", mutates_args=())
 def operator(
     x: Tensor,
     residual: Tensor | None,
@@ -109,7 +141,7 @@ def operator(
     """
     mean, var = (None if kept is None else kept.clone() for kept in (running_mean, running_var))
     norm = BatchNorm(mean, var, weight, bias, residual, training, momentum, eps)
-    y, pooled, saved = calls.norm_relu_pool_forward(x, norm)
+    y, pooled, saved = _kernels_for(x).norm_relu_pool_forward(x, norm)
     return (
         y,
         x.new_empty(0) if pooled is None else pooled,
@@ -127,12 +159,12 @@ def _(x: Tensor, _residual: Any, _weight: Any, _bias: Any, running_mean: Any, ru
     return torch.empty_like(x), pooled, x.new_empty((4, neurons), dtype=dtype), mean, var
 
 
-@torch.library.custom_op("moda_kernels::native_norm_relu_pool_backward", mutates_args=())
+@torch.library.custom_op("moda_kernels::norm_relu_pool_backward", mutates_args=())
 def operator_backward(
     x: Tensor, y: Tensor | None, saved: Tensor, dy: Tensor | None, dpooled: Tensor | None, training: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of x, of the residual (empty if there was none), and of weight and bias: (2, C)."""
-    dx, dresidual, parameters = calls.norm_relu_pool_backward(x, y, saved, dy, dpooled, training)
+    dx, dresidual, parameters = _kernels_for(x).norm_relu_pool_backward(x, y, saved, dy, dpooled, training)
     return dx, x.new_empty(0) if dresidual is None else dresidual, parameters
 
 

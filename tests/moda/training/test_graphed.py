@@ -1,0 +1,160 @@
+"""A step in a CUDA graph trains as the eager one does; on the CPU it is the eager one."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import moda
+from moda.training.graphed import GraphedStep
+from moda_kernels import ModularLoss
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+STEPS = 9
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1)]
+    return nn.Sequential(*layers, nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 64, 4))
+
+
+def batches(device: str, sizes: tuple[int, ...] = (12,) * STEPS):
+    generator = torch.Generator().manual_seed(3)
+    for size in sizes:
+        x = torch.randn(size, 3, 8, 8, generator=generator)
+        yield x.to(device), torch.randint(4, (size,), generator=generator).to(device)
+
+
+class Training:
+    """A model, its loss and its optimiser; deterministic convolutions, so that two of them agree."""
+
+    def __init__(self, device: str, modular: bool, momentum: float = 0.9) -> None:
+        torch.backends.cudnn.deterministic = True
+        self.model = network().to(device)
+        self.taps = moda.observe(self.model, fuse_norms=False) if modular else None
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1, momentum=momentum)
+        self.modular_loss = ModularLoss()
+
+    def loss(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        value = F.cross_entropy(self.model(x), y)
+        return value if self.taps is None else value + self.modular_loss(self.taps.activations(), y)
+
+
+def run(training: Training, step, data, scheduler=None) -> list[float]:
+    values = []
+    for x, y in data:
+        values.append(float(step(x, y)))
+        if scheduler is not None:
+            scheduler.step()
+    return values
+
+
+def eager(training: Training, clip_norm: float | None = None):
+    def step(x, y):
+        training.optimizer.zero_grad()
+        value = training.loss(x, y)
+        value.backward()
+        if clip_norm is not None:
+            nn.utils.clip_grad_norm_(training.model.parameters(), clip_norm)
+        training.optimizer.step()
+        return value.detach()
+
+    return step
+
+
+def assert_equal_training(mine: Training, theirs: Training, values: list[float], expected: list[float]) -> None:
+    assert values == pytest.approx(expected, rel=2e-4)
+    for a, b in zip(mine.model.state_dict().values(), theirs.model.state_dict().values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-3, atol=2e-4)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("modular", [False, True])
+@pytest.mark.parametrize("clip_norm", [None, 0.5])
+def test_trains_as_the_eager_loop_does(device, modular, clip_norm):
+    """With a schedule of the learning rate, and a shorter batch among the others."""
+    sizes = (12,) * 5 + (7,) + (12,) * 3
+    mine, theirs = Training(device, modular), Training(device, modular)
+    step = GraphedStep(mine.model, mine.loss, mine.optimizer, clip_norm=clip_norm)
+    schedule = torch.optim.lr_scheduler.ExponentialLR
+    values = run(mine, step, batches(device, sizes), schedule(mine.optimizer, 0.9))
+    expected = run(theirs, eager(theirs, clip_norm), batches(device, sizes), schedule(theirs.optimizer, 0.9))
+    assert_equal_training(mine, theirs, values, expected)
+    assert step.graphed == (device == "cuda"), step.reason
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_scales_gradients(device):
+    mine, theirs = Training(device, True), Training(device, True)
+    scaler = torch.amp.GradScaler(device, init_scale=2.0**10)
+    step = GraphedStep(mine.model, mine.loss, mine.optimizer, scaler=scaler, clip_norm=1.0)
+    assert_equal_training(
+        mine, theirs, run(mine, step, batches(device)), run(theirs, eager(theirs, 1.0), batches(device))
+    )
+
+
+@pytest.mark.gpu
+def test_evaluation_between_steps_and_a_copy_change_nothing():
+    mine, theirs = Training("cuda", True), Training("cuda", True)
+    step = GraphedStep(mine.model, mine.loss, mine.optimizer)
+    values = []
+    for index, (x, y) in enumerate(batches("cuda")):
+        values.append(float(step(x, y)))
+        if index == 5:
+            average = copy.deepcopy(mine.model)
+            mine.model.eval()
+            with torch.no_grad():
+                mine.model(x)
+            mine.model.train()
+            assert all(
+                torch.equal(a, b)
+                for a, b in zip(average.state_dict().values(), mine.model.state_dict().values(), strict=True)
+            )
+    assert_equal_training(mine, theirs, values, run(theirs, eager(theirs), batches("cuda")))
+
+
+@pytest.mark.gpu
+def test_a_model_that_synchronises_runs_eagerly_and_keeps_its_random_numbers():
+    mine = Training("cuda", False)
+
+    def loss(x, y):
+        value = mine.loss(x, y) + 0 * F.dropout(x, 0.5).sum()
+        return value * (1.0 if value.item() > -1 else 0.0)
+
+    step = GraphedStep(mine.model, loss, mine.optimizer)
+    theirs = Training("cuda", False)
+    values = run(mine, step, batches("cuda"))
+    assert "capturing failed" in step.reason
+    assert not step.graphed
+    torch.rand(3, device="cuda")
+    assert_equal_training(mine, theirs, values, run(theirs, eager(theirs), batches("cuda")))
+
+
+def test_why_there_is_no_graph_is_said():
+    training = Training("cpu", False)
+    step = GraphedStep(training.model, training.loss, training.optimizer)
+    run(training, step, batches("cpu"))
+    assert step.reason == "no graph on the CPU"
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        wrapped = DistributedDataParallel(training.model)
+        assert "DistributedDataParallel" in GraphedStep(wrapped, training.loss, training.optimizer).reason
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"), [({"warmups": 0}, "warmups: .* got 0"), ({"clip_norm": -1.0}, "clip_norm: .* got -1.0")]
+)
+def test_bad_arguments(options, message):
+    training = Training("cpu", False)
+    with pytest.raises(ValueError, match=message):
+        GraphedStep(training.model, training.loss, training.optimizer, **options)
+    with pytest.raises(TypeError, match="batch: expected tensors, got str at 1"):
+        GraphedStep(training.model, training.loss, training.optimizer)(torch.ones(1, 3, 8, 8), "label")
