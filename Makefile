@@ -2,6 +2,8 @@
 PYTHON ?= python3
 # PyTorch goes in first and by exact version, so that nothing installed after it can bring another one.
 TORCH ?= torch==2.13.0
+# The Triton whose code benchmarks/results/aot.json describes. A PyTorch with CUDA brings its own: `make test TRITON=triton`.
+TRITON ?= triton<3.8
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -80,7 +82,7 @@ $(VENV)/installed: $(VENV)/torch $(SOURCES)
 # torchvision's wheel does not fit a CPU build of PyTorch (tests/conftest.py), and neither may bring another PyTorch. What
 # timm needs besides comes with transformers.
 $(VENV)/installed-dev: $(VENV)/torch $(SOURCES)
-	$(PIP) install --quiet --editable ".[train,dev]"
+	$(PIP) install --quiet --editable ".[train,dev]" "$(TRITON)"
 	$(PIP) install --quiet --no-deps --upgrade --target $(VENV)/vision torchvision==0.28.0 timm==1.0.31
 	touch $(VENV)/installed $@
 

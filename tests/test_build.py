@@ -64,27 +64,9 @@ def install(wheel: Path, target: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
-USE = """
-import pathlib, sys
-# An editable install of this environment would lend its extension to a package that has none.
-sys.meta_path = [finder for finder in sys.meta_path if not getattr(finder, "__name__", "").startswith("_Editable")]
-import torch, moda_kernels, moda
-assert pathlib.Path(moda_kernels.__file__).is_relative_to(sys.argv[1]), moda_kernels.__file__
-assert pathlib.Path(moda.__file__).is_relative_to(sys.argv[1]), moda.__file__
-x = torch.rand(4, 3, 2, 2)
-y, pooled = moda_kernels.relu_pool(x)
-torch.testing.assert_close(pooled, x.mean((2, 3)))
-losses = moda_kernels.modular_losses([x], torch.tensor([0, 0, 1, 1]))
-counter = moda_kernels.FiringCounter(2)
-counter.update([x], torch.tensor([0, 0, 1, 1]))
-assert counter.counts[0].tolist() == [[2, 2, 2], [2, 2, 2]]
-print(bool(moda_kernels.backends()["native"]), moda_kernels.backends()["native"])
-"""
-
-
 def use(target: Path, empty: Path) -> str:
     """What a program prints that uses the package installed in `target`, from an empty folder."""
-    done = python("-c", USE, str(target), cwd=empty, PYTHONPATH=str(target))
+    done = python(str(ROOT / "tests" / "use_package.py"), str(target), cwd=empty, PYTHONPATH=str(target))
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
