@@ -19,6 +19,7 @@ from moda.composition import measure
 from moda.decomposition.files import METADATA_FILE
 from moda.files import check_result_file, check_result_folder, write_bytes, write_json
 from moda.hints import command_line
+from moda.methods import CNNSplitter
 from moda.runs.finished import FinishedRun
 from moda.runs.lock import locked
 from moda.study.comparison import (
@@ -38,6 +39,7 @@ commands = group()
     epilog=example(
         "moda modularize runs/standard --method gradsplitter",
         "moda modularize runs/standard --method cnnsplitter --generations 50",
+        "moda modularize runs/standard --method cnnsplitter --generations 50 --resume",
     )
 )
 @takes(SearchSettings, "modularize")
@@ -45,23 +47,47 @@ def modularize(
     folder: RunArgument,
     given: Mapping[str, Any],
     device: DeviceOption = "auto",
+    resume: Annotated[
+        bool, typer.Option("--resume", help="With cnnsplitter: go on with the search that was stopped.")
+    ] = False,
+    force: ForceOption = False,
 ) -> None:
     """Search a trained model for modules with GradSplitter or CNNSplitter.
 
     The model stays as it is. One training sample in five chooses among epochs or candidates. The modules are written
-    to the run's folder decomposition/.
+    to the run's folder decomposition/. A search of CNNSplitter is kept after every generation: after Ctrl-C, --resume
+    goes on with it.
     """
     settings = SearchSettings(**given)
     finished = FinishedRun.open(folder, device)
-    check_result_folder(finished.run.decomposition, METADATA_FILE, force=True)  # the run's own: it is made again
-    with locked(finished.run.path):
-        decomposition = search_run(finished, settings)
-        decomposition.save(finished.run.decomposition)
+    run = finished.run
+    check_result_folder(run.decomposition, METADATA_FILE, force=force)
+    with locked(run.path):
+        _check_search(run.search, settings.method, resume=resume, force=force)
+        decomposition = search_run(finished, settings, run.search)
+        decomposition.save(run.decomposition)
+        run.search.unlink(missing_ok=True)
     sizes = measure.module_sizes(finished.taps, decomposition)
     overlaps = measure.overlap_matrix(finished.taps, decomposition, counting="parameters")
     show_modules(finished.data.class_names, decomposition, sizes.tolist(), overlaps.tolist())
-    say(f"Modules: {finished.run.decomposition}/")
+    say(f"Modules: {run.decomposition}/")
     say(f"Next: {command_line('compose', folder, '--classes', '0,1')}")
+
+
+def _check_search(kept: Path, method: str, *, resume: bool, force: bool) -> None:
+    """Say what cannot be resumed; a search that was stopped is begun anew with --force alone.
+
+    Raises:
+        ValueError: there is none to resume, or one that would be lost.
+    """
+    if resume and method != CNNSplitter.name:
+        raise ValueError(f"--resume: a search by {method} begins anew; only {CNNSplitter.name} keeps its search")
+    if resume and not kept.exists():
+        raise ValueError(f"--resume: {kept.parent} has no search that was stopped")
+    if kept.exists() and not resume:
+        if not force:
+            raise ValueError(f"{kept}: is a search that was stopped; go on with --resume, or begin anew with --force")
+        kept.unlink()
 
 
 @commands.command(

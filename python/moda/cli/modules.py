@@ -27,13 +27,14 @@ from moda.composition.files import (
 from moda.data import DataSplits
 from moda.data.batches import BatchLoader, EpochOrder
 from moda.decomposition.container import Decomposition
-from moda.decomposition.files import METADATA_FILE
+from moda.decomposition.files import DECOMPOSITION, METADATA_FILE
 from moda.files import FormatError, check_result_folder, format_errors
 from moda.hints import command_line
 from moda.observation.taps import Taps
 from moda.runs.config import DecompositionSettings, TrainingConfig
 from moda.runs.finished import FinishedRun, decompose_run
 from moda.runs.folder import load_data
+from moda.study.searching import SEARCHING
 
 commands = group()
 
@@ -49,16 +50,18 @@ commands = group()
 def decompose(
     folder: RunArgument,
     given: Mapping[str, Any],
+    force: ForceOption = False,
 ) -> None:
     """Decompose a trained model into one module per class.
 
     By default the command counts, on the training data, for which share of each class's samples every neuron fires, as
     published. The rule `attribution` keeps the neurons through which a class's margin goes, which are far fewer. The
-    modules are written to the run's folder decomposition/.
+    modules are written to the run's folder decomposition/. They replace those that this command made before; those of
+    a search (moda modularize), which takes long, are replaced with --force alone.
     """
     settings = DecompositionSettings(**given)
     finished = FinishedRun.open(folder)
-    check_result_folder(finished.run.decomposition, METADATA_FILE, force=True)  # the run's own: it is made again
+    check_result_folder(finished.run.decomposition, METADATA_FILE, force=force or not _of_search(finished))
     try:
         decomposition = decompose_run(finished, **{name: getattr(settings, name) for name in given})
     except TypeError as error:  # an option that does not go with the rule
@@ -67,6 +70,15 @@ def decompose(
     _print_modules(finished.taps, decomposition, finished.data)
     say(f"Modules: {run.decomposition}/")
     say(f"Next: {command_line('compose', folder, '--classes', '0,1')}")
+
+
+def _of_search(finished: FinishedRun) -> bool:
+    """Whether the run has modules that a search found."""
+    description = finished.run.decomposition / METADATA_FILE
+    try:
+        return DECOMPOSITION.read(description)["method"] in SEARCHING
+    except FormatError:
+        return False
 
 
 def _print_modules(taps: Taps, decomposition: Decomposition, data: DataSplits) -> None:

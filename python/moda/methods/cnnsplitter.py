@@ -8,9 +8,11 @@ network is searched, in arrays, with the modules of many chromosomes computed in
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -34,6 +36,7 @@ from moda.methods.importance import (
     sensitive_slots,
     sensitivities,
 )
+from moda.methods.search_file import read_search, write_search
 from moda.methods.splitter import chosen_widths, owners_of
 from moda.methods.tournament import JointFitness, joint_fitness, task_sizes
 from moda.observation.taps import observe
@@ -63,6 +66,8 @@ class CNNSplitter:
         sites: taps whose neurons are searched over; None for all of them.
         shared: taps that another one decides for, as {tap: owner}.
         seed: of the first population (NumPy) and, with 1 more, of mutations and the order of classes.
+        state_file: the search is kept in this file after every generation, and goes on from there where the file holds
+            one; None not to keep it. The file stays when the search has ended.
         progress: show a progress bar on standard error, if that is a terminal.
 
     Raises:
@@ -86,6 +91,7 @@ class CNNSplitter:
     shared: Mapping[str, str] = field(default_factory=dict)
     seed: int = 1009
     progress: bool = True
+    state_file: Path | None = None
 
     name = "cnnsplitter"
 
@@ -149,24 +155,40 @@ class CNNSplitter:
         """
         search = self.search(prepared, loader)
         console = Console(stderr=True)
-        rounds: Iterable[int] = range(self.generations)
+        rounds: Iterable[int] = range(search.generation, self.generations)
         if self.progress and console.is_terminal:
             rounds = track(rounds, "Searching", console=console, transient=True)
         for _ in rounds:
             if search.finished:
                 break
             search.breed()
+            if self.state_file is not None:
+                write_search(self.state_file, search.state_dict(), self._kept(), search.orders)
         return search.decomposition()
 
     def search(self, prepared: PreparedSearch, loader: Loader) -> Search:
-        """Begin a search: importance, sensitivity, first population and its fitness."""
+        """Begin a search (importance, sensitivity, first population and its fitness), or go on with one that is kept.
+
+        Raises:
+            ValueError: the loader gives no batch, a class has no sample, or the search that is kept is another one.
+        """
         labels = labels_of(loader, prepared.num_classes)
         importance = importances(prepared, loader, self.confidence)
         orders = {tap: (-values).argsort(dim=1, stable=True).numpy() for tap, values in importance.items()}
+        if self.state_file is not None and self.state_file.exists():
+            kept = {slot: orders[slot] for slot in prepared.slots}
+            state = read_search(self.state_file, self._kept(), kept)
+            return Search(self, prepared, loader, labels, orders, state["sensitive"], state)
         sensitive = self.sensitive
         if sensitive is None:
             sensitive = tuple(sensitive_slots(sensitivities(prepared, loader, orders, DECIDING), ratios=DECIDING))
         return Search(self, prepared, loader, labels, orders, sensitive)
+
+    def _kept(self) -> dict[str, Any]:
+        """The settings that a search which goes on must share, as JSON holds them."""
+        free = {"generations", "patience", "progress", "state_file"}  # they say how far it goes, and what is shown
+        made: dict[str, Any] = json.loads(json.dumps(asdict(replace(self, state_file=None))))
+        return {name: value for name, value in made.items() if name not in free}
 
 
 # ---- the search ---------------------------------------------------------------------------------------------------
@@ -191,6 +213,7 @@ class Search:
         labels: npt.NDArray[np.int64],
         orders: Mapping[str, npt.NDArray[np.int64]],
         sensitive: Sequence[str],
+        state: Mapping[str, Any] | None = None,
     ) -> None:
         unknown = sorted(set(sensitive) - set(prepared.slots))
         if unknown:
@@ -201,7 +224,10 @@ class Search:
         self.sensitive = tuple(sensitive)
         self._arrays = np.random.RandomState(settings.seed)
         self._draws = random.Random(settings.seed + 1)
-        first = first_population(settings.population, self.slots, self._arrays)
+        if state is None:
+            first = first_population(settings.population, self.slots, self._arrays)
+        else:
+            first = np.zeros((settings.population, sum(slot.groups for slot in self.slots)), np.uint8)
         self.populations: Genes = np.repeat(first[None], prepared.num_classes, 0)
         self.generation = 0
         self.best_score = -1.0
@@ -209,7 +235,10 @@ class Search:
         self._since_best = 0
         self._accuracy_before: float | None = None
         self._known: dict[tuple[int, bytes], npt.NDArray[np.float32]] = {}
-        self.joint = self._judge()
+        if state is None:
+            self.joint = self._judge()
+        else:
+            self.load_state_dict(state)
 
     def _slot(self, tap: str, sensitive: bool) -> Slot:
         neurons = self.prepared.widths[tap]
@@ -348,6 +377,7 @@ class Search:
             "best": self.best.copy(),
             "best_score": self.best_score,
             "since_best": self._since_best,
+            "sensitive": self.sensitive,
             "arrays": self._arrays.get_state(legacy=False),
             "draws": self._draws.getstate(),
         }

@@ -5,7 +5,8 @@
     steps.csv            one row per logged step
     model.safetensors    the final weights, under the model's own state_dict keys
     checksums.json       SHA-256 of weights and checkpoints
-    decomposition/       the modules, once `moda decompose` has run
+    decomposition/       the modules, once `moda decompose` or `moda modularize` has run
+    search.json          a search of `moda modularize` that was stopped
     checkpoints/         last.ckpt, from which training resumes
     tensorboard/         if asked for
 
@@ -97,6 +98,11 @@ class RunFolder:
     def decomposition(self) -> Path:
         """The folder of the modules."""
         return self.path / "decomposition"
+
+    @property
+    def search(self) -> Path:
+        """The file of a search that was stopped."""
+        return self.path / "search.json"
 
     @property
     def checkpoints(self) -> Path:

@@ -349,7 +349,9 @@ def _searched(
             generations=settings.generations,
             population=settings.population,
         )
-        search_run(standard, wanted).save(folder)
+        state = folder.with_name(f"{method}-search.json")  # a search that was stopped goes on
+        search_run(standard, wanted, state).save(folder)
+        state.unlink(missing_ok=True)
     decomposition = Decomposition.load(folder)
     return decomposition, float(decomposition.metadata["seconds"])
 

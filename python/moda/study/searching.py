@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -96,8 +97,8 @@ class SearchSettings(Settings, command="modularize"):
         at_least=0,
     )
 
-    def searching(self) -> GradSplitter | CNNSplitter:
-        """Make the method."""
+    def searching(self, state_file: Path | None = None) -> GradSplitter | CNNSplitter:
+        """Make the method; CNNSplitter keeps its search in the file."""
         if self.method == GradSplitter.name:
             return GradSplitter(
                 self.head_epochs,
@@ -117,16 +118,24 @@ class SearchSettings(Settings, command="modularize"):
             self.alpha,
             patience=self.patience,
             seed=CNNSplitter.seed if self.seed is None else self.seed,
+            state_file=state_file,
         )
 
 
-def search_run(finished: FinishedRun, settings: SearchSettings) -> Decomposition:
+def search_run(finished: FinishedRun, settings: SearchSettings, state_file: Path | None = None) -> Decomposition:
     """Search a trained model for modules; samples kept apart choose among epochs or candidates.
 
-    The decomposition's metadata have the hash of the weights, and the seconds that the search took.
+    The decomposition's metadata have the hash of the weights, and the seconds that the search took since it was begun
+    or went on.
+
+    Args:
+        finished: the run.
+        settings: the method and its settings.
+        state_file: CNNSplitter keeps its search there, and goes on from there. It stays; remove it once the modules are
+            written.
 
     Raises:
-        ValueError: the method does not fit the model.
+        ValueError: the method does not fit the model, or the file is of another search.
     """
     samples = finished.data.train_eval
     part, held_out = kept_apart(samples)
@@ -135,7 +144,7 @@ def search_run(finished: FinishedRun, settings: SearchSettings) -> Decomposition
     since = time.perf_counter()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed if settings.seed is None else settings.seed)
-        method: Any = settings.searching()
+        method: Any = settings.searching(state_file)
         made = modularize(
             model,
             method,

@@ -11,6 +11,7 @@ import torch
 from moda.cli import app as cli
 from moda.composition.export import read_provenance
 from moda.files import FormatError
+from moda.methods.cnnsplitter import Search
 from moda.runs.folder import RunFolder
 from moda.study.analysis_files import read_analysis
 from moda.study.digits import StudySettings
@@ -228,3 +229,42 @@ def test_every_command_has_examples(moda, command):
     code, out, _ = moda(command, "--help")
     assert code == 0
     assert f"$ moda {command} " in out
+
+
+def test_modules_that_took_a_search_are_replaced_with_force_alone(moda, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    make_run(run, decomposed=False, width=0.1, affinity=0.0, dispersion=0.0, compactness=0.0)
+    search = (
+        "modularize",
+        run,
+        "--method",
+        "cnnsplitter",
+        "--generations",
+        "2",
+        "--population",
+        "5",
+        "--device",
+        "cpu",
+    )
+    breed = Search.breed
+    monkeypatch.setattr(Search, "breed", lambda own: breed(own) if own.generation < 1 else own.nothing())
+    code, _, err = moda(*search)
+    assert (code, "nothing" in err) == (1, True)
+    monkeypatch.setattr(Search, "breed", breed)
+    assert (run / "search.json").exists()
+    code, _, err = moda(*search)
+    assert (code, f"{run}/search.json: is a search that was stopped; go on with --resume" in err) == (1, True)
+    code, _, err = moda("modularize", run, "--resume")
+    assert (code, "--resume: a search by gradsplitter begins anew" in err) == (1, True)
+    assert moda(*search, "--resume")[0] == 0
+    assert not (run / "search.json").exists()
+    made = json.loads((run / "decomposition" / "decomposition.json").read_text())
+    assert (made["method"], made["metadata"]["generation"]) == ("cnnsplitter", 2)
+    for command in (("decompose", run), search):
+        code, _, err = moda(*command)
+        assert (code, "holds a result already; replace it with --force" in err) == (1, True)
+    code, _, err = moda(*search, "--resume", "--force")
+    assert (code, "has no search that was stopped" in err) == (1, True)
+    assert moda("decompose", run, "--force")[0] == 0
+    assert moda("decompose", run, "--threshold", "0.8")[0] == 0
+    assert json.loads((run / "decomposition" / "decomposition.json").read_text())["method"] == "moda"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from moda.methods.base import Method
-from moda.methods.cnnsplitter import CNNSplitter
+from moda.methods.cnnsplitter import CNNSplitter, Search
 from moda.methods.genetic import Slot, decode
 from moda.methods.importance import (
     DECIDING,
@@ -23,6 +25,7 @@ from moda.methods.importance import (
     sensitive_slots,
     sensitivities,
 )
+from moda.methods.search_file import SEARCH
 from moda.models.rescnn import ResCNN
 from moda.models.simcnn import SimCNN
 
@@ -199,6 +202,70 @@ def test_a_search_that_was_stopped_goes_on_as_it_would_have(found):
     np.testing.assert_array_equal(whole.populations, resumed.populations)
     np.testing.assert_array_equal(whole.joint.fitness, resumed.joint.fitness)
     assert whole.best_score == resumed.best_score
+
+
+def stopped(settings: CNNSplitter, prepared: PreparedSearch, loader: object, generations: int) -> None:
+    """Run a search that is stopped when it breeds once more than so many times."""
+    breed = Search.breed
+
+    def once_more(search: Search) -> None:
+        if search.generation == generations:
+            raise KeyboardInterrupt
+        breed(search)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Search, "breed", once_more)
+        with pytest.raises(KeyboardInterrupt):
+            settings.extract(prepared, loader)
+
+
+@pytest.mark.parametrize("generations", [1, 3, 5])
+def test_a_search_that_is_kept_in_a_file_goes_on_as_it_would_have(found, tmp_path: Path, generations: int):
+    prepared, loader = found
+    wanted = SETTINGS.extract(prepared, loader)
+    kept = replace(SETTINGS, state_file=tmp_path / "search.json")
+    stopped(kept, prepared, loader, generations)
+    assert SEARCH.read(tmp_path / "search.json")["generation"] == generations
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("moda.methods.cnnsplitter.sensitivities", lambda *_: pytest.fail("it begins anew"))
+        made = kept.extract(prepared, loader)
+    assert made.metadata == wanted.metadata
+    assert made.settings == wanted.settings
+    assert all(torch.equal(made.masks[tap], wanted.masks[tap]) for tap in wanted.masks)
+    again = kept.extract(prepared, loader)  # at the end of a search nothing is left to do
+    assert again.metadata == wanted.metadata
+
+
+def test_a_search_that_is_kept_is_of_these_settings_network_and_data(found, tmp_path: Path):
+    prepared, loader = found
+    kept = replace(SETTINGS, state_file=tmp_path / "search.json", generations=2)
+    kept.extract(prepared, loader)
+    assert replace(kept, generations=3).extract(prepared, loader).metadata["generation"] == 3
+    with pytest.raises(ValueError, match=r"is of a search with alpha=0.9, this one has 0.5; go on with the settings"):
+        replace(kept, alpha=0.5).extract(prepared, loader)
+    with pytest.raises(ValueError, match="is of a search of another network, or on other data; begin anew"):
+        kept.extract(prepared, [(inputs.flip(1), labels) for inputs, labels in loader])
+
+
+@pytest.mark.parametrize(
+    ("entry", "value", "message"),
+    [
+        ("populations", "zz", "populations: expected hexadecimal digits"),
+        ("best", "00", "best: expected .* bits, got 8"),
+        ("fitness", [[0.0]], "fitness: expected 3 lists of 12 numbers"),
+        ("sensitive", ["9"], "sensitive: expected taps that decide"),
+        ("draws", [1, 2], "draws: expected"),
+        ("generation", -1, "generation: expected"),
+    ],
+)
+def test_a_damaged_search_is_named(found, tmp_path: Path, entry: str, value: object, message: str):
+    prepared, loader = found
+    path = tmp_path / "search.json"
+    kept = replace(SETTINGS, state_file=path, generations=1)
+    kept.extract(prepared, loader)
+    path.write_text(json.dumps({**json.loads(path.read_text()), entry: value}))
+    with pytest.raises(ValueError, match=message):
+        kept.extract(prepared, loader)
 
 
 def test_the_same_seed_gives_the_same_modules(found):
