@@ -1,10 +1,11 @@
-"""Builds the native extension `moda_kernels._native` through CMake; everything else is in pyproject.toml.
+"""Builds the native extensions of `moda_kernels` through CMake; everything else is in pyproject.toml.
 
 What is built follows from what the machine has, and every choice can be forced (docs/build.md lists the variables):
 
     no C++ compiler        a pure-Python package, and one line that says so
-    a C++ compiler         the CPU half
+    a C++ compiler         `_native`: the CPU half
     and nvcc               the CUDA half too; if it does not compile, the CPU half alone, and one line that says so
+    and PyTorch            `_autograd`, for this PyTorch alone; Python does the same where it is not there
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ ROOT = Path(__file__).resolve().parent
 DEFAULT_ARCHITECTURES = ("80", "86", "89", "90", "100", "120")
 ARCHITECTURE_NAMES = {"ampere": "8.0 8.6", "ada": "8.9", "hopper": "9.0", "blackwell": "10.0 12.0"}
 GIB_PER_JOB = 2  # what one nvcc process is allowed for
+KERNELS = "moda_kernels._native"
 BUILDING = {"bdist_wheel", "build", "build_ext", "develop", "editable_wheel", "install"}
 
 
@@ -117,6 +119,28 @@ def find_cuda() -> Cuda | None:
     return None if nvcc is None else Cuda(nvcc, architectures(nvcc))
 
 
+def find_torch() -> Path | None:
+    """The package of the PyTorch to build for; None if there is none, or MODA_AUTOGRAD=0.
+
+    pip hides what is installed from a build, so another interpreter is asked, which does not read pip's variables.
+
+    Raises:
+        BuildError: MODA_AUTOGRAD=1 and there is no PyTorch.
+    """
+    wanted = choice("MODA_AUTOGRAD")
+    if wanted is False:
+        return None
+    look = "import importlib.util; found = importlib.util.find_spec('torch'); print(found.origin if found else '')"
+    for isolated in ([], ["-I"]):
+        asked = subprocess.run([sys.executable, *isolated, "-c", look], capture_output=True, text=True, check=False)
+        package = Path(asked.stdout.strip() or "/nonexistent").parent
+        if (package / "include").is_dir():
+            return package
+    if wanted:
+        raise BuildError("MODA_AUTOGRAD=1 but no PyTorch was found; install it first")
+    return None
+
+
 def architectures(nvcc: str) -> str:
     """CMAKE_CUDA_ARCHITECTURES from MODA_CUDA_ARCHS, TORCH_CUDA_ARCH_LIST or the default list."""
     listed = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=False).stdout
@@ -178,26 +202,46 @@ def free_memory() -> int:
 class BuildNative(build_ext):
     """CMake configure and build, then the extension put where setuptools wants it."""
 
+    folder: Path | None = None  # where the kernels were built
+
     def run(self) -> None:
-        """Build every extension; there is one."""
+        """Build every extension: the kernels, then autograd."""
         # An editable build keeps its objects, so that the next one compiles only what changed.
         if self.inplace or self.editable_mode:
             self.build_temp = str(ROOT / "build" / str(sysconfig.get_config_var("SOABI")))
         super().run()
 
     def build_extension(self, ext: Extension) -> None:
-        """Build the native extension into setuptools' build folder."""
-        cuda = find_cuda()
-        try:
-            built = self._cmake(cuda)
-        except subprocess.CalledProcessError as error:
-            built = self._without_what_failed(cuda, error)
+        """Build an extension into setuptools' build folder."""
+        built = self._kernels() if ext.name == KERNELS else self._autograd()
         if built is None:
             ext.optional = True  # nothing to put in place, and that is no error
             return
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(built, target)
+
+    def _kernels(self) -> Path | None:
+        cuda = find_cuda()
+        try:
+            return self._cmake(cuda)
+        except subprocess.CalledProcessError as error:
+            return self._without_what_failed(cuda, error)
+
+    def _autograd(self) -> Path | None:
+        """Autograd for the PyTorch that was found, beside kernels that did build; nothing if it fails and may."""
+        if self.folder is None:
+            return None
+        cmake = find_program("cmake")
+        assert cmake is not None, "why_not_native() has looked"
+        try:
+            subprocess.run([cmake, "--build", str(self.folder), "--target", "_autograd"], check=True)
+        except subprocess.CalledProcessError as error:
+            if choice("MODA_AUTOGRAD"):
+                raise BuildError(f"autograd did not build: {shlex.join(error.cmd)} failed (see above)") from error
+            say("autograd did not build (see above); Python does the same. MODA_AUTOGRAD=1 makes this an error")
+            return None
+        return next((self.folder / "out").glob("_autograd*.so"))
 
     def _without_what_failed(self, cuda: Cuda | None, error: subprocess.CalledProcessError) -> Path | None:
         """The CPU half when only the CUDA half failed, nothing if that fails too; an error if it was required."""
@@ -225,6 +269,7 @@ class BuildNative(build_ext):
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={folder / 'out'}",
             f"-DMODA_CUDA={'ON' if cuda else 'OFF'}",
+            f"-DMODA_TORCH={find_torch() or ''}",
         ]
         if ninja:
             configure += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
@@ -235,16 +280,18 @@ class BuildNative(build_ext):
             ]
         subprocess.run(configure, check=True)
         subprocess.run([cmake, "--build", str(folder), "--parallel", str(jobs())], check=True)
+        self.folder = folder
         say(f"built the native kernels for {f'CPU and CUDA ({cuda.architectures})' if cuda else 'CPU'}")
         return next((folder / "out").glob("_native*.so"))
 
 
 def extensions() -> list[Extension]:
-    """The native extension, or none with one line that says why."""
+    """The native extensions, or none with one line that says why."""
     reason = why_not_native()
     if reason is None:
-        return [Extension("moda_kernels._native", sources=[])]
-    if choice("MODA_NATIVE") or choice("MODA_CUDA"):
+        names = [KERNELS, *(["moda_kernels._autograd"] if find_torch() else [])]
+        return [Extension(name, sources=[]) for name in names]
+    if choice("MODA_NATIVE") or choice("MODA_CUDA") or choice("MODA_AUTOGRAD"):
         raise BuildError(f"the native kernels were asked for but cannot be built: {reason}")
     if BUILDING & set(sys.argv):
         say(f"installing without the native kernels: {reason}")

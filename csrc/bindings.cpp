@@ -289,6 +289,8 @@ PYBIND11_MODULE(_native, module) {
   module.def("build_info", build_info);
   module.def("use_isa", use_isa);
   module.def("use_openmp_of", &moda::use_openmp_of);
+  // For csrc/torch/autograd.cpp, if that was built from the same sources.
+  module.def("kernels", [] { return py::capsule(&kernels, MODA_SOURCE_DIGEST); });
   module.def("pool_forward", pool_forward);
   module.def("pool_backward", pool_backward);
   module.def("relu_pool_forward", relu_pool_forward);

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from moda_kernels.backends import select
 from moda_kernels.class_totals import COUNTS, SUMS, ClassTotals, names_of
+from moda_kernels.marks import is_pooled
 from moda_kernels.plain import holds_numbers
-from moda_kernels.pooling import is_pooled
 from moda_kernels.precision import accumulation
 from moda_kernels.validation import check_batch, check_label_range, check_magnitude
 

@@ -2,9 +2,9 @@
 
 Two roads lead to the same kernels (`_native_calls.py`):
 
-- eager: `torch.autograd.Function`s, called directly. A call through the dispatcher costs more than a small kernel:
-  `relu_pool` of (4, 8, 4, 4) takes 26 us of CPU time directly, 70 us as an operator, 115 and 219 us with its backward
-  (one core of an AMD EPYC Milan);
+- eager: `torch.autograd.Function`s, called directly, and one in C++ for `relu_pool` (`_native_relu_pool.py`). A call
+  through the dispatcher costs more than a small kernel: `relu_pool` of (4, 8, 4, 4) takes 26 us of CPU time through a
+  function of Python, 70 us as an operator, 115 and 219 us with its backward (one core of an AMD EPYC Milan);
 - under `torch.compile`, and wherever else operations are recorded: the operators of `_native_ops.py`, seen whole.
 
 Layouts: contiguous `(N, C, *spatial)`, neurons last in memory (channels_last, tokens), `(N, C)`; others are made
@@ -22,9 +22,9 @@ from torch import Tensor
 
 from moda_kernels import _native_calls as calls
 from moda_kernels import _native_ops as ops
-from moda_kernels import _norm_ops, closed_form
+from moda_kernels import _native_relu_pool, _norm_ops, closed_form
 from moda_kernels.batch_norm import BatchNorm
-from moda_kernels.once import once_only, relu_pool_gradient
+from moda_kernels.once import once_only
 from moda_kernels.plain import is_traced
 from moda_kernels.precision import accumulation
 from moda_kernels.segments import Segments
@@ -61,13 +61,13 @@ def build_info() -> dict[str, Any]:
     Returns:
         version, source_digest, compiler (str), cuda (bool), nvcc and cuda_architectures (str, empty without CUDA),
         cpu_isa ("portable", "avx2", "avx512"), cpu_isas (those that this processor runs),
-        threading ("torch's OpenMP pool", "std::thread").
+        threading ("torch's OpenMP pool", "std::thread"), autograd (what runs the node of relu_pool: "C++", "Python").
 
     Raises:
         RuntimeError: there is no extension that can run; the message is that of `unavailable`.
     """
     info: dict[str, Any] = calls.extension().build_info()
-    return info
+    return {**info, "autograd": "Python" if _native_relu_pool.compiled() is None else "C++"}
 
 
 def pool(activations: Sequence[Tensor]) -> list[Tensor]:
@@ -93,8 +93,7 @@ def relu_pool(x: Tensor, inplace: bool) -> tuple[Tensor, Tensor]:
     if is_traced():
         y, pooled = ops.relu_pool(calls.dense(x))
         return y, pooled
-    y, pooled = _ReluPool.apply(x if inplace else calls.dense(x), inplace)  # type: ignore[no-untyped-call]
-    return y, pooled
+    return _native_relu_pool.relu_pool(x, inplace)
 
 
 def grouped_losses(activations: Sequence[Tensor], segments: Segments) -> tuple[Tensor, Tensor, Tensor]:
@@ -160,27 +159,6 @@ class _Pool(torch.autograd.Function):
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
         layers = ctx.saved_tensors
         return once_only(calls.pool_backward(upstream, layers), [*layers, *upstream])
-
-
-class _ReluPool(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, inplace: bool) -> tuple[Tensor, Tensor]:
-        ctx.set_materialize_grads(False)
-        y = x if inplace else torch.empty_like(x)
-        pooled = calls.relu_pool_forward(x, y)
-        if inplace:
-            ctx.mark_dirty(x)
-        ctx.save_for_backward(y)
-        return y, pooled
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor | None, dpooled: Tensor | None) -> tuple[Tensor | None, None]:
-        (y,) = ctx.saved_tensors
-        if dy is None and dpooled is None:
-            return None, None
-        if torch.is_grad_enabled():
-            return relu_pool_gradient(y, dy, dpooled), None
-        return calls.relu_pool_backward(y, dy, dpooled), None
 
 
 class _GroupedLosses(torch.autograd.Function):

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from moda_kernels.backends import select
 from moda_kernels.batch_norm import BatchNorm, check_batch_norm
-from moda_kernels.pooling import mark_pooled
+from moda_kernels.marks import mark_pooled
 from moda_kernels.validation import check_activation
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from moda_kernels._native_relu_pool import CompiledReluPool, compiled
 from moda_kernels.backends import select
+from moda_kernels.marks import mark_pooled
 from moda_kernels.validation import check_activation, check_layers
 
 
@@ -74,6 +77,11 @@ def relu_pool(x: Tensor, *, inplace: bool = False, backend: str = "auto") -> tup
     return y, pooled
 
 
+def compiled_relu_pool() -> CompiledReluPool | None:
+    """relu_pool of tensors on the CPU as one function of C++; None if that is not what backend "auto" takes."""
+    return compiled() if os.environ.get("MODA_BACKEND", "auto") in ("auto", "native") else None
+
+
 def _is_guarded(x: Tensor) -> bool:
     """Whether autograd may forbid overwriting x, or must be told first; `torch.relu_` asks it before it writes."""
     if torch.compiler.is_compiling():  # the compiler looks after what is overwritten
@@ -81,14 +89,3 @@ def _is_guarded(x: Tensor) -> bool:
     if x.is_inference():
         return not torch.is_inference_mode_enabled()
     return x._is_view() or (x.requires_grad and x.is_leaf)
-
-
-def mark_pooled(rows: Tensor) -> None:
-    """Mark a tensor as means over positions, which no longer hold the activation's own values."""
-    if not torch.compiler.is_compiling():
-        rows._moda_pooled = True  # type: ignore[attr-defined]
-
-
-def is_pooled(tensor: Tensor) -> bool:
-    """Whether `mark_pooled` marked this very tensor; tensors computed from it have no mark."""
-    return getattr(tensor, "_moda_pooled", False)

@@ -21,7 +21,15 @@ ROOT = Path(__file__).resolve().parents[1]
 IN_THE_BUILD = ("setup.py", "CMakeLists.txt", "MANIFEST.in", "pyproject.toml", "README.md", "LICENSE")
 NOT_IN_THE_BUILD = shutil.ignore_patterns("*.so", "__pycache__", "*.egg-info")
 VARIABLES = (
-    *("MODA_NATIVE", "MODA_CUDA", "MODA_CUDA_ARCHS", "TORCH_CUDA_ARCH_LIST", "MODA_BUILD_JOBS", "MAX_JOBS"),
+    *(
+        "MODA_NATIVE",
+        "MODA_CUDA",
+        "MODA_AUTOGRAD",
+        "MODA_CUDA_ARCHS",
+        "TORCH_CUDA_ARCH_LIST",
+        "MODA_BUILD_JOBS",
+        "MAX_JOBS",
+    ),
     *("CXX", "CUDACXX", "CUDA_HOME", "CUDA_PATH", "PYTHONPATH"),
 )
 
@@ -93,7 +101,7 @@ def test_source_archive_to_wheel_to_use_with_a_broken_nvcc(tmp_path: Path):
     nvcc = tools / "nvcc"
     nvcc.write_text('#!/bin/sh\n[ "$1" = --list-gpu-arch ] && echo compute_90 && exit 0\necho broken >&2\nexit 1\n')
     nvcc.chmod(0o755)
-    done = build_wheel(archive, wheels, CUDACXX=str(nvcc))
+    done = build_wheel(archive, wheels, CUDACXX=str(nvcc), MODA_AUTOGRAD="0")
     output = done.stdout + done.stderr
     assert done.returncode == 0, output
     assert "moda-kernels: the CUDA half did not build (see above); building the CPU half alone" in output
@@ -208,6 +216,16 @@ def test_nvcc_is_looked_for_where_the_variables_say(setup_py: dict[str, Any], tm
     assert setup_py["find_nvcc"]() is None
     monkeypatch.setenv("MODA_CUDA", "0")
     assert setup_py["find_cuda"]() is None
+
+
+def test_the_pytorch_to_build_for(setup_py: dict[str, Any], monkeypatch):
+    assert (setup_py["find_torch"]() / "include" / "torch" / "csrc").is_dir()
+    monkeypatch.setenv("MODA_AUTOGRAD", "0")
+    assert setup_py["find_torch"]() is None
+    monkeypatch.setattr(sys, "executable", shutil.which("true"))  # an interpreter that knows none
+    monkeypatch.setenv("MODA_AUTOGRAD", "1")
+    with pytest.raises(SystemExit, match="MODA_AUTOGRAD=1 but no PyTorch was found; install it first"):
+        setup_py["find_torch"]()
 
 
 def test_jobs_follow_memory_and_the_variables(setup_py: dict[str, Any], monkeypatch):

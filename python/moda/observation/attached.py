@@ -71,7 +71,13 @@ class Site(Part):
         super().__init__(taps)
         self.opaque = opaque  # calls inside are no activations of their own
         self.planned: list[tuple[Tap | None, ...]] = [(), ()]  # its calls in eval and in train mode; None is skipped
+        self.only: list[Tap | None] = [None, None]  # its one call, if that can take the short way
         self.hits = 0  # calls of this forward pass, counted where there are several
+
+    def plan(self, training: int, calls: tuple[Tap | None, ...]) -> None:
+        """Let the calls in one mode be these."""
+        self.planned[training] = calls
+        self.only[training] = calls[0] if len(calls) == 1 and not self.opaque else None
 
     def call(self, module: nn.Module, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """An activation module is called."""
@@ -178,6 +184,31 @@ class _Attached:
         return made
 
 
+class _AttachedSite(_Attached):
+    """Mixed into the class of an activation module: there are so many calls of these that what each costs shows."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(self, _AttachedSite) or torch.compiler.is_dynamo_compiling():
+            return _Attached.__call__(self, *args, **kwargs)
+        site = self._moda_part  # type: ignore[attr-defined]
+        run = site.taps._run
+        if run is None or type(site) is not Site or run.inside:
+            return super().__call__(*args, **kwargs)
+        tap = site.only[run.training]
+        if tap is not None and run.notes:
+            caller, run.caller = run.caller, None
+            try:
+                value = super(_Attached, self).__call__(*args, **kwargs)  # type: ignore[misc]
+            finally:
+                run.caller = caller
+            return run.noted(tap, value)
+        if tap is not None and run.relu_pool is not None and len(args) == 1 and not kwargs:
+            y = run.fused_module(tap, self, args[0])
+            if y is not None:
+                return y
+        return super().__call__(*args, **kwargs)
+
+
 def _plain_copy(module: Any, memo: dict[int, Any]) -> Any:
     return copy._reconstruct(module, memo, *module.__reduce_ex__(4))  # type: ignore[attr-defined]
 
@@ -191,7 +222,8 @@ def attach(module: nn.Module, part: Part) -> None:
     if not isinstance(module, _Attached):
         kind = type(module)
         names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__, PLAIN: kind}
-        _reclass(module, type(kind.__name__, (_Attached, kind), names))
+        mixed = _AttachedSite if isinstance(part, Site) else _Attached
+        _reclass(module, type(kind.__name__, (mixed, kind), names))
     if isinstance(part, Root) and present is not None:
         part.inner = present
     module.__dict__[PART] = part

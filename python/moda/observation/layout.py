@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -17,6 +17,7 @@ class Layout:
         neurons: the axis along which neurons lie.
         folded: whether several rows along `samples` belong to each sample (windows, frames).
         outermost: whether the rows of one sample follow each other; else samples follow each other, and again.
+        plain: whether the activation is as it is `(N, C, *positions)`.
     """
 
     dims: int
@@ -24,11 +25,10 @@ class Layout:
     neurons: int = 1
     folded: bool = False
     outermost: bool = True
+    plain: bool = field(init=False, repr=False, compare=False)
 
-    @property
-    def plain(self) -> bool:
-        """Whether the activation is as it is `(N, C, *positions)`."""
-        return self.samples == 0 and self.neurons == 1 and not self.folded
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "plain", self.samples == 0 and self.neurons == 1 and not self.folded)
 
     def rows(self, value: Tensor, count: int) -> Tensor:
         """A view `(count, C, *positions)` of an activation of `count` samples."""

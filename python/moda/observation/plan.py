@@ -21,6 +21,8 @@ class Tap:
         relu: whether it is a plain ReLU, which something else may compute.
         overwritten: whether the model overwrites the activation later.
         spare: whether nobody but this call reads its input.
+        fusible: whether ReLU and pooling may be one pass here.
+        as_it_is: whether the activation itself is what is recorded.
     """
 
     name: str
@@ -30,11 +32,13 @@ class Tap:
     relu: bool = False
     overwritten: bool = False
     spare: bool = False
+    # Asked at every call of the activation.
+    fusible: bool = field(init=False, repr=False, compare=False)
+    as_it_is: bool = field(init=False, repr=False, compare=False)
 
-    @property
-    def fusible(self) -> bool:
-        """Whether ReLU and pooling may be one pass here."""
-        return self.relu and self.layout.plain and self.layout.dims > 2
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "fusible", self.relu and self.layout.plain and self.layout.dims > 2)
+        object.__setattr__(self, "as_it_is", self.layout.plain and not self.overwritten)
 
 
 class Repeated(Protocol):
@@ -54,6 +58,7 @@ class Plan:
         repeated: sites that are called more than once.
         samples: how many samples the probe had.
         folded: whether a tap has to know how many samples there are.
+        names: of the taps.
     """
 
     taps: tuple[Tap, ...]
@@ -61,6 +66,10 @@ class Plan:
     repeated: tuple[Repeated, ...]
     samples: int
     folded: bool = field(default=False)
+    names: tuple[str, ...] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "names", tuple(tap.name for tap in self.taps))
 
     @property
     def provisional(self) -> bool:

@@ -253,7 +253,7 @@ class Probe(Run):
         node = self._nodes.get(value)
         found.overwritten = True  # for all that is known, from here on
         with self._resting():
-            delivered = self.deliver(found.tap(), value)
+            delivered: Tensor = self.deliver(found.tap(), value)
         found.overwritten = False
         if delivered is not value and node is not None:
             self._nodes[delivered] = node
@@ -450,7 +450,7 @@ class Probe(Run):
             self._attach_norms()
         taps = tuple(found.tap() for found in self.found)
         for site, calls in self._calls.items():
-            site.planned[self.training] = tuple(None if call is None else taps[call.index] for call in calls)
+            site.plan(self.training, tuple(None if call is None else taps[call.index] for call in calls))
         repeated = tuple(site for site, calls in self._calls.items() if len(calls) > 1)
         folded = any(tap.layout.folded for tap in taps)
         self.taps._learn(self.training, Plan(taps, dict(self.skipped), repeated, self.samples, folded))

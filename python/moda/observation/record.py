@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from moda_kernels.marks import is_pooled, mark_pooled
+
 NONE_RECORDED = (
     "no activations recorded: call the observed model first, once for each call of activations(), with gradients "
     "enabled or inside `with taps.recording():` (under gradient checkpointing with use_reentrant=False)"
@@ -56,8 +58,9 @@ class Record:
         values, versions, earlier = self.values, self.versions, self.earlier
         self.values, self.versions, self.earlier = {}, {}, []
         if not torch.compiler.is_compiling():
-            for index, value in values.items():
-                if version_of(value) != versions.get(index, version_of(value)):  # none where it was compiled
+            for index, version in versions.items():  # none where it was compiled
+                value = values[index]
+                if (value._version if value.requires_grad else version_of(value)) != version:
                     raise RuntimeError(
                         f"activation {names[index]!r} was overwritten in place after it was recorded, in a way that "
                         "the first forward pass did not show; make the operation that follows it work out of place "
@@ -80,8 +83,8 @@ def _added(passes: list[dict[int, Tensor]]) -> list[Tensor]:
     for index in indices:
         parts = [values[index] for values in passes]
         value = torch.cat(parts)
-        if any(getattr(part, "_moda_pooled", False) for part in parts):
-            value._moda_pooled = True  # type: ignore[attr-defined]
+        if any(is_pooled(part) for part in parts):
+            mark_pooled(value)
         joined.append(value)
     return joined
 

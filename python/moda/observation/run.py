@@ -23,7 +23,8 @@ from moda.observation.plan import Plan, Tap
 from moda.observation.record import Record, version_of
 from moda_kernels import relu_pool
 from moda_kernels.backends import select
-from moda_kernels.pooling import mark_pooled
+from moda_kernels.marks import mark_pooled
+from moda_kernels.pooling import compiled_relu_pool
 
 Receiver: TypeAlias = "Callable[[int, Tensor], None]"  # of an activation's place in execution order, and the activation
 Function: TypeAlias = "Callable[[int, Tensor], Tensor]"  # what it gives takes the activation's place in the model
@@ -102,6 +103,10 @@ class Run:
         self.gradients = torch.is_grad_enabled()
         self.plainly = not (self.changes or receiver is not None)
         self.only_records = self.plainly and fuse_from == norms_from == NEVER and not overwriting
+        # The short ways, for the sake of what a call of an activation costs.
+        eager = plan is not None and record is not None and self.plainly and not torch.compiler.is_compiling()
+        self.notes = eager and self.only_records
+        self.relu_pool = compiled_relu_pool() if eager and fuse_from <= 0 else None
         self.pooling: dict[tuple[torch.dtype, torch.device], Any] = {}  # backends that pool, found once a pass
         self.caller: Caller | None = None  # whose calls of functions are looked at
         self.watching = False  # whether the function mode is entered
@@ -118,8 +123,6 @@ class Run:
     def call_module(self, site: Site, module: nn.Module, call: Call, args: tuple[Any, ...], kwargs: Any) -> Any:
         """An activation module is called."""
         tap = self.next(site)
-        if tap is not None and self.only_records and self.caller is None and not site.opaque:
-            return self.deliver(tap, call(*args, **kwargs))  # the short way, for the sake of its cost
         caller, inside = self.caller, self.inside
         # Functions that an activation calls, or that compute it in its place, are none of the model's calls.
         self.caller, self.inside = None, site.opaque
@@ -157,9 +160,11 @@ class Run:
         if tap is None:
             self.others = self.others or site is None
             return function(*args, **kwargs)
-        if self.only_records:
-            return self.deliver(tap, function(*args, **kwargs))
         inplace = known.overwrites(args, kwargs)
+        if self.relu_pool is not None and args and tap.fusible and not torch.compiler.is_dynamo_compiling():
+            y = self.fused(tap, args[0], inplace)
+            if y is not None:
+                return y
         if self.norms and args and type(args[0]) is Deferred:
             y = self._rectified(tap, args[0], inplace)
             if y is not None:
@@ -209,11 +214,57 @@ class Run:
         self.norms.append(of_norm)
         return value
 
+    # ---- short ways ---
+
+    def noted(self, tap: Tap, value: Any) -> Any:
+        """As `deliver`, in an eager pass that only records."""
+        if not (type(value) is Tensor and tap.as_it_is and value.dim() == tap.layout.dims and value.requires_grad):
+            return self.deliver(tap, value)
+        record, index = self.record, tap.index
+        assert record is not None
+        if index in record.values:
+            self.others = True
+        record.values[index] = value
+        record.versions[index] = value._version
+        return value
+
+    def noted_function(self, function: Call, name: str, args: tuple[Any, ...], kwargs: Any) -> Any:
+        """As `call_function`, in such a pass."""
+        value = function(*args, **kwargs) if kwargs else function(*args)
+        assert self.caller is not None
+        site = self.caller.functions.get(name)
+        if site is None:
+            self.others = True
+            return value
+        tap = self.next(site)
+        return value if tap is None else self.noted(tap, value)
+
+    def fused_module(self, tap: Tap, module: nn.Module, x: Any) -> Tensor | None:
+        """An activation module and the pooling of what it gives, as one function of C++; None where that cannot be."""
+        if not tap.fusible or has_hooks(module) or any_global_hooks():
+            return None
+        return self.fused(tap, x, bool(module.inplace))
+
+    def fused(self, tap: Tap, x: Any, inplace: bool) -> Tensor | None:
+        """The same for a function."""
+        assert self.relu_pool is not None
+        results = self.relu_pool(x, inplace, tap.layout.dims)
+        if results is None:
+            return None
+        y, pooled = results
+        record, index = self.record, tap.index
+        assert record is not None
+        if index in record.values:
+            self.others = True
+        record.values[index] = pooled
+        record.versions[index] = 0
+        return y
+
     # ---- values ---
 
-    def deliver(self, tap: Tap, value: Tensor) -> Tensor:
+    def deliver(self, tap: Tap, value: Any) -> Any:
         """Do with an activation what this pass is for; gives what the model goes on with."""
-        if value.dim() != tap.layout.dims:
+        if not isinstance(value, Tensor) or value.dim() != tap.layout.dims:
             self.others = True
             return value
         if self.plainly:
@@ -314,7 +365,8 @@ class Run:
             return None
         y, pooled = results
         if self.record is None or not self._fuses(tap, y):
-            return self.deliver(tap, y)
+            delivered: Tensor = self.deliver(tap, y)
+            return delivered
         mark_pooled(pooled)
         self._note_pooled(tap, pooled)
         return y
@@ -358,11 +410,6 @@ class Run:
                             record.values.pop(tap.index, None)
 
 
-def _transformed() -> bool:
-    """Whether this is inside vmap or the like, entered by the model itself; compilers see through those."""
-    return not torch.compiler.is_compiling() and _functorch.peek_interpreter_stack() is not None
-
-
 def _alike(planned: tuple[Tap | None, ...]) -> bool:
     """Whether it is all the same to a loss which of these calls an activation is of."""
     first = planned[0]
@@ -377,11 +424,16 @@ class FunctionMode(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         known = FUNCTIONS.get(func)
-        if known is not None:
-            run = self.taps._run
-            if run is not None and run.caller is not None and not _transformed():
-                return run.call_function(func, known, args, kwargs or {})
-        return func(*args, **kwargs) if kwargs else func(*args)
+        if known is None:
+            return func(*args, **kwargs) if kwargs else func(*args)
+        run = self.taps._run
+        compiling = torch.compiler.is_dynamo_compiling()
+        # Inside vmap or the like, entered by the model itself, nothing is looked at; compilers see through those.
+        if run is None or run.caller is None or not (compiling or _functorch.peek_interpreter_stack() is None):
+            return func(*args, **kwargs) if kwargs else func(*args)
+        if run.notes and not compiling:
+            return run.noted_function(func, known.name, args, kwargs)
+        return run.call_function(func, known, args, kwargs or {})
 
 
 def has_hooks(module: nn.Module) -> bool:

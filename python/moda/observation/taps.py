@@ -126,7 +126,7 @@ class Taps:
     @property
     def names(self) -> tuple[str, ...]:
         """Names of the taps in execution order, in the mode (train or eval) that the model is in."""
-        return tuple(tap.name for tap in self._plan.taps)
+        return self._plan.names
 
     def name_of(self, index: int) -> str:
         """The name of a tap, also while the forward pass that is the probe runs."""
@@ -160,7 +160,7 @@ class Taps:
         plan = self._plan
         if not plan.taps:
             raise RuntimeError(nothing_tapped(plan.skipped))
-        return self._record.take(tuple(tap.name for tap in plan.taps))
+        return self._record.take(plan.names)
 
     @property
     def recorded(self) -> bool:
@@ -459,7 +459,8 @@ def _attach_copy(taps: Taps, module: nn.Module, part: Part | None, sites: dict[i
 
 def _site_copy(taps: Taps, site: Site, sites: dict[int, Site]) -> Site:
     made = sites[id(site)] = Site(taps, opaque=site.opaque)
-    made.planned = list(site.planned)
+    for training, calls in enumerate(site.planned):
+        made.plan(training, calls)
     return made
 
 
