@@ -294,6 +294,36 @@ def test_resume_is_bit_for_bit(
         assert without_seconds(folder / name) == without_seconds(uninterrupted.run.path / name)
 
 
+@pytest.mark.parametrize("method", ["mwt", "nemo"])
+def test_resume_with_gates_is_bit_for_bit(tmp_path: Path, method: str) -> None:
+    """In the middle of an epoch and at its end; the gates' own weights come back too, dropout's random numbers included."""
+
+    def gated_train(folder: Path, **arguments: Any) -> TrainingResult:
+        torch.manual_seed(11)
+        model = nn.Sequential(
+            nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(),
+            nn.Conv2d(4, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(),
+            nn.Conv2d(6, 5, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Dropout(0.3), nn.Linear(80, CLASSES),
+        )  # fmt: skip
+        shown = arguments.pop("progress", TrainingProgress(shown=False))
+        config = tiny_config(method=method, epochs=3, checkpoint_every_steps=2)
+        return train(config, folder, model=model, data=tiny_data(), progress=shown, **arguments)
+
+    whole = gated_train(tmp_path / "whole")
+    stored = whole.run.load_weights()
+    assert any("mask_generator" in name for name in stored)
+    for stop_after in (5, 7):
+        folder = tmp_path / f"stopped-{stop_after}"
+        with pytest.raises(TrainingInterrupted):
+            gated_train(folder, progress=StopAfter(stop_after))
+        resumed = gated_train(folder, resume=True)
+        assert_same_weights(resumed.run.load_weights(), stored)
+        assert without_seconds(folder / "metrics.csv") == without_seconds(whole.run.path / "metrics.csv")
+    other = tiny_config(method=method).changed(method="nemo" if method == "mwt" else "mwt", epochs=3)
+    with pytest.raises(ValueError, match="method"):
+        train(other, tmp_path / "whole", resume=True, model=tiny_model(), data=tiny_data())
+
+
 def test_resume_twice(tmp_path: Path, uninterrupted: TrainingResult) -> None:
     for stop in (5, 4):  # in the second go the steps are counted from the checkpoint
         with pytest.raises(TrainingInterrupted):
