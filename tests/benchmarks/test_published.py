@@ -7,10 +7,13 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
+from moda import models
 from moda.bench import published
 from moda.bench.clock import Budget
 from moda.bench.methods import method_cases
+from moda.observation.taps import observe
 
 Golden = Callable[[str], dict[str, np.ndarray]]
 
@@ -53,3 +56,26 @@ def test_every_method_has_a_case():
     cases = method_cases(torch.device("cpu"), True, Budget(1, 1, 0))
     assert [case.name.split()[0] for case in cases] == ["mwt", "nemo", "gradsplitter", "cnnsplitter"]
     assert {case.baseline for case in cases} == {"published"}
+
+
+def test_a_candidate_that_is_cut_out_answers_as_the_network_with_its_other_neurons_at_0():
+    torch.manual_seed(0)
+    model = models.create("small_vgg", width=0.25).eval().requires_grad_(False)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.bias)
+            nn.init.uniform_(module.running_var, 0.5, 2)
+    images = torch.randn(6, 3, 8, 8)
+    taps = observe(model, example=images)
+    masks = [torch.rand(width) < 0.5 for width in taps.widths]
+    for mask in masks:
+        mask[0] = True
+
+    def masked(index: int, activation: torch.Tensor) -> torch.Tensor:
+        return activation * masks[index].view(1, -1, *[1] * (activation.dim() - 2))
+
+    with taps.replacing(masked):
+        wanted = model(images)
+    module = published.cut([*model.features, model.flatten, *model.classifier], [mask.numpy() for mask in masks])
+    torch.testing.assert_close(module(images), wanted, rtol=1e-5, atol=1e-5)
+    assert sum(p.numel() for p in module.parameters()) < sum(p.numel() for p in model.parameters())

@@ -19,7 +19,6 @@ from moda.methods import CNNSplitter, GradSplitter, MwT, NeMo
 from moda.methods.base import TASK
 from moda.methods.cnnsplitter import Search
 from moda.methods.gradsplitter import KEPT, PreparedSplitter
-from moda.methods.importance import module_outputs
 from moda.methods.mwt import PreparedGates
 from moda.methods.tournament import joint_fitness
 
@@ -41,6 +40,8 @@ class MethodInputs:
         width: the multiplier of hidden widths.
         population: for CNNSplitter, the candidates of each class.
         samples: for CNNSplitter, the samples that they are judged on; for GradSplitter, those of an epoch.
+        trained: for CNNSplitter, whether the network can tell the classes apart, so that many combinations are accurate
+            enough to be kept.
     """
 
     model: str
@@ -50,6 +51,7 @@ class MethodInputs:
     width: float = 1.0
     population: int = 100
     samples: int = 256
+    trained: bool = False
 
     def network(self) -> nn.Module:
         """Make the network."""
@@ -233,7 +235,10 @@ class _SplitterEpoch:
 
 
 def generation_case(about: MethodInputs, budget: Budget) -> Case:
-    """Compare the judging of a generation: candidate by candidate and combination by combination, and in arrays."""
+    """Compare the judging of a generation: candidate by candidate and combination by combination, and in arrays.
+
+    As published, every candidate is a network of its own that is cut out and run.
+    """
     return Case(
         suite="methods",
         name=f"cnnsplitter generation {about.model} {about.image_size} px, {about.population} candidates",
@@ -247,10 +252,13 @@ def generation_case(about: MethodInputs, budget: Budget) -> Case:
 def _generation_contenders(about: MethodInputs) -> list[Contender]:
     half, fifth = about.population // 2, about.population // 5
     method = CNNSplitter(1, about.population, half, fifth, sensitive=(), progress=False, patience=None)
+    network = about.network()
     images = inputs.images(about.samples, about.image_size, about.device)
     labels = inputs.labels(about.samples, _CLASSES, about.device)
+    if about.trained:
+        images = _learnt(network, images, labels)
     loader = list(zip(images.split(about.batch), labels.split(about.batch), strict=True))
-    prepared = method.prepare(about.network(), _CLASSES, images[:2])
+    prepared = method.prepare(network, _CLASSES, images[:2])
     search = method.search(prepared, loader)
     judged = _Judged(search)
 
@@ -265,6 +273,19 @@ def _generation_contenders(about: MethodInputs) -> list[Contender]:
         Contender(PUBLISHED, {"generation": Timed(lambda _: judged.published())}),
         Contender(OURS, {"generation": ours}, check),
     ]
+
+
+def _learnt(network: nn.Module, noise: Tensor, labels: Tensor) -> Tensor:
+    """Images with a pattern for each class, which the network is trained to tell apart."""
+    patterns = inputs.images(_CLASSES, noise.shape[-1], noise.device)
+    images = patterns[labels] + noise.flip(0)
+    optimizer = torch.optim.Adam(network.parameters(), 1e-3)
+    for _ in range(20):
+        for part, wanted in zip(images.split(64), labels.split(64), strict=True):
+            optimizer.zero_grad()
+            F.cross_entropy(network(part), wanted).backward()
+            optimizer.step()
+    return images
 
 
 class _Judged:
@@ -313,17 +334,21 @@ class _Judged:
         search = self.search
         outputs, kernels = [], []
         for number, population in enumerate(search.populations):
-            masks = search.masks(number, population)
+            masks, rows = search.masks(number, population), range(len(population))
             kernels.append(np.concatenate(list(masks.values()), 1))
-            rows = []
-            for row in range(len(population)):
-                one = {tap: mask[row : row + 1] for tap, mask in masks.items()}
-                rows.append(module_outputs(search.prepared, one, [number], search.loader)[0])
-            outputs.append(np.stack(rows))
+            outputs.append(np.stack([self._cut(number, [mask[row] for mask in masks.values()]) for row in rows]))
         alpha = search.settings.alpha
         return published.joint_fitness(
             np.stack(outputs), search.labels, np.stack(kernels), self.order, self._rounds(), alpha, alpha
         )
+
+    def _cut(self, number: int, masks: Sequence[np.ndarray]) -> np.ndarray:
+        """The outputs for its class of a candidate that is cut out."""
+        network = self.search.prepared.model
+        layers = [*network.features, network.flatten, *network.classifier]  # type: ignore[misc]
+        module = published.cut(layers, masks)
+        with torch.no_grad():
+            return torch.cat([module(part)[:, number] for part, _ in self.search.loader]).numpy()
 
 
 def method_cases(device: torch.device, quick: bool, step: Budget) -> list[Case]:
@@ -331,10 +356,11 @@ def method_cases(device: torch.device, quick: bool, step: Budget) -> list[Case]:
     about = MethodInputs("vgg16", 32 if quick else 128, 32, device, width=0.25 if quick else 1.0)
     small = MethodInputs("small_vgg", 64, 8, device, samples=128 if quick else 1024, population=10 if quick else 40)
     once = Budget(least=3, most=5, seconds=20.0, warmups=1)
-    few = replace(small, samples=64 if quick else 256)
+    few = replace(small, samples=64 if quick else 256, trained=not quick)
+    twice = Budget(least=1, most=2, seconds=20.0, warmups=0)  # the published tournament takes long
     return [
         gated_step_case(MwT(), about, step),
         gated_step_case(NeMo(), about, step),
         splitter_epoch_case(small, once),
-        generation_case(few, once),
+        generation_case(few, once if quick else twice),
     ]

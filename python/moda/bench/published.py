@@ -1,18 +1,19 @@
 """The published algorithms of modularization methods, written plainly: what the suite "methods" compares with.
 
 Each does what its specification says and nothing to be fast: losses layer by layer over all pairs, one pass through the
-network for each class, one for each candidate, and combinations tried one after the other.
+network for each class, a network cut out for each candidate, and combinations tried one after the other.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 Floats = npt.NDArray[np.floating]
 Bools = npt.NDArray[np.bool_]
@@ -43,6 +44,36 @@ def nemo_loss(gates: Sequence[Tensor], labels: Tensor, temperature: float) -> Te
         negative = torch.exp(cosines * (1 - same) / temperature).sum(1)
         losses.append(-torch.log((positive + 1e-8) / (positive + negative + 1e-8)).mean())
     return torch.stack(losses).mean()
+
+
+def cut(layers: Sequence[nn.Module], masks: Sequence[Bools]) -> nn.Sequential:
+    """Return a module as CNNSplitter's published code builds it: a network of its own, with the kept neurons alone.
+
+    Args:
+        layers: of a network in which one follows the other: convolutions, norms, ReLUs, pooling, flattening, linear
+            layers.
+        masks: which neurons are kept, for every layer with a ReLU behind it in turn; the last layer keeps all.
+    """
+    made: list[nn.Module] = []
+    kept = [torch.from_numpy(np.flatnonzero(mask)) for mask in masks]
+    width, inputs = 0, torch.empty(0)  # the neurons of the layer before, and those of them that are left
+    for layer in map(copy.deepcopy, layers):
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+            weight = layer.weight.detach()
+            if width:  # a linear layer behind convolutions has a column for every position of a neuron
+                weight = weight.unflatten(1, (width, -1))[:, inputs].flatten(1, 2)
+            width = len(weight)
+            inputs = kept.pop(0) if kept else torch.arange(width)
+            layer.weight = nn.Parameter(weight[inputs], requires_grad=False)
+            if layer.bias is not None:
+                layer.bias = nn.Parameter(layer.bias.detach()[inputs], requires_grad=False)
+        elif isinstance(layer, nn.BatchNorm2d):
+            for name in ("weight", "bias"):
+                setattr(layer, name, nn.Parameter(getattr(layer, name).detach()[inputs], requires_grad=False))
+            for name in ("running_mean", "running_var"):
+                setattr(layer, name, getattr(layer, name)[inputs])
+        made.append(layer)
+    return nn.Sequential(*made).eval()
 
 
 def joint_fitness(
