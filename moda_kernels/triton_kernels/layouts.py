@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import cast
 
@@ -70,6 +70,11 @@ class Layout:
     splits: int
     programs: int
     run: int
+
+    @property
+    def as_matrix(self) -> Layout:
+        """FLAT as COLUMNS of one position, for kernels that take neurons apart; any other layout as it is."""
+        return replace(self, mode=COLUMNS, run=self.neurons) if self.mode == FLAT else self
 
     def vector(self, itemsize: int, *addresses: int) -> bool:
         """Whether 16-byte accesses are aligned for these addresses of elements of `itemsize` bytes."""

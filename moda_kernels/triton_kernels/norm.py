@@ -26,7 +26,7 @@ from torch import Tensor
 from moda_kernels.batch_norm import BatchNorm
 from moda_kernels.plain import resolved
 from moda_kernels.triton_kernels import norm_apply, norm_sums
-from moda_kernels.triton_kernels.layouts import arrange, is_arranged
+from moda_kernels.triton_kernels.layouts import Layout, arrange, is_arranged
 from moda_kernels.triton_kernels.tables import on_device_of
 
 
@@ -53,7 +53,7 @@ def dense(x: Tensor) -> Tensor:
 
 def norm_relu_pool_forward(x: Tensor, norm: BatchNorm) -> Forward:
     """The forward pass of a dense x. Running statistics are updated in place; pooled is None for a matrix."""
-    x, layout = arrange(x)
+    x, layout = _arranged(x)
     y = torch.empty_like(x)
     residual = None if norm.residual is None else like_layout(norm.residual, x)
     with on_device_of(x):
@@ -67,7 +67,7 @@ def norm_relu_pool_backward(
     x: Tensor, y: Tensor | None, saved: Tensor, dy: Tensor | None, dpooled: Tensor | None, training: bool
 ) -> Backward:
     """The gradients; `y` is there if there was a residual. An upstream gradient that is None is zero."""
-    x, layout = arrange(x)
+    x, layout = _arranged(x)
     dy = None if dy is None else like_layout(resolved(dy), x)
     rows = None if dpooled is None else resolved(dpooled).contiguous()
     dresidual = None if y is None else torch.empty_like(x)
@@ -76,6 +76,11 @@ def norm_relu_pool_backward(
         parameters, means = norm_apply.launch_join(x, layout, sums, saved, training)
         dx = norm_apply.launch_gradient(x, saved, dy, rows, dresidual, means, layout, training)
     return Backward(dx, dresidual, parameters)
+
+
+def _arranged(x: Tensor) -> tuple[Tensor, Layout]:
+    x, layout = arrange(x)
+    return x, layout.as_matrix
 
 
 def like_layout(tensor: Tensor, x: Tensor) -> Tensor:

@@ -294,7 +294,7 @@ def launch_apply(x: Tensor, residual: Tensor | None, y: Tensor, saved: Tensor, l
     pooled = torch.empty((samples, layout.neurons), dtype=torch.float32, device=x.device)
     vec = vector_width(layout, *(tensor for tensor in (x, residual, y) if tensor is not None))
     added = x if residual is None else residual
-    if layout.mode != layouts.FLAT and layout.mode != layouts.COLUMNS:
+    if layout.mode != layouts.COLUMNS:
         width = layouts.ROW_WIDTHS[layout.mode - layouts.ROWS]
         vec = min(vec, width)
         apply_rows_kernel[(layout.programs,)](
@@ -348,7 +348,7 @@ def launch_gradient(
     vec = vector_width(layout, *(tensor for tensor in (x, dy, dx) if tensor is not None))
     tensors = (x, x if dy is None else dy, saved if dpooled is None else dpooled, saved, means, dx)
     have = (dy is not None, dpooled is not None, masked is not None, training)
-    if layout.mode != layouts.FLAT and layout.mode != layouts.COLUMNS:
+    if layout.mode != layouts.COLUMNS:
         width = layouts.ROW_WIDTHS[layout.mode - layouts.ROWS]
         vec = min(vec, width)
         gradient_rows_kernel[(layout.programs,)](

@@ -49,7 +49,7 @@ class Parts:
 
 def cut(layout: Layout, itemsize: int) -> Parts:
     """The parts of an activation."""
-    if layout.mode == layouts.FLAT or layout.mode == layouts.COLUMNS:
+    if layout.mode == layouts.COLUMNS:
         widest = 128 // itemsize
         neurons = min(widest, triton.next_power_of_2(layout.neurons))
         lines, width, total = layouts.TILE // neurons, 1, layout.rows // layout.neurons * layout.positions
@@ -61,8 +61,7 @@ def cut(layout: Layout, itemsize: int) -> Parts:
     tiles = -(-total // lines)
     count = max(1, min(tiles, MOST_PARTS, PROGRAMS // blocks))
     per_part = -(-tiles // count) * lines
-    columns = layout.mode in (layouts.FLAT, layouts.COLUMNS)
-    return Parts(columns, lines, neurons, width, blocks, -(-total // per_part), per_part)
+    return Parts(layout.mode == layouts.COLUMNS, lines, neurons, width, blocks, -(-total // per_part), per_part)
 
 
 @triton.jit(do_not_specialize=["samples", "neurons", "positions", "per_part"])

@@ -304,7 +304,9 @@ class Taps:
             return None
         compiling = torch.compiler.is_compiling()
         changes = self._function is not None or self._marking
-        apart = torch.compiler.is_exporting() or (not compiling and _apart(args, kwargs))
+        # torch.compiler.is_exporting() asks this, but is always true in what PyTorch 2.11 and older compile.
+        exporting = torch.compiler._is_exporting_flag
+        apart = exporting or (not compiling and _apart(args, kwargs))
         if apart and not changes:
             return None
         training = self._training
