@@ -12,6 +12,9 @@ registers (128 a thread) for the same bytes in flight. ROWS chooses among five s
 number of positions, so that a tile of small maps (2 x 2, 4 x 4) is as full as one of large maps; maps beyond 1024
 positions are walked in a loop. COLUMNS takes 32 neurons at a time (128 bytes of float32, a whole cache line) and
 splits long maps over programs, or a layer of 64 neurons would occupy a handful of multiprocessors.
+
+ReLU with pooling and batch norm take tiles of other sizes in some passes, each the fastest of 1024 to 8192 elements on
+an H200: 4096 where a program writes as many elements as it reads, 1024 where it keeps two sums of every element.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 import triton
@@ -39,7 +42,9 @@ COLUMN_NEURONS = 32
 COLUMN_POSITIONS = TILE // COLUMN_NEURONS
 SPAN = 32 * COLUMN_POSITIONS  # positions per program in COLUMNS: 32 tiles hide the cost of the final reduction
 
+PROGRAMS = 2048  # that a launch of some tiles each should have, for a large GPU to be busy to the end
 VECTOR_BYTES = 16
+LINE_BYTES = 128  # of neurons, contiguous in a matrix, that a tile takes: a cache line
 
 
 LARGEST = tl.constexpr(torch.finfo(torch.float32).max)
@@ -57,6 +62,16 @@ def mean_of(total, positions, unit):
     """The mean from a sum in that unit; rounding makes no mean of finite numbers infinite."""
     mean = total / (positions * unit)
     return tl.where(mean > LARGEST, tl.where(total > LARGEST, total, LARGEST), mean)
+
+
+@triton.jit
+def sample_of(line, positions, LARGE: tl.constexpr):
+    """The sample of a row of the matrix (N * S, C); divisions of 64 bits are slow."""
+    if LARGE:  # noqa: SIM108 - Triton compiles the branch taken alone
+        sample = line // positions
+    else:
+        sample = (line.to(tl.int32) // positions.to(tl.int32)).to(tl.int64)
+    return sample
 
 
 @dataclass(frozen=True)
@@ -102,6 +117,19 @@ def is_arranged(activation: Tensor) -> bool:
     shape, stride = activation.shape, activation.stride()
     last = (0, *range(2, len(shape)), 1)
     return _contiguous(shape, stride) or _contiguous([shape[d] for d in last], [stride[d] for d in last])
+
+
+class Tile(NamedTuple):
+    """The sides of a tile of the matrix (N * S, C)."""
+
+    lines: int
+    neurons: int
+
+
+def matrix_tile(layout: Layout, itemsize: int, elements: int) -> Tile:
+    """A tile of so many elements: a cache line of neurons, or all of them where they are fewer."""
+    neurons = min(LINE_BYTES // itemsize, triton.next_power_of_2(layout.neurons))
+    return Tile(elements // neurons, neurons)
 
 
 @lru_cache(maxsize=4096)

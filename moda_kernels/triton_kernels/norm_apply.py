@@ -6,8 +6,7 @@
     join         gradients of weight and bias, and the two means that dx takes: from the sums of g and g * (x - mean)
     gradient     dx = scale * (g - mean of g - (x - mean) * 1 / (var + eps) * mean of g * (x - mean))
 
-Parts are joined in float64. Tiles are those of relu_pool_forward.py; channels_last, several samples of few positions
-share one.
+Parts are joined in float64. Tiles are those of relu_pool_forward.py, whose kernel does the second channels_last.
 """
 
 from __future__ import annotations
@@ -19,13 +18,13 @@ from torch import Tensor
 
 from moda_kernels.batch_norm import BatchNorm
 from moda_kernels.triton_kernels import layouts
-from moda_kernels.triton_kernels.layouts import Layout, mean_of, unit_of
-from moda_kernels.triton_kernels.norm_sums import Sums, masked_gradient, sample_of
-from moda_kernels.triton_kernels.relu_pool_forward import PARTS_BLOCK, add_parts_kernel, vector_width
+from moda_kernels.triton_kernels.layouts import Layout, mean_of, sample_of, unit_of
+from moda_kernels.triton_kernels.norm_sums import Sums, masked_gradient
+from moda_kernels.triton_kernels.relu_pool_forward import COLUMNS_TILE, launch_columns, vector_width
 
 JOINED_NEURONS = 8  # a program's; few, so that many programs share the work of joining
 JOINED_PARTS = 64  # at a time
-MOST_POSITIONS = 64
+GRADIENT_ROWS_TILE = 1024
 
 
 @triton.jit(do_not_specialize=["neurons", "parts", "lines", "per_part", "positions"])
@@ -147,43 +146,6 @@ def apply_rows_kernel(
     tl.store(pooled + row, mean_of(tl.sum(total, 1), positions, unit), mask=there)
 
 
-@triton.jit(do_not_specialize=["rows", "samples", "neurons", "positions", "splits", "span"])
-def apply_columns_kernel(
-    x, residual, y, parts, saved,
-    rows: tl.int64, samples: tl.int64, neurons: tl.int64, positions: tl.int64, splits: tl.int64, span: tl.int64,
-    SAMPLES: tl.constexpr, POSITIONS: tl.constexpr, NEURONS: tl.constexpr,
-    VEC: tl.constexpr, ALIGN: tl.constexpr, RESIDUAL: tl.constexpr,
-):  # fmt: skip
-    """NEURONS neurons of SAMPLES samples over `span` positions."""
-    neuron = tl.program_id(0).to(tl.int64) * NEURONS + tl.arange(0, NEURONS)
-    split = tl.program_id(1).to(tl.int64) % splits
-    sample = tl.program_id(1).to(tl.int64) // splits * SAMPLES + tl.arange(0, SAMPLES)
-    there = neuron < neurons
-    row_inside = (sample < samples)[:, None] & there[None, :]
-    mean = tl.load(saved + neuron, mask=there, other=0.0)[None, None, :]
-    scale = tl.load(saved + 2 * neurons + neuron, mask=there, other=0.0)[None, None, :]
-    bias = tl.load(saved + 3 * neurons + neuron, mask=there, other=0.0)[None, None, :]
-    unit = unit_of(positions)
-    total = tl.zeros([SAMPLES, POSITIONS, NEURONS], tl.float32)
-    for start in range(split * span, tl.minimum(split * span + span, positions), POSITIONS):
-        position = start + tl.arange(0, POSITIONS)
-        line = sample[:, None] * positions + position[None, :]
-        offsets = line[:, :, None] * neurons + neuron[None, None, :]
-        inside = row_inside[:, None, :] & (position < positions)[None, :, None]
-        inside = tl.max_constancy(inside, [1, 1, VEC])
-        pointers = tl.max_contiguous(tl.multiple_of(x + offsets, [1, 1, ALIGN]), [1, 1, VEC])
-        value = (tl.load(pointers, mask=inside, other=0.0).to(tl.float32) - mean) * scale + bias
-        if RESIDUAL:
-            sources = tl.max_contiguous(tl.multiple_of(residual + offsets, [1, 1, ALIGN]), [1, 1, VEC])
-            value += tl.load(sources, mask=inside, other=0.0).to(tl.float32)
-        value = tl.where(inside, _rectified(value), 0.0)
-        targets = tl.max_contiguous(tl.multiple_of(y + offsets, [1, 1, ALIGN]), [1, 1, VEC])
-        tl.store(targets, value.to(y.dtype.element_ty), mask=inside)
-        total += value * unit
-    means = mean_of(tl.sum(total, 1), positions, unit)
-    tl.store(parts + split * rows + sample[:, None] * neurons + neuron[None, :], means, mask=row_inside)
-
-
 @triton.jit(do_not_specialize=["rows", "neurons", "positions"])
 def gradient_rows_kernel(
     x, dy, dpooled, saved, means, dx, rows: tl.int64, neurons: tl.int64, positions: tl.int64,
@@ -290,41 +252,16 @@ def _dense(numbers: Tensor | None, otherwise: Tensor) -> Tensor:
 
 def launch_apply(x: Tensor, residual: Tensor | None, y: Tensor, saved: Tensor, layout: Layout) -> Tensor:
     """Write y; return pooled (N, C) float32. Every tensor of x's shape lies as x does."""
-    samples = layout.rows // layout.neurons
-    pooled = torch.empty((samples, layout.neurons), dtype=torch.float32, device=x.device)
-    vec = vector_width(layout, *(tensor for tensor in (x, residual, y) if tensor is not None))
-    added = x if residual is None else residual
-    if layout.mode != layouts.COLUMNS:
-        width = layouts.ROW_WIDTHS[layout.mode - layouts.ROWS]
-        vec = min(vec, width)
-        apply_rows_kernel[(layout.programs,)](
-            x, added, y, pooled, saved, layout.rows, layout.neurons, layout.positions,
-            layouts.TILE // width, width, vec, vec * x.element_size(), residual is not None, num_warps=layouts.WARPS,
-        )  # fmt: skip
-        return pooled
-    neurons = min(128 // x.element_size(), triton.next_power_of_2(layout.neurons))
-    positions = min(MOST_POSITIONS, triton.next_power_of_2(layout.positions))
-    together = max(1, layouts.TILE // (neurons * positions))
-    blocks, groups = -(-layout.neurons // neurons), -(-samples // together)
-    span = _span(layout.positions, positions, blocks * groups)
-    splits = -(-layout.positions // span)
-    parts = pooled if splits == 1 else torch.empty(splits * layout.rows, dtype=torch.float32, device=x.device)
-    vec = min(vec, neurons)
-    apply_columns_kernel[(blocks, groups * splits)](
-        x, added, y, parts, saved, layout.rows, samples, layout.neurons, layout.positions, splits, span,
-        together, positions, neurons, vec, vec * x.element_size(), residual is not None, num_warps=layouts.WARPS,
+    if layout.mode == layouts.COLUMNS:
+        return launch_columns(x, residual, y, saved, layout)
+    pooled = torch.empty(x.shape[:2], dtype=torch.float32, device=x.device)
+    width = layouts.ROW_WIDTHS[layout.mode - layouts.ROWS]
+    vec = min(vector_width(layout, *(tensor for tensor in (x, residual, y) if tensor is not None)), width)
+    apply_rows_kernel[(layout.programs,)](
+        x, x if residual is None else residual, y, pooled, saved, layout.rows, layout.neurons, layout.positions,
+        layouts.TILE // width, width, vec, vec * x.element_size(), residual is not None, num_warps=layouts.WARPS,
     )  # fmt: skip
-    if splits > 1:
-        grid = (-(-layout.rows // PARTS_BLOCK),)
-        add_parts_kernel[grid](parts, pooled, layout.rows, splits, PARTS_BLOCK, num_warps=layouts.WARPS)
     return pooled
-
-
-def _span(positions: int, tile: int, programs: int) -> int:
-    """Positions of a program: whole tiles, at least four, and as few as give a large GPU its programs."""
-    tiles = -(-positions // tile)
-    splits = max(1, min(-(-tiles // 4), -(-2048 // programs)))
-    return -(-tiles // splits) * tile
 
 
 def launch_join(x: Tensor, layout: Layout, sums: Sums, saved: Tensor, training: bool) -> tuple[Tensor, Tensor]:
@@ -350,19 +287,19 @@ def launch_gradient(
     have = (dy is not None, dpooled is not None, masked is not None, training)
     if layout.mode != layouts.COLUMNS:
         width = layouts.ROW_WIDTHS[layout.mode - layouts.ROWS]
-        vec = min(vec, width)
-        gradient_rows_kernel[(layout.programs,)](
+        vec, rows = min(vec, width), GRADIENT_ROWS_TILE // width
+        gradient_rows_kernel[(-(-layout.rows // rows),)](
             *tensors, layout.rows, layout.neurons, layout.positions,
-            layouts.TILE // width, width, vec, vec * x.element_size(), *have, num_warps=layouts.WARPS,
+            rows, width, vec, vec * x.element_size(), *have, num_warps=layouts.WARPS,
         )  # fmt: skip
         return dx
-    neurons = min(128 // x.element_size(), triton.next_power_of_2(layout.neurons))
-    rows, lines = layouts.TILE // neurons, layout.rows // layout.neurons * layout.positions
-    blocks = -(-layout.neurons // neurons)
-    per_program = max(1, lines * blocks // (rows * 4096)) * rows
-    vec = min(vec, neurons)
+    tile = layouts.matrix_tile(layout, x.element_size(), COLUMNS_TILE)
+    lines = layout.rows // layout.neurons * layout.positions
+    blocks = -(-layout.neurons // tile.neurons)
+    per_program = max(1, lines * blocks // (tile.lines * 2 * layouts.PROGRAMS)) * tile.lines
+    vec = min(vec, tile.neurons)
     gradient_columns_kernel[(blocks, -(-lines // per_program))](
         *tensors, lines, layout.neurons, layout.positions, per_program,
-        rows, neurons, vec, vec * x.element_size(), lines >= 2**31, *have, num_warps=layouts.WARPS,
+        tile.lines, tile.neurons, vec, vec * x.element_size(), lines >= 2**31, *have, num_warps=layouts.WARPS,
     )  # fmt: skip
     return dx

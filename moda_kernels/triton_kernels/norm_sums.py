@@ -14,6 +14,7 @@ Statistics are (3, parts, C): the shift, sums of x - shift and of (x - shift)^2.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
@@ -21,12 +22,23 @@ import triton.language as tl
 from torch import Tensor
 
 from moda_kernels.triton_kernels import layouts
-from moda_kernels.triton_kernels.layouts import Layout
+from moda_kernels.triton_kernels.layouts import Layout, sample_of
 from moda_kernels.triton_kernels.relu_pool_forward import vector_width
 
-PROGRAMS = 2048
+PROGRAMS = 1024
 MOST_PARTS = 512
 LINE = 32  # elements that a warp should find side by side
+
+
+class Tiles(NamedTuple):
+    """The sizes of a kernel's tiles: elements in ROWS, bytes in COLUMNS."""
+
+    rows: int
+    columns_bytes: int
+
+
+STATISTICS_TILES = Tiles(2048, 8192)
+GRADIENT_TILES = Tiles(1024, 4096)
 
 
 @dataclass(frozen=True)
@@ -47,20 +59,19 @@ class Parts:
         return self.blocks, self.count
 
 
-def cut(layout: Layout, itemsize: int) -> Parts:
+def cut(layout: Layout, itemsize: int, tiles: Tiles) -> Parts:
     """The parts of an activation."""
     if layout.mode == layouts.COLUMNS:
-        widest = 128 // itemsize
-        neurons = min(widest, triton.next_power_of_2(layout.neurons))
-        lines, width, total = layouts.TILE // neurons, 1, layout.rows // layout.neurons * layout.positions
+        lines, neurons = layouts.matrix_tile(layout, itemsize, tiles.columns_bytes // itemsize)
+        width, total = 1, layout.rows // layout.neurons * layout.positions
     else:
         width = layouts.ROW_WIDTHS[layout.mode - layouts.ROWS]
         neurons = max(1, LINE // width)
-        lines, total = layouts.TILE // (neurons * width), layout.rows // layout.neurons
+        lines, total = max(1, tiles.rows // (neurons * width)), layout.rows // layout.neurons
     blocks = -(-layout.neurons // neurons)
-    tiles = -(-total // lines)
-    count = max(1, min(tiles, MOST_PARTS, PROGRAMS // blocks))
-    per_part = -(-tiles // count) * lines
+    whole = -(-total // lines)
+    count = max(1, min(whole, MOST_PARTS, PROGRAMS // blocks))
+    per_part = -(-whole // count) * lines
     return Parts(layout.mode == layouts.COLUMNS, lines, neurons, width, blocks, -(-total // per_part), per_part)
 
 
@@ -128,16 +139,6 @@ def statistics_columns_kernel(
     tl.store(sums + part * neurons + neuron, shift, mask=there)
     tl.store(sums + (parts + part) * neurons + neuron, tl.sum(total, 0), mask=there)
     tl.store(sums + (2 * parts + part) * neurons + neuron, tl.sum(square, 0), mask=there)
-
-
-@triton.jit
-def sample_of(line, positions, LARGE: tl.constexpr):
-    """The sample of a row of the matrix (N * S, C); divisions of 64 bits are slow."""
-    if LARGE:  # noqa: SIM108 - Triton compiles the branch taken alone
-        sample = line // positions
-    else:
-        sample = (line.to(tl.int32) // positions.to(tl.int32)).to(tl.int64)
-    return sample
 
 
 @triton.jit
@@ -252,7 +253,7 @@ class Sums:
 
 def launch_statistics(x: Tensor, layout: Layout) -> Sums:
     """(3, parts, C) float32 of x, which lies as `layout` says."""
-    parts = cut(layout, x.element_size())
+    parts = cut(layout, x.element_size(), STATISTICS_TILES)
     sums = torch.empty((3, parts.count, layout.neurons), dtype=torch.float32, device=x.device)
     vec = min(vector_width(layout, x), parts.neurons if parts.columns else parts.width)
     align = vec * x.element_size()
@@ -275,7 +276,7 @@ def launch_gradient_sums(
     layout: Layout,
 ) -> Sums:  # fmt: skip
     """(2, parts, C) float32; dresidual is written if it is there. Every tensor of x's shape lies as x does."""
-    parts = cut(layout, x.element_size())
+    parts = cut(layout, x.element_size(), GRADIENT_TILES)
     sums = torch.empty((2, parts.count, layout.neurons), dtype=torch.float32, device=x.device)
     present = [tensor for tensor in (x, y, dy, dresidual) if tensor is not None]
     vec = min(vector_width(layout, *present), parts.neurons if parts.columns else parts.width)

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moda_kernels.triton_kernels import layouts
-from moda_kernels.triton_kernels.layouts import Layout
+from moda_kernels.triton_kernels.layouts import Layout, sample_of
 from moda_kernels.triton_kernels.relu_pool_forward import vector_width
 from moda_kernels.triton_kernels.tables import on_device_of
 
@@ -75,32 +75,31 @@ def relu_pool_flat_backward_kernel(
     _gradient(y, dy, dx, index, inside, gradient, HAS_DY, ALIGN, VEC)
 
 
-@triton.jit(do_not_specialize=["neurons", "positions", "splits"])
+@triton.jit(do_not_specialize=["lines", "neurons", "positions", "per_program"])
 def relu_pool_columns_backward_kernel(
-    y, dy, dpooled, dx, neurons: tl.int64, positions: tl.int64, splits: tl.int64,
-    SPAN: tl.constexpr, POSITIONS: tl.constexpr, NEURONS: tl.constexpr, VEC: tl.constexpr,
+    y, dy, dpooled, dx, lines: tl.int64, neurons: tl.int64, positions: tl.int64, per_program: tl.int64,
+    LINES: tl.constexpr, NEURONS: tl.constexpr, VEC: tl.constexpr, LARGE: tl.constexpr,
     HAS_DY: tl.constexpr, HAS_DPOOLED: tl.constexpr,
 ):  # fmt: skip
-    """32 neurons of one sample over SPAN positions."""
+    """NEURONS neurons over `per_program` rows of the matrix (N * S, C)."""
     ALIGN: tl.constexpr = VEC * (y.dtype.element_ty.primitive_bitwidth // 8)
-    tile = tl.program_id(0).to(tl.int64)
-    blocks = tl.cdiv(neurons, NEURONS)
-    neuron = (tile % blocks) * NEURONS + tl.arange(0, NEURONS)
-    split = (tile // blocks) % splits
-    sample = tile // (blocks * splits)
-    gradient = _pooled_gradient(dpooled, sample * neurons + neuron, neuron < neurons, positions, HAS_DPOOLED, NEURONS)
-    for start in range(split * SPAN, tl.minimum(split * SPAN + SPAN, positions), POSITIONS):
-        position = start + tl.arange(0, POSITIONS)
-        offsets = (sample * positions + position)[:, None] * neurons + neuron[None, :]
-        inside = tl.max_constancy((position < positions)[:, None] & (neuron < neurons)[None, :], [1, VEC])
-        _gradient(
-            y, dy, dx, offsets, inside, tl.broadcast_to(gradient[None, :], [POSITIONS, NEURONS]),
-            HAS_DY, [1, ALIGN], [1, VEC],
-        )  # fmt: skip
+    neuron = tl.program_id(0).to(tl.int64) * NEURONS + tl.arange(0, NEURONS)
+    first = tl.program_id(1).to(tl.int64) * per_program
+    end = tl.minimum(first + per_program, lines)
+    for start in range(first, end, LINES):
+        line = start + tl.arange(0, LINES)
+        inside = tl.max_constancy((line < end)[:, None] & (neuron < neurons)[None, :], [1, VEC])
+        gradient = tl.zeros([LINES, NEURONS], tl.float32)
+        if HAS_DPOOLED:
+            shares = dpooled + sample_of(line, positions, LARGE)[:, None] * neurons + neuron[None, :]
+            gradient = tl.load(shares, mask=inside, other=0.0) / positions
+        offsets = line[:, None] * neurons + neuron[None, :]
+        _gradient(y, dy, dx, offsets, inside, gradient, HAS_DY, [1, ALIGN], [1, VEC])
 
 
 # Tiles and their reasons: layouts.py; the same programs as forward. An absent gradient is a compile-time variant: a
 # tensor of zeros in its place would cost a pass of its own.
+COLUMNS_TILE = 1024
 
 
 def launch_relu_pool_backward(y: Tensor, dy: Tensor | None, dpooled: Tensor | None, layout: Layout) -> Tensor:
@@ -116,10 +115,7 @@ def launch_relu_pool_backward(y: Tensor, dy: Tensor | None, dpooled: Tensor | No
                 *tensors, layout.rows, layouts.TILE, vec, *have, num_warps=layouts.WARPS
             )
         elif layout.mode == layouts.COLUMNS:
-            relu_pool_columns_backward_kernel[grid](
-                *tensors, layout.neurons, layout.positions, layout.splits, layouts.SPAN,
-                layouts.COLUMN_POSITIONS, layouts.COLUMN_NEURONS, vec, *have, num_warps=layouts.WARPS,
-            )  # fmt: skip
+            _launch_columns(tensors, layout, vec, have)
         else:
             width = layouts.ROW_WIDTHS[layout.mode - layouts.ROWS]
             relu_pool_rows_backward_kernel[grid](
@@ -127,3 +123,13 @@ def launch_relu_pool_backward(y: Tensor, dy: Tensor | None, dpooled: Tensor | No
                 num_warps=layouts.WARPS,
             )  # fmt: skip
     return dx
+
+
+def _launch_columns(tensors: tuple[Tensor, ...], layout: Layout, vec: int, have: tuple[bool, bool]) -> None:
+    tile = layouts.matrix_tile(layout, tensors[0].element_size(), COLUMNS_TILE)
+    lines, blocks = layout.rows // layout.neurons * layout.positions, -(-layout.neurons // tile.neurons)
+    per_program = max(1, lines * blocks // (tile.lines * 2 * layouts.PROGRAMS)) * tile.lines
+    relu_pool_columns_backward_kernel[(blocks, -(-lines // per_program))](
+        *tensors, lines, layout.neurons, layout.positions, per_program,
+        tile.lines, tile.neurons, min(vec, tile.neurons), lines >= 2**31, *have, num_warps=layouts.WARPS,
+    )  # fmt: skip

@@ -62,31 +62,46 @@ def relu_pool_flat_kernel(x, y, pooled, rows: tl.int64, TILE: tl.constexpr, VEC:
     tl.store(means, value, mask=inside)
 
 
-@triton.jit(do_not_specialize=["rows", "neurons", "positions", "splits"])
+@triton.jit(do_not_specialize=["rows", "samples", "neurons", "positions", "splits", "span"])
 def relu_pool_columns_kernel(
-    x, y, parts, rows: tl.int64, neurons: tl.int64, positions: tl.int64, splits: tl.int64,
-    SPAN: tl.constexpr, POSITIONS: tl.constexpr, NEURONS: tl.constexpr, VEC: tl.constexpr,
+    x, residual, y, parts, numbers,
+    rows: tl.int64, samples: tl.int64, neurons: tl.int64, positions: tl.int64, splits: tl.int64, span: tl.int64,
+    SAMPLES: tl.constexpr, POSITIONS: tl.constexpr, NEURONS: tl.constexpr, VEC: tl.constexpr,
+    NORM: tl.constexpr, RESIDUAL: tl.constexpr,
 ):  # fmt: skip
-    """32 neurons of one sample over SPAN positions."""
+    """NEURONS neurons of SAMPLES samples over `span` positions; with NORM, x is normalised first (norm_apply.py)."""
     ALIGN: tl.constexpr = VEC * (x.dtype.element_ty.primitive_bitwidth // 8)
-    tile = tl.program_id(0).to(tl.int64)
-    blocks = tl.cdiv(neurons, NEURONS)
-    neuron = (tile % blocks) * NEURONS + tl.arange(0, NEURONS)
-    split = (tile // blocks) % splits
-    sample = tile // (blocks * splits)
+    neuron = tl.program_id(0).to(tl.int64) * NEURONS + tl.arange(0, NEURONS)
+    split = tl.program_id(1).to(tl.int64) % splits
+    sample = tl.program_id(1).to(tl.int64) // splits * SAMPLES + tl.arange(0, SAMPLES)
+    there = neuron < neurons
+    row_inside = (sample < samples)[:, None] & there[None, :]
+    if NORM:
+        mean = tl.load(numbers + neuron, mask=there, other=0.0)[None, None, :]
+        scale = tl.load(numbers + 2 * neurons + neuron, mask=there, other=0.0)[None, None, :]
+        bias = tl.load(numbers + 3 * neurons + neuron, mask=there, other=0.0)[None, None, :]
     unit = unit_of(positions)
-    total = tl.zeros([POSITIONS, NEURONS], tl.float32)
-    for start in range(split * SPAN, tl.minimum(split * SPAN + SPAN, positions), POSITIONS):
+    total = tl.zeros([SAMPLES, POSITIONS, NEURONS], tl.float32)
+    for start in range(split * span, tl.minimum(split * span + span, positions), POSITIONS):
         position = start + tl.arange(0, POSITIONS)
-        offsets = (sample * positions + position)[:, None] * neurons + neuron[None, :]
-        inside = tl.max_constancy((position < positions)[:, None] & (neuron < neurons)[None, :], [1, VEC])
-        pointers = tl.max_contiguous(tl.multiple_of(x + offsets, [1, ALIGN]), [1, VEC])
-        value = _relu(tl.load(pointers, mask=inside, other=0.0).to(tl.float32))
-        targets = tl.max_contiguous(tl.multiple_of(y + offsets, [1, ALIGN]), [1, VEC])
+        line = sample[:, None] * positions + position[None, :]
+        offsets = line[:, :, None] * neurons + neuron[None, None, :]
+        inside = tl.max_constancy(row_inside[:, None, :] & (position < positions)[None, :, None], [1, 1, VEC])
+        pointers = tl.max_contiguous(tl.multiple_of(x + offsets, [1, 1, ALIGN]), [1, 1, VEC])
+        value = tl.load(pointers, mask=inside, other=0.0).to(tl.float32)
+        if NORM:
+            value = (value - mean) * scale + bias
+        if RESIDUAL:
+            sources = tl.max_contiguous(tl.multiple_of(residual + offsets, [1, 1, ALIGN]), [1, 1, VEC])
+            value += tl.load(sources, mask=inside, other=0.0).to(tl.float32)
+        value = _relu(value)
+        if NORM:
+            value = tl.where(inside, value, 0.0)
+        targets = tl.max_contiguous(tl.multiple_of(y + offsets, [1, 1, ALIGN]), [1, 1, VEC])
         tl.store(targets, value.to(y.dtype.element_ty), mask=inside)
         total += value * unit
-    mean = mean_of(tl.sum(total, 0), positions, unit)
-    tl.store(parts + split * rows + sample * neurons + neuron, mean, mask=neuron < neurons)
+    means = mean_of(tl.sum(total, 1), positions, unit)
+    tl.store(parts + split * rows + sample[:, None] * neurons + neuron[None, :], means, mask=row_inside)
 
 
 @triton.jit(do_not_specialize=["rows", "splits"])
@@ -101,6 +116,9 @@ def add_parts_kernel(parts, pooled, rows: tl.int64, splits: tl.int64, BLOCK: tl.
 
 # Tiles and their reasons: layouts.py. Parts are few and small; 512 of them per program spreads them out.
 PARTS_BLOCK = 512
+COLUMNS_TILE = 4096
+MOST_POSITIONS = 64  # of a sample; more samples fill a tile of few neurons, and sums are shorter
+LEAST_TILES = 4  # of a program of COLUMNS, whose sum over a tile's positions goes through shared memory
 
 
 def vector_width(layout: Layout, *tensors: Tensor) -> int:
@@ -111,14 +129,15 @@ def vector_width(layout: Layout, *tensors: Tensor) -> int:
 
 def launch_relu_pool(x: Tensor, y: Tensor, layout: Layout) -> Tensor:
     """Write relu(x) to y, which lies as x does (or is x); return pooled (N, C) float32."""
+    if layout.mode == layouts.COLUMNS:
+        with on_device_of(x):
+            return launch_columns(x, None, y, None, layout)
     pooled = torch.empty(x.shape[:2], dtype=torch.float32, device=x.device)
     vec = vector_width(layout, x, y)
     grid = (layout.programs,)
     with on_device_of(x):
         if layout.mode == layouts.FLAT:
             relu_pool_flat_kernel[grid](x, y, pooled, layout.rows, layouts.TILE, vec, num_warps=layouts.WARPS)
-        elif layout.mode == layouts.COLUMNS:
-            _launch_columns(x, y, pooled, layout, vec)
         else:
             width = layouts.ROW_WIDTHS[layout.mode - layouts.ROWS]
             relu_pool_rows_kernel[grid](
@@ -128,13 +147,31 @@ def launch_relu_pool(x: Tensor, y: Tensor, layout: Layout) -> Tensor:
     return pooled
 
 
-def _launch_columns(x: Tensor, y: Tensor, pooled: Tensor, layout: Layout, vec: int) -> None:
-    split = layout.splits > 1
-    parts = torch.empty(layout.splits * layout.rows, dtype=torch.float32, device=x.device) if split else pooled
-    relu_pool_columns_kernel[(layout.programs,)](
-        x, y, parts, layout.rows, layout.neurons, layout.positions, layout.splits,
-        layouts.SPAN, layouts.COLUMN_POSITIONS, layouts.COLUMN_NEURONS, vec, num_warps=layouts.WARPS,
+def launch_columns(x: Tensor, residual: Tensor | None, y: Tensor, numbers: Tensor | None, layout: Layout) -> Tensor:
+    """As `launch_relu_pool`, for COLUMNS; x is normalised by `numbers` and a residual added, if they are there."""
+    samples = layout.rows // layout.neurons
+    pooled = torch.empty((samples, layout.neurons), dtype=torch.float32, device=x.device)
+    tile = layouts.matrix_tile(layout, x.element_size(), COLUMNS_TILE)
+    vec = min(vector_width(layout, *(tensor for tensor in (x, residual, y) if tensor is not None)), tile.neurons)
+    positions = min(tile.lines, triton.next_power_of_2(layout.positions), MOST_POSITIONS)
+    together = tile.lines // positions
+    blocks, groups = -(-layout.neurons // tile.neurons), -(-samples // together)
+    span = _span(layout.positions, positions, blocks * groups)
+    splits = -(-layout.positions // span)
+    parts = pooled if splits == 1 else torch.empty(splits * layout.rows, dtype=torch.float32, device=x.device)
+    relu_pool_columns_kernel[(blocks, groups * splits)](
+        x, x if residual is None else residual, y, parts, x if numbers is None else numbers,
+        layout.rows, samples, layout.neurons, layout.positions, splits, span,
+        together, positions, tile.neurons, vec, numbers is not None, residual is not None, num_warps=layouts.WARPS,
     )  # fmt: skip
-    if split:
+    if splits > 1:
         grid = (-(-layout.rows // PARTS_BLOCK),)
-        add_parts_kernel[grid](parts, pooled, layout.rows, layout.splits, PARTS_BLOCK, num_warps=layouts.WARPS)
+        add_parts_kernel[grid](parts, pooled, layout.rows, splits, PARTS_BLOCK, num_warps=layouts.WARPS)
+    return pooled
+
+
+def _span(positions: int, tile: int, programs: int) -> int:
+    """Positions of a program: whole tiles, at least LEAST_TILES, and as few as give a large GPU its programs."""
+    tiles = -(-positions // tile)
+    splits = max(1, min(-(-tiles // LEAST_TILES), -(-layouts.PROGRAMS // programs)))
+    return -(-tiles // splits) * tile

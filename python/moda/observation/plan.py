@@ -58,6 +58,7 @@ class Plan:
         repeated: sites that are called more than once.
         samples: how many samples the probe had.
         folded: whether a tap has to know how many samples there are.
+        largest: bytes of the largest activation that the probe saw.
         names: of the taps.
     """
 
@@ -66,6 +67,7 @@ class Plan:
     repeated: tuple[Repeated, ...]
     samples: int
     folded: bool = field(default=False)
+    largest: int = field(default=0)
     names: tuple[str, ...] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:

@@ -92,6 +92,7 @@ class Probe(Run):
         self.watching = True
         self.paths = _paths(taps.model)
         self.found: list[_Found] = []
+        self.largest = 0  # bytes of an activation
         self.skipped: dict[str, str] = {}
         self._names: set[str] = set()
         self._calls: dict[Site, list[_Found | None]] = {}
@@ -230,7 +231,7 @@ class Probe(Run):
         layout = self._unwatched_layout(name, x)
         if isinstance(layout, str):
             return None
-        found = _Found(name, layout, x.shape[layout.neurons], len(self.found), True)
+        found = self._new(name, layout, x, True)
         with self._resting():
             fuses = self._fuses(found.tap(), x)
         if not fuses:
@@ -281,9 +282,13 @@ class Probe(Run):
         if isinstance(layout, str):
             self.skipped[name] = layout
             return None
-        found = _Found(name, layout, value.shape[layout.neurons], len(self.found), relu)
+        found = self._new(name, layout, value, relu)
         self.found.append(found)
         return found
+
+    def _new(self, name: str, layout: Layout, value: Tensor, relu: bool) -> _Found:
+        self.largest = max(self.largest, value.numel() * value.element_size())
+        return _Found(name, layout, value.shape[layout.neurons], len(self.found), relu)
 
     def _unwatched_layout(self, name: str, value: Any) -> Layout | str:
         """As `_layout`, whose own operations are none of the model's."""
@@ -453,7 +458,7 @@ class Probe(Run):
             site.plan(self.training, tuple(None if call is None else taps[call.index] for call in calls))
         repeated = tuple(site for site, calls in self._calls.items() if len(calls) > 1)
         folded = any(tap.layout.folded for tap in taps)
-        self.taps._learn(self.training, Plan(taps, dict(self.skipped), repeated, self.samples, folded))
+        self.taps._learn(self.training, Plan(taps, dict(self.skipped), repeated, self.samples, folded, self.largest))
 
 
 class _ProbeMode(TorchFunctionMode):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, TypeAlias
@@ -34,11 +34,16 @@ Call: TypeAlias = "Callable[..., Any]"
 NEVER = float("inf")
 OTHER_CALLS = "model: expected the activation calls of the first forward pass in every one, got others"
 
-# From how many bytes of an activation on ReLU and pooling are one pass under route="auto", and batch norm and ReLU one
-# operation, by type of device. Below, a step's time is in calls, not in memory; on the CPU fusing ReLU and pooling was
-# the cheaper and the leaner route for every model measured (docs/benchmarks.md).
-FUSED_FROM_BYTES = {"cpu": 0, "cuda": 16 << 20}
-NORMS_FUSED_FROM_BYTES = {"cpu": 1 << 20, "cuda": 16 << 20}
+# On the CPU ReLU and pooling are one pass under route="auto" from so many bytes of activation on: always, because fused
+# was the cheaper and the leaner route for every model measured (docs/benchmarks.md). Batch norm and ReLU are one
+# operation from 1 MiB on: below, a step's time is in calls, not in memory.
+FUSED_FROM_BYTES = 0
+NORMS_FUSED_FROM_BYTES = 1 << 20
+
+# On a GPU both happen in the whole model or not at all, because they cost the host launches: not where the host takes
+# longer for an eager step than the GPU, as it did on an H200 for images of 32 x 32 (their largest activation: 32 MiB;
+# for ImageNet's it was 98 MiB). A step that is replayed costs the host nothing.
+GPU_BOUND_FROM_BYTES = 64 << 20
 
 _replayed = ContextVar("replayed", default=False)
 
@@ -53,11 +58,9 @@ def replayed() -> Iterator[None]:
         _replayed.reset(token)
 
 
-def fused_from(known: Mapping[str, int], device: str, compiling: bool) -> int:
-    """The number of bytes for a type of device, from FUSED_FROM_BYTES or NORMS_FUSED_FROM_BYTES."""
-    if not compiling and _replayed.get():
-        return 0
-    return known.get(device, known["cuda"])
+def is_replayed() -> bool:
+    """Whether this is inside `replayed()`."""
+    return _replayed.get()
 
 
 class Run:

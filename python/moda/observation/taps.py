@@ -41,6 +41,7 @@ from moda.observation.probe import Probe, tensors_of
 from moda.observation.record import Record, inside_backward
 from moda.observation.run import (
     FUSED_FROM_BYTES,
+    GPU_BOUND_FROM_BYTES,
     NEVER,
     NORMS_FUSED_FROM_BYTES,
     After,
@@ -48,7 +49,7 @@ from moda.observation.run import (
     FunctionMode,
     Receiver,
     Run,
-    fused_from,
+    is_replayed,
 )
 
 Route = Literal["grouped", "fused", "auto"]
@@ -337,8 +338,8 @@ class Taps:
             receiver=self._receiver if recorded else None,
             function=self._function,
             marking=self._marking,
-            fuse_from=self._fuse_from(args, kwargs, compiling) if pooled and self.reading else NEVER,
-            norms_from=fused_from(NORMS_FUSED_FROM_BYTES, _device(args, kwargs), compiling) if norms else NEVER,
+            fuse_from=self._fuse_from(plan, args, kwargs, compiling) if pooled and self.reading else NEVER,
+            norms_from=_fused_from(NORMS_FUSED_FROM_BYTES, plan, args, kwargs) if norms else NEVER,
             overwriting=self._overwriting and not gradients and not changes,
         )
         for site in plan.repeated:
@@ -348,7 +349,7 @@ class Taps:
         self._run = run
         return run
 
-    def _fuse_from(self, args: tuple[Any, ...], kwargs: dict[str, Any], compiling: bool) -> float:
+    def _fuse_from(self, plan: Plan | None, args: tuple[Any, ...], kwargs: dict[str, Any], compiling: bool) -> float:
         """From how many bytes of an activation on ReLU and pooling are one pass."""
         if self.route == "grouped" or (not compiling and torch._C._len_torch_dispatch_stack() > 0):
             return NEVER
@@ -356,7 +357,7 @@ class Taps:
             return 0
         if compiling:  # a compiler fuses the pass over memory by itself
             return NEVER
-        return fused_from(FUSED_FROM_BYTES, _device(args, kwargs), compiling)
+        return _fused_from(FUSED_FROM_BYTES, plan, args, kwargs)
 
     def _probe(
         self, plan: Plan | None, training: int, args: tuple[Any, ...], kwargs: dict[str, Any], recorded: bool
@@ -375,7 +376,7 @@ class Taps:
             record=self._record if recorded and self._receiver is None else None,
             receiver=self._receiver if recorded else None,
             function=self._function,
-            fuse_from=self._fuse_from(args, kwargs, compiling=False) if pooled and self.reading else NEVER,
+            fuse_from=self._fuse_from(plan, args, kwargs, compiling=False) if pooled and self.reading else NEVER,
         )
         if run.record is not None:
             run.record.begin()
@@ -408,7 +409,7 @@ class Taps:
         for training, plan in enumerate(self._plans):
             if plan is not None:
                 repeated = tuple(sites[id(site)] for site in plan.repeated if id(site) in sites)
-                made._learn(training, Plan(plan.taps, plan.skipped, repeated, plan.samples, plan.folded))
+                made._learn(training, Plan(plan.taps, plan.skipped, repeated, plan.samples, plan.folded, plan.largest))
 
     def _like(self, model: nn.Module) -> Taps:
         return Taps(
@@ -512,9 +513,13 @@ def _hooked(model: nn.Module) -> bool:
 # ---- probing while the model is compiled ---
 
 
-def _device(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
-    """The type of device of the first tensor that a model is called with."""
-    return next((leaf.device.type for leaf in (*args, *kwargs.values()) if isinstance(leaf, Tensor)), "cpu")
+def _fused_from(on_cpu: int, plan: Plan | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
+    """From how many bytes of an activation on passes over it are joined, in a forward pass that is not compiled."""
+    inputs = tensors_of(args, kwargs)
+    if all(tensor.device.type == "cpu" for tensor in inputs):
+        return on_cpu
+    largest = 0 if plan is None else plan.largest / max(plan.samples, 1) * _samples(inputs)
+    return 0 if is_replayed() or largest >= GPU_BOUND_FROM_BYTES else NEVER
 
 
 def _probe_while_compiling(taps: Taps, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

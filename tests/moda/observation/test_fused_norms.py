@@ -34,7 +34,7 @@ def fused(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
         return run(x, norm)
 
     monkeypatch.setattr(native, "norm_relu_pool", counted)
-    monkeypatch.setitem(taps_module.NORMS_FUSED_FROM_BYTES, "cpu", 0)
+    monkeypatch.setattr(taps_module, "NORMS_FUSED_FROM_BYTES", 0)
     return calls
 
 
@@ -526,7 +526,7 @@ def test_accelerated_models_can_be_counted_copied_and_saved(fused: list[bool]):
 
 
 def test_only_large_activations_are_fused(monkeypatch: pytest.MonkeyPatch, fused: list[bool]):
-    monkeypatch.setitem(taps_module.NORMS_FUSED_FROM_BYTES, "cpu", 5 * 6 * 64 * 4)
+    monkeypatch.setattr(taps_module, "NORMS_FUSED_FROM_BYTES", 5 * 6 * 64 * 4)
     _, model = twins(FUSED["module"][0])
     moda.accelerate(model, example=images(2))
     model(images(4))

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moda.observation import run
+from moda.observation import run, taps
 from moda.observation.taps import observe
 from moda_kernels import modular_losses
 from tests.moda._helpers.tapping import closed_form_loss, images, spied
@@ -91,10 +91,25 @@ def test_recording_gives_activations_whatever_the_route() -> None:
 def test_auto_goes_by_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU())
     automatic = observe(model, route="auto")
-    monkeypatch.setitem(run.FUSED_FROM_BYTES, "cpu", 6 * 6 * 6 * 6 * 4)
+    monkeypatch.setattr(taps, "FUSED_FROM_BYTES", 6 * 6 * 6 * 6 * 4)
     for n, expected in ((5, (5, 6, 6, 6)), (6, (6, 6)), (7, (7, 6))):
         model(images(n))
         assert shapes(automatic.activations()) == [expected]
     model.half()
     model(images(6).half())
     assert shapes(automatic.activations()) == [(6, 6, 6, 6)]
+
+
+@pytest.mark.gpu
+def test_auto_fuses_on_a_gpu_what_the_host_does_not_wait_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU()).cuda()
+    automatic = observe(model, route="auto")
+    monkeypatch.setattr(taps, "GPU_BOUND_FROM_BYTES", 6 * 6 * 6 * 6 * 4)
+    model(images(4).cuda())
+    automatic.activations()
+    for n, expected in ((5, (5, 6, 6, 6)), (6, (6, 6))):
+        model(images(n).cuda())
+        assert shapes(automatic.activations()) == [expected]
+    with run.replayed():
+        model(images(2).cuda())
+    assert shapes(automatic.activations()) == [(2, 6)]
