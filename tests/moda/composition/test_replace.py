@@ -10,7 +10,10 @@ import pytest
 import torch
 from torch import nn
 
+from moda.composition.compose import compose
 from moda.composition.replace import CalibratedModel, Calibration, NormalizedModel, normalize, replace
+from moda.decomposition.container import Decomposition
+from moda.observation.taps import observe
 
 
 class Lookup(nn.Module):
@@ -79,6 +82,60 @@ def test_golden_normalisation(golden):
     np.testing.assert_allclose(model.bounds, data["norm_bounds"], rtol=1e-6)
     scores = model(torch.arange(len(bound), len(bound) + 6))
     np.testing.assert_allclose(scores.detach(), data["norm_final"], rtol=1e-5, atol=1e-6)
+
+
+def test_golden_replacement_of_cnnsplitter(golden):
+    """The class's own validation samples give the bounds, and its column of the weak probabilities is overwritten."""
+    data = golden("peers/cs_patch")
+    target, count = int(data["target"]), len(data["labels"])
+    for number in range(4):
+        own = torch.from_numpy(data[f"calib_{number}"])[:, None]
+        module = Lookup(torch.cat([own, torch.from_numpy(data["module"])[:, number, None]]))
+        weak = Lookup(torch.from_numpy(data["weak"]).repeat(2, 1)[: len(own) + count].roll(len(own) % count, 0))
+        weak.table.data[len(own) :] = torch.from_numpy(data["weak"])
+        model = normalize(weak, module, 5, [(torch.arange(len(own)),)])
+        np.testing.assert_allclose(model.bounds, data["range_min_max"][number], rtol=1e-6)
+        if number == target:
+            scores = model(torch.arange(len(own), len(own) + count)).detach()
+            np.testing.assert_allclose(scores, data["final"], rtol=1e-5, atol=1e-6)
+            np.testing.assert_array_equal(scores.argmax(1), data["pred_after"])
+
+
+@pytest.mark.parametrize("combine", ["logit", "probability"])
+def test_a_module_that_stands_alone_answers_with_its_own_logit_or_probability(combine):
+    """Modules of CNNSplitter and GradSplitter: what is calibrated or normalised is what each says of its own class."""
+    torch.manual_seed(5)
+    strong = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)).eval()
+    inputs = torch.randn(9, 4)
+    taps = observe(strong, example=inputs)
+    heads = {
+        "hidden.weight": torch.randn(3, 5, 3), "hidden.bias": torch.randn(3, 5),
+        "output.weight": torch.randn(3, 1, 5), "output.bias": torch.randn(3, 1),
+    }  # fmt: skip
+    mask = torch.rand(3, 8) < 0.6
+    mask[:, 0] = True
+    modules = Decomposition(
+        {taps.names[0]: mask}, combine=combine, **({"heads": heads} if combine == "probability" else {})
+    )
+
+    def answer(number: int) -> torch.Tensor:
+        logits = strong[2](strong[1](strong[0](inputs)) * mask[number])
+        if combine == "logit":
+            return logits[:, number]
+        hidden = (logits.relu() @ heads["hidden.weight"][number].T + heads["hidden.bias"][number]).relu()
+        return (hidden @ heads["output.weight"][number].T + heads["output.bias"][number]).sigmoid()[:, 0]
+
+    weak = nn.Linear(4, 3)
+    labels = torch.arange(9) % 3
+    model = normalize(weak, compose(taps, modules, [1]), 1, [(inputs[labels == 1],)])
+    low, high = answer(1)[labels == 1].min(), answer(1)[labels == 1].max()
+    expected = weak(inputs).softmax(1)
+    expected[:, 1] = (answer(1) - low) / (high - low)
+    torch.testing.assert_close(model(inputs), expected, rtol=1e-4, atol=1e-5)
+    both = replace(weak, compose(taps, modules, [2, 0]), [2, 0], [(inputs, labels)])
+    columns = torch.stack([weak(inputs)[:, 1], answer(2), answer(0)], 1)
+    torch.testing.assert_close(both.concatenated(inputs), columns.detach(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(both(inputs), both.calibration(columns.detach()), rtol=1e-4, atol=1e-4)
 
 
 def batch(n=12):
