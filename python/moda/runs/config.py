@@ -100,6 +100,12 @@ class TrainingConfig(Settings, command="train"):
     temperature: float = setting(
         NeMo.temperature, help="With nemo: the temperature of the contrastive term.", above=0, panel=_OBJECTIVE
     )
+    teacher: str | None = setting(
+        None,
+        help="With nemo and deit_small: the folder of a finished run on the same data, from whose model this one "
+        "learns beside the labels (in the paper a standard resnet18).",
+        panel=_OBJECTIVE,
+    )
     epochs: int = setting(200, help="The number of passes over the training data.", at_least=1, panel=_OPTIMISATION)
     batch_size: int = setting(
         128, help="The samples of a step, over all processes together.", at_least=1, panel=_OPTIMISATION

@@ -11,6 +11,7 @@ alone. (On a GPU this also takes deterministic kernels in the model: cuDNN is as
 from __future__ import annotations
 
 import copy
+import inspect
 import logging
 import signal
 import threading
@@ -36,6 +37,7 @@ from moda.files import remove_partial_files
 from moda.hints import command_line
 from moda.methods.base import TASK
 from moda.methods.mwt import PreparedGates
+from moda.methods.nemo import NeMo, Taught, TaughtLogits
 from moda.observation.taps import Route, observe, taps_of
 from moda.runs.config import RUNTIME_SETTINGS, TrainingConfig
 from moda.runs.folder import RunFolder, create_model, load_data
@@ -107,9 +109,11 @@ class ModularModule(lightning.LightningModule):
         config: weights of the terms, epochs, learning rate, momentum, backend and route.
         num_classes: labels are in [0, num_classes); of use with several processes (see `moda_kernels.ModularLoss`).
         gates: of the model, where the method of `config` trains gates (`moda.runs.gated.with_gates`).
+        teacher: a trained network from which a distilled one learns.
 
     Raises:
-        ValueError: the method of `config` trains gates, and there are none, or the other way round.
+        ValueError: the method of `config` trains gates, and there are none, or the other way round; or the model is not
+            a distilled one.
     """
 
     model: nn.Module
@@ -120,6 +124,7 @@ class ModularModule(lightning.LightningModule):
         config: TrainingConfig,
         num_classes: int | None = None,
         gates: PreparedGates | None = None,
+        teacher: nn.Module | None = None,
     ) -> None:
         super().__init__()
         if config.gated != (gates is not None):
@@ -132,6 +137,7 @@ class ModularModule(lightning.LightningModule):
         self.losses = (*LOSSES[:2], *config.terms) if config.modular else LOSSES[:2]
         self._method = method_of(config) if gates is not None else None
         self.__dict__["gates"] = gates  # their network is this one's `model`
+        self.__dict__["taught"] = None if teacher is None else _taught(model, teacher)
         self.epoch_metrics: dict[str, float] = {}
         self.last_step: Tensor | None = None
         self.learning_rate = config.learning_rate
@@ -141,7 +147,12 @@ class ModularModule(lightning.LightningModule):
         self._sharded = False
 
     def setup(self, stage: str) -> None:
-        """With several processes the modular terms are those of the batch that they hold together."""
+        """With several processes the modular terms are those of the batch that they hold together.
+
+        A teacher, which is no part of this module, comes to its device.
+        """
+        if self.__dict__["taught"] is not None:
+            self.__dict__["taught"].__dict__["teacher"].to(self.device)
         if self.modular_loss is not None and self.trainer.world_size > 1:
             self.modular_loss.group = "world"
 
@@ -159,6 +170,9 @@ class ModularModule(lightning.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return cross-entropy plus the weighted modular terms."""
         images, labels = batch
+        taught: Taught | None = self.__dict__["taught"]
+        if taught is not None:
+            return self._gated_step(taught(images), labels)
         logits = self.model(images)
         if self._method is not None:
             return self._gated_step(logits, labels)
@@ -177,10 +191,11 @@ class ModularModule(lightning.LightningModule):
         self.learning_rate = self.trainer.optimizers[0].param_groups[0]["lr"]
         return objective
 
-    def _gated_step(self, logits: Tensor, labels: Tensor) -> Tensor:
+    def _gated_step(self, outputs: Tensor | TaughtLogits, labels: Tensor) -> Tensor:
         """Return the loss of a method that trains gates."""
-        assert self._method is not None
-        terms = self._method.loss(self.__dict__["gates"], logits, labels)
+        method: Any = self._method  # NeMo alone takes what a teacher says
+        terms: dict[str, Tensor] = method.loss(self.__dict__["gates"], outputs, labels)
+        logits = outputs.logits + outputs.distilled if isinstance(outputs, TaughtLogits) else outputs
         cross_entropy, others = terms[TASK], [terms[name] for name in self.config.terms]
         weights = [getattr(self.config, name) for name in self.config.terms]
         loss = torch.stack(
@@ -441,7 +456,7 @@ def train(
     model = create_model(config, data) if model is None else model
     with _observed_while_training(model):
         gates = with_gates(config, data, model) if config.gated else None
-        module = ModularModule(model, config, data.num_classes, gates)
+        module = ModularModule(model, config, data.num_classes, gates, _teacher(config, data))
         first = process_rank() == 0
         run = RunFolder.create(folder, config) if first and not resume else RunFolder(Path(folder), config)
         with locked(run.path) if first else nullcontext():
@@ -449,6 +464,26 @@ def train(
                 remove_partial_files(run.path)
                 remove_partial_files(run.checkpoints)
             return _trained(run, module, data, progress or TrainingProgress(), resume=resume)
+
+
+def _teacher(config: TrainingConfig, data: DataSplits) -> nn.Module | None:
+    """The model of the run that the settings name; None if they name none."""
+    if config.teacher is None:
+        return None
+    run = RunFolder.open(config.teacher)
+    if not run.finished:
+        raise ValueError(f"teacher: {run.path} is not finished; train it to its end first")
+    if run.config.data != config.data:
+        raise ValueError(f"teacher: expected a run on {config.data}, got one on {run.config.data}")
+    with torch.random.fork_rng(devices=[]):  # its initial weights are drawn, and replaced
+        return run.load_model(data).requires_grad_(False).eval()
+
+
+def _taught(model: nn.Module, teacher: nn.Module) -> Taught:
+    """The model beside its teacher, if it has a classifier that learns from one."""
+    if "separate" not in inspect.signature(model.forward).parameters:
+        raise ValueError(f"teacher: {type(model).__name__} is no distilled network; take deit_small, or drop --teacher")
+    return Taught(model, teacher)
 
 
 @contextmanager
@@ -506,6 +541,8 @@ def _check_runnable(config: TrainingConfig) -> None:
         raise ValueError(f"precision: expected {expected} with strategy {SHARDED!r}, got {config.precision!r}")
     if config.gated and (config.devices > 1 or config.strategy == SHARDED):
         raise ValueError(f"devices: the method {config.method!r} trains on one device; drop --devices and --strategy")
+    if config.teacher is not None and config.method != NeMo.name:
+        raise ValueError(f"teacher: has no meaning with the method {config.method!r}; take --method {NeMo.name}")
     if config.tensorboard and find_spec("tensorboard") is None:
         raise ValueError("tensorboard: the package is not installed: pip install tensorboard")
     if config.backend != "auto" and config.modular and not config.gated:

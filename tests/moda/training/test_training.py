@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -24,9 +25,12 @@ from torch.utils.data import Dataset
 from moda.data.batches import BatchLoader, EpochOrder, SampleBatches, epoch_order
 from moda.data.splits import DataSplits, InMemory
 from moda.files import FormatError, is_temporary, read_tensors
+from moda.methods.contrastive import distillation_loss
 from moda.observation.taps import observe, taps_of
 from moda.runs.config import TrainingConfig
-from moda.runs.folder import RunFolder
+from moda.runs.finished import FinishedRun
+from moda.runs.folder import RunFolder, create_model, load_data
+from moda.runs.gated import with_gates
 from moda.runs.lock import BusyError
 from moda.runs.metrics import MetricsFile, read_metrics
 from moda.training import loop as training
@@ -34,6 +38,7 @@ from moda.training.loop import TrainingInterrupted, TrainingResult, train
 from moda.training.progress import TrainingProgress
 from moda_kernels import ModularLoss
 from tests.moda._helpers.processes import assert_same_weights, environment, wait_for
+from tests.moda._helpers.studying import make_run
 
 SAMPLES, CLASSES = 42, 3  # with batches of 16: three steps per epoch, the last of 10
 
@@ -322,6 +327,47 @@ def test_resume_with_gates_is_bit_for_bit(tmp_path: Path, method: str) -> None:
     other = tiny_config(method=method).changed(method="nemo" if method == "mwt" else "mwt", epochs=3)
     with pytest.raises(ValueError, match="method"):
         train(other, tmp_path / "whole", resume=True, model=tiny_model(), data=tiny_data())
+
+
+def test_a_distilled_network_learns_from_the_model_of_another_run(tmp_path: Path) -> None:
+    """NeMo's DeiT: the loss of a step is the published one with the teacher's logits, and a resume goes on with it."""
+    pytest.importorskip("sklearn")
+    make_run(tmp_path / "teacher", decomposed=False)
+    config = TrainingConfig(
+        model="deit_small", width=0.125, method="nemo", teacher=str(tmp_path / "teacher"), epochs=2, batch_size=24,
+        seed=0, accelerator="cpu", log_every_steps=1,
+    )  # fmt: skip
+    digits = load_data(config)
+    split = InMemory(*(part[:48] for part in digits.train.tensors))  # type: ignore[attr-defined]
+    data = dataclasses.replace(digits, train=split, train_eval=split, test=split)
+
+    def taught(folder: Path, config: TrainingConfig = config, **arguments: Any) -> TrainingResult:
+        shown = arguments.pop("progress", TrainingProgress(shown=False))
+        return train(config, folder, data=data, progress=shown, **arguments)
+
+    result = taught(tmp_path / "run")
+    torch.manual_seed(0)
+    student = create_model(config, data)
+    gates = with_gates(config, data, student)
+    chosen = epoch_order(48, 0, 0)[:24]
+    images, labels = (part[chosen] for part in split.tensors)
+    student.train()
+    own, distilled = student(images, separate=True)
+    teacher = FinishedRun.open(tmp_path / "teacher", "cpu").model
+    expected = distillation_loss(own, distilled, teacher(images), labels).detach()
+    gates.gates.take()
+    first = read_metrics(tmp_path / "run" / "steps.csv")[0]
+    assert first["cross_entropy"] == pytest.approx(float(expected), rel=1e-4)
+    with pytest.raises(TrainingInterrupted):
+        taught(tmp_path / "again", progress=StopAfter(3))
+    assert_same_weights(taught(tmp_path / "again", resume=True).run.load_weights(), result.run.load_weights())
+    for changes, message in (
+        ({"method": "mwt"}, "teacher: has no meaning with the method 'mwt'"),
+        ({"model": "vit_small"}, "teacher: ViT is no distilled network; take deit_small"),
+        ({"teacher": str(tmp_path / "none")}, "none: no such folder"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            taught(tmp_path / "bad", config.changed(**changes))
 
 
 def test_resume_twice(tmp_path: Path, uninterrupted: TrainingResult) -> None:
