@@ -61,7 +61,9 @@ def comparison_page(found: Sequence[MethodFigures], title: str | None = None) ->
 
 
 def _section(model: str, data: str, found: Sequence[MethodFigures]) -> Section:
-    blocks: list[Block] = [_overview(found), *_by_size(model, data, found)]
+    blocks: list[Block] = [_by_method("What each method came to.", _COLUMNS, found), *_by_size(model, data, found)]
+    if any(one.calibrated is not None for one in found):
+        blocks.append(_by_method("In a replacement: what a weak model gains, in percentage points.", _GAINS, found))
     seeds = sorted({figures.seed for figures in found})
     words = (
         f"Means over {len(seeds)} seeds \u00b1 standard deviations."
@@ -78,25 +80,15 @@ def _methods(found: Iterable[MethodFigures]) -> dict[str, list[MethodFigures]]:
     return made
 
 
-def _overview(found: Sequence[MethodFigures]) -> Table:
-    columns: tuple[tuple[str, Callable[[MethodFigures], float | None], _Shown], ...] = (
-        ("whole model", lambda one: one.accuracy, _shares),
-        ("standard model", lambda one: one.standard, _shares),
-        ("module size", lambda one: one.module_size, _shares),
-        ("neurons kept", lambda one: one.kept, _shares),
-        ("overlap", lambda one: one.overlap, _shares),
-        ("gain, calibrated", lambda one: one.calibrated, _points),
-        ("on the class", lambda one: one.calibrated_class, _points),
-        ("gain, normalised", lambda one: one.normalized, _points),
-        ("on the class", lambda one: one.normalized_class, _points),
-        ("training", lambda one: one.train_seconds, _seconds),
-        ("modularizing", lambda one: one.modularize_seconds, _seconds),
-    )
+_Column: TypeAlias = "tuple[str, Callable[[MethodFigures], float | None], _Shown]"
+
+
+def _by_method(caption: str, columns: Sequence[_Column], found: Sequence[MethodFigures]) -> Table:
     rows = tuple(
         Row((NAMES.get(method, method), *(shown(map(value, members)) for _, value, shown in columns)))
         for method, members in _methods(found).items()
     )
-    return Table("What each method came to.", ("method", *(name for name, _, _ in columns)), rows)
+    return Table(caption, ("method", *(name for name, _, _ in columns)), rows)
 
 
 def _by_size(model: str, data: str, found: Sequence[MethodFigures]) -> list[Block]:
@@ -160,3 +152,20 @@ def _points(values: Iterable[float | None]) -> str:
 def _seconds(values: Iterable[float | None]) -> str:
     spread = _spread(values)
     return "" if spread is None else f"{spread.mean:.1f} s"
+
+
+_COLUMNS: tuple[_Column, ...] = (
+    ("whole model", lambda one: one.accuracy, _shares),
+    ("standard model", lambda one: one.standard, _shares),
+    ("module size", lambda one: one.module_size, _shares),
+    ("neurons kept", lambda one: one.kept, _shares),
+    ("overlap", lambda one: one.overlap, _shares),
+    ("training", lambda one: one.train_seconds, _seconds),
+    ("modularizing", lambda one: one.modularize_seconds, _seconds),
+)
+_GAINS: tuple[_Column, ...] = (
+    ("calibrated", lambda one: one.calibrated, _points),
+    ("on the class", lambda one: one.calibrated_class, _points),
+    ("normalised", lambda one: one.normalized, _points),
+    ("on the class", lambda one: one.normalized_class, _points),
+)
