@@ -24,12 +24,13 @@ DOTS_PER_INCH = 110
 MARGIN = 0.35  # inches, left of everything
 
 
-def demo_page(result: DemoResult, comparison: Sequence[Row]) -> tuple[bytes, str]:
+def demo_page(result: DemoResult, comparison: Sequence[Row], try_this: str) -> tuple[bytes, str]:
     """Draw the figures of a demo as PNG, and as an HTML page that needs nothing beside itself.
 
     Args:
         result: the result to show; maps are those of the first seed, numbers are means over all seeds.
         comparison: the rows of the table of both trainings.
+        try_this: a command line to go on with.
     """
     figures = _figures(result)
     with drawing(PAPER):
@@ -50,6 +51,7 @@ def demo_page(result: DemoResult, comparison: Sequence[Row]) -> tuple[bytes, str
         table_caption=TABLE_CAPTION,
         table_columns=SUBTASK_COLUMNS,
         table_rows=subtask_rows(result),
+        try_this=try_this,
     )
     return picture, page
 

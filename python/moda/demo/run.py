@@ -27,6 +27,7 @@ from moda.demo.results import SHARES, DemoResult, SeedResult, SubTasks, Trained,
 from moda.demo.settings import DemoSettings
 from moda.demo.tables import comparison, print_tables
 from moda.files import is_temporary, remove_partial_files, write_bytes, write_json
+from moda.hints import command_line
 from moda.observation.taps import observe
 from moda.runs.config import TrainingConfig
 from moda.runs.folder import create_model, load_data
@@ -55,7 +56,8 @@ def run_demo(folder: Path, settings: DemoSettings, console: Console) -> DemoResu
     result = DemoResult(settings, data.class_names, parameters, seeds, time.perf_counter() - start)
     print_tables(result, console)
     write_json(folder / RESULTS, to_json(result))
-    picture, page = demo_page(result, comparison(result))
+    modular = folder / RUNS / f"seed-{settings.seeds[0]}" / "modular"
+    picture, page = demo_page(result, comparison(result), command_line("compose", modular, "--classes", "1,7"))
     write_bytes(folder / PICTURE, picture)
     write_bytes(folder / PAGE, page.encode())
     console.print(

@@ -72,9 +72,9 @@ class Browser:
         self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": media, "features": features})
         self.driver.get(page.as_uri())
 
-    def run(self, script: str) -> Any:
+    def run(self, script: str, *arguments: Any) -> Any:
         """The value of a piece of JavaScript."""
-        return self.driver.execute_script(script)
+        return self.driver.execute_script(script, *arguments)
 
     def messages(self) -> list[str]:
         """What the console said since the last call."""
@@ -91,3 +91,15 @@ class Browser:
         clip = {"x": 0, "y": 0, "width": self.width, "height": height, "scale": 1}
         shot = self.driver.execute_cdp_cmd("Page.captureScreenshot", {"captureBeyondViewport": True, "clip": clip})
         return image.imread(io.BytesIO(base64.b64decode(shot["data"])), format="png")[..., :3]
+
+
+OFF_SCREEN = """return [...document.querySelectorAll(arguments[0])].filter(each => {
+  const box = each.getBoundingClientRect();
+  return box.width === 0 || box.left < 0 || box.right > innerWidth + 0.5;
+}).map(each => each.textContent)"""
+HIDDEN_WITHOUT_HINT = """return [...document.querySelectorAll('.scroll')].filter(each => {
+  const hint = each.parentElement.querySelector('.hint');
+  const shown = hint !== null && getComputedStyle(hint).display !== 'none';
+  return each.querySelector('svg') && (each.scrollWidth > each.clientWidth + 1) !== shown;
+}).map(each => each.getAttribute('aria-label'))"""
+SHADOWS = "return [...document.querySelectorAll('.scroll')].filter(e => getComputedStyle(e).backgroundImage === 'none').length"

@@ -6,7 +6,9 @@ import io
 import json
 import random
 import re
+import shlex
 import xml.etree.ElementTree as ET
+from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -26,6 +28,7 @@ from moda.demo.settings import DemoSettings
 from moda.demo.tables import reading
 from moda.observation.taps import observe
 from moda.runs.folder import RunFolder, load_data
+from tests.moda._helpers.browser import HIDDEN_WITHOUT_HINT, OFF_SCREEN, SHADOWS, Browser, why_no_browser
 
 SETTINGS = DemoSettings(seeds=(0, 1), epochs=3, subtask_sizes=(2, 10), samples=3)
 
@@ -255,3 +258,44 @@ def test_sentences_follow_the_numbers(made: tuple[Path, DemoResult, str]) -> Non
     sentences = reading(made[1])
     size = 100 * made[1].mean("modular", "module_size")
     assert f"takes {size:.0f} % of the parameters" in sentences[0]
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    if (reason := why_no_browser()) is not None:
+        pytest.skip(reason)
+    opened = Browser.open()
+    yield opened
+    opened.close()
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(400, "light"), (400, "dark"), (800, "dark"), (1400, "light")])
+def test_at_any_width_nothing_that_matters_is_off_screen(
+    made: tuple[Path, DemoResult, str], browser: Browser, width: int, scheme: str
+) -> None:
+    """The modular column is what the page is about; figures that scroll say so."""
+    page = made[0] / "demo.html"
+    browser.messages(), browser.requested()
+    browser.show(page, width, scheme)
+    assert browser.messages() == []
+    assert {address for address in browser.requested() if not address.startswith("data:")} == {page.as_uri()}
+    assert browser.run("return document.documentElement.scrollWidth") == width
+    for what in ("td.main", "th[scope=row]", ".headlines div", "h1", "h2", ".caption", "footer p"):
+        assert browser.run(OFF_SCREEN, what) == [], what
+    assert browser.run(HIDDEN_WITHOUT_HINT) == []
+    assert browser.run(SHADOWS) == 0
+    assert (browser.picture()[2, 2].mean() < 0.2) == (scheme == "dark")
+
+
+def test_on_paper_the_page_is_whole_and_light(made: tuple[Path, DemoResult, str], browser: Browser) -> None:
+    browser.show(made[0] / "demo.html", 690, "dark", "print")  # A4 between margins of 14 mm
+    assert browser.run("return document.documentElement.scrollWidth") == 690
+    assert browser.run(OFF_SCREEN, "svg, table") == []
+    assert browser.run("return getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+    assert browser.run("return getComputedStyle(document.querySelector('.hint')).display") == "none"
+
+
+def test_the_command_in_the_footer_works(made: tuple[Path, DemoResult, str]) -> None:
+    text = Page((made[0] / "demo.html").read_text()).text
+    words = shlex.split(re.search(r"try (moda compose .* 1,7)", " ".join(text.split()))[1])
+    assert RunFolder.open(words[2]).decomposition.exists()

@@ -64,7 +64,7 @@ def page(tmp_path_factory: pytest.TempPathFactory, browser: Browser) -> Path:
     return path
 
 
-@pytest.mark.parametrize(("width", "scheme"), [(1400, "light"), (400, "dark")])
+@pytest.mark.parametrize(("width", "scheme"), [(1400, "light"), (800, "light"), (400, "dark")])
 def test_every_figure_shows_and_nothing_overflows(browser: Browser, page: Path, width: int, scheme: str) -> None:
     browser.messages(), browser.requested()
     browser.show(page, width, scheme)
