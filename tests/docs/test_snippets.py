@@ -85,6 +85,22 @@ def test_snippets_fit_the_page(page: str):
     assert [line for text in blocks(page, "python") for line in text.splitlines() if len(line) > LONGEST] == []
 
 
+MESSAGE = re.compile(r"^\| `([^`]+)` \|", re.MULTILINE)
+
+
+@pytest.mark.parametrize("page", ["docs/troubleshooting.md", "docs/build.md"])
+def test_messages_that_pages_explain_are_given(page: str):
+    """Each is in a source as it stands: a message that was reworded would be searched for in vain."""
+    folders = (ROOT / "python", ROOT / "moda_kernels")
+    sources = [*(path for folder in folders for path in folder.rglob("*.py")), ROOT / "setup.py"]
+    text = "".join(path.read_text("utf-8") for path in sources)
+    joined = re.sub(r"""["']\s*\n\s*f?["']""", "", text)
+    wanted = (ROOT / page).read_text("utf-8").rpartition("| message | what to do |")[2]
+    found = [message for message in MESSAGE.findall(wanted) if message != "message"]
+    assert len(found) >= 5
+    assert [message for message in found if message not in joined] == []
+
+
 def moda_lines() -> list[tuple[str, list[str]]]:
     """Every command line of moda in the docs: the page, and the words behind `moda`."""
     found = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import subprocess
 import sys
@@ -38,6 +39,20 @@ def test_every_name_in_the_docs_is_there() -> None:
         "        missing.append(f'{name}: {error}')\nprint(*missing, sep='\\n')"
     )
     assert run(program).split("\n") == ["", ""]
+
+
+def test_readers_take_strings_and_paths() -> None:
+    """Those that the page of file formats names, and the public ones."""
+    page = (ROOT / "docs" / "file_formats.md").read_text(encoding="utf-8")
+    names = sorted(
+        set(re.findall(r"`(moda\.[\w.]*\b(?:read|load|open)\w*)`", page))
+        | {"moda.data.load", "moda.bench.results.read"}
+    )
+    assert len(names) > 10
+    for name in names:
+        parameters = inspect.signature(eval(name, {"moda": moda})).parameters.values()
+        path = next(each for each in parameters if each.name in {"path", "folder", "root"})
+        assert path.annotation == "str | Path", name
 
 
 def test_import_brings_nothing_optional() -> None:

@@ -94,12 +94,13 @@ def write(results: Results, folder: Path) -> Path:
     return path
 
 
-def read(path: Path) -> Results:
+def read(path: str | Path) -> Results:
     """Read what `write` wrote.
 
     Raises:
         FormatError: the file is missing, malformed or of another version.
     """
+    path = Path(path)
     stored = BENCHMARKS.read(path)
     with format_errors(path):
         rows = tuple(_row(row) for row in stored["rows"])

@@ -55,12 +55,13 @@ class MetricsFile:
             self._file = None
 
 
-def read_metrics(path: Path) -> list[dict[str, float]]:
+def read_metrics(path: str | Path) -> list[dict[str, float]]:
     """Read the rows of a metrics file as numbers; empty cells are left out.
 
     Raises:
         FormatError: it is missing, or a cell is no number.
     """
+    path = Path(path)
     rows = read_csv(path)[1]
     try:
         return [{name: float(cell) for name, cell in row.items() if cell} for row in rows]

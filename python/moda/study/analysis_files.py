@@ -82,10 +82,11 @@ def check_analysis(path: Path, source: dict[str, Any]) -> None:
         raise ValueError(f"{path}: holds the analysis of other modules; replace it with --force")
 
 
-def read_analysis(path: Path) -> dict[str, Any]:
+def read_analysis(path: str | Path) -> dict[str, Any]:
     """Read what `write_analysis` wrote.
 
     Raises:
         FormatError (a ValueError): the file is missing, malformed or of another version.
     """
+    path = Path(path)
     return ANALYSIS.read(path)

@@ -356,12 +356,13 @@ def _searched(
     return decomposition, float(decomposition.metadata["seconds"])
 
 
-def read_comparison(folder: Path) -> list[MethodFigures]:
+def read_comparison(folder: str | Path) -> list[MethodFigures]:
     """Read what `compare_methods` wrote, model by model and seed by seed; nothing where there is none.
 
     Raises:
         FormatError (a ValueError): a file is malformed.
     """
+    folder = Path(folder)
     paths = [path for method in ALL for path in folder.glob(f"*/seed-*/{method}.json")]
     found = [MethodFigures.of(FIGURES.read(path)) for path in paths]
     return sorted(found, key=lambda figures: (figures.model, figures.seed, ALL.index(figures.method)))

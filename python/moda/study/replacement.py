@@ -244,12 +244,13 @@ def write_replacements(path: Path, results: Iterable[ReplacementResult]) -> None
     REPLACEMENTS.write(path, {"results": [result.to_dict() for result in results]})
 
 
-def read_replacements(path: Path) -> list[ReplacementResult]:
+def read_replacements(path: str | Path) -> list[ReplacementResult]:
     """Read what `write_replacements` wrote, in this release or an earlier one.
 
     Raises:
         FormatError: the file is missing or malformed.
     """
+    path = Path(path)
     entries = [{name: entry[name] for name in _RESULT} for entry in REPLACEMENTS.read(path)["results"]]
     with format_errors(path):
         return [_result(entry) for entry in entries]

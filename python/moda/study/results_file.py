@@ -119,12 +119,13 @@ class ResultsFile:
                 )
 
 
-def read_note(path: Path, kind: str) -> dict[str, Any]:
+def read_note(path: str | Path, kind: str) -> dict[str, Any]:
     """Read the note beside a table.
 
     Raises:
         FormatError: it is missing or malformed.
     """
+    path = Path(path)
     return Format(kind, _NOTE).read(path.with_suffix(".json"))
 
 

@@ -252,12 +252,13 @@ def from_row(row: Mapping[str, str]) -> ReuseResult:
     return ReuseResult(classes=tuple(classes), standard=standard, **accuracies, **costs)
 
 
-def read_results(path: Path) -> list[ReuseResult]:
+def read_results(path: str | Path) -> list[ReuseResult]:
     """Read the results in a table of `moda reuse`, a CSV file.
 
     Raises:
         FormatError: the file is missing or not such a file.
     """
+    path = Path(path)
     if not path.is_file():
         raise FormatError(f"{path}: no such file; make it with: {command_line('reuse', path.parent)}")
     with format_errors(path):

@@ -292,12 +292,13 @@ def _close(table: ResultsFile, values: Sequence[float]) -> list[SweepPoint]:
     return [point for point in read_sweep(table.path) if point.value in set(map(float, values))]
 
 
-def read_sweep(path: Path) -> list[SweepPoint]:
+def read_sweep(path: str | Path) -> list[SweepPoint]:
     """Read the points of a `sweep_<parameter>.csv`.
 
     Raises:
         FormatError: the file is missing or malformed.
     """
+    path = Path(path)
     with format_errors(path):
         return [SweepPoint(**_numbers(row)) for row in read_rows(path, COLUMNS)]
 
