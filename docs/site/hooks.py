@@ -36,6 +36,15 @@ CELL = re.compile(r"<td[^>]*>.*?</td>", re.DOTALL)
 FORMULA = re.compile(r'<(div|span) class="arithmatex">(.*?)</\1>', re.DOTALL)
 
 
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
+    """List every folder of results among the findings: each has a README that a script made."""
+    findings: list[Any] = next(section["Findings"] for section in config.nav or [] if "Findings" in section)
+    listed = {page for entry in findings for page in ([entry] if isinstance(entry, str) else entry.values())}
+    pages = (path.relative_to(ROOT / "docs").as_posix() for path in sorted((ROOT / "docs").glob("*/README.md")))
+    findings += [page for page in pages if page not in listed]
+    return config
+
+
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add what is not in docs/: pages of other files, and copies of those that pages link to."""
     made = {page: (ROOT / name).read_text("utf-8") for name, page in PROJECT.items()}
