@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping, Sequence
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -194,32 +195,31 @@ class GraphBuilder:
         return np.asarray(~np.broadcast_to(~taken & held, np.broadcast_shapes(taken.shape, held.shape)))
 
     def _following(self, mask: np.ndarray[Any, Any], source: fx.Node, taken: fx.Node) -> Any:
-        """A mask as a value of the graph: along an axis that grows with the input it repeats itself."""
-        tiled: dict[int, int] = {}  # axis -> after how many positions it begins again
-        spread: dict[int, int] = {}  # axis -> how many values there are, each repeated
-        for dim, length in enumerate(source.meta["val"].shape):
-            if isinstance(length, int) or mask.shape[dim] == 1:
-                continue
-            period, count = _period(mask, dim), _runs(mask, dim)
-            if period and count:  # either may be what it is: left as it is, for inputs of the example's size alone
-                continue
-            if period:
-                tiled[dim], mask = period, np.take(mask, np.arange(period), axis=dim)
-            elif count:
-                spread[dim], mask = count, np.take(mask, np.arange(count) * (mask.shape[dim] // count), axis=dim)
-        value: Any = self.constant(mask)
-        for dim, count in spread.items():
-            value = self.graph.call_function(
-                aten.repeat_interleave.self_int, (value, self._times(taken, dim, count), dim)
-            )
-        if tiled:
-            times = [self._times(taken, dim, tiled[dim]) if dim in tiled else 1 for dim in range(mask.ndim)]
-            value = self.graph.call_function(aten.repeat.default, (value, times))
-        return value
+        """A mask as a value of the graph, for inputs of any size.
 
-    def _times(self, value: fx.Node, dim: int, count: int) -> fx.Node:
-        length = self.graph.call_function(aten.sym_size.int, (value, dim))
-        return self.graph.call_function(operator.floordiv, (length, count))
+        An axis that grows with the input, heads of all samples say, is folded of axes along which the mask varies and
+        of one, which grows, along which it does not.
+        """
+        small: list[int] = []
+        expanded: list[Any] = []
+        merged: list[Any] = []
+        for dim, length in enumerate(source.meta["val"].shape):
+            size = mask.shape[dim]
+            folds = None if isinstance(length, int) or size == 1 else _folds(mask, dim)
+            if folds is None:
+                small, expanded, merged = [*small, size], [*expanded, size], [*merged, size]
+                continue
+            before, after = folds
+            first = np.arange(before)[:, None] * (size // before) + np.arange(after)
+            mask = np.take(mask, first.ravel(), axis=dim)
+            grown = self.graph.call_function(aten.sym_size.int, (taken, dim))
+            times = self.graph.call_function(operator.floordiv, (grown, before * after))
+            small, expanded, merged = [*small, before, 1, after], [*expanded, before, times, after], [*merged, grown]
+        value: Any = self.constant(mask.reshape(small))
+        if len(small) == len(merged):
+            return value
+        value = self.graph.call_function(aten.expand.default, (value, expanded))
+        return self.graph.call_function(aten.reshape.default, (value, merged))
 
     def _take(self, source: fx.Node, made: Made, grid: Grid) -> Any:
         value, shape = made.node, shape_of(source) if is_tensor(source) else ()
@@ -400,20 +400,16 @@ def _has_state(node: fx.Node) -> bool:
     return name in ("batch_norm", "instance_norm")
 
 
-def _period(values: np.ndarray[Any, Any], dim: int) -> int | None:
-    """After how many positions along an axis values begin again; None if they do not."""
-    length = values.shape[dim]
-    for period in range(1, length // 2 + 1):
-        if length % period == 0 and np.array_equal(values, np.roll(values, period, axis=dim)):
-            return period
-    return None
+def _folds(values: np.ndarray[Any, Any], dim: int) -> tuple[int, int] | None:
+    """How long the axes before and after the one are along which values of a folded axis repeat themselves.
 
-
-def _runs(values: np.ndarray[Any, Any], dim: int) -> int | None:
-    """Of how many runs of one length, each of one value, an axis consists; None if of nothing longer than one."""
+    Of all such foldings the one with the fewest values; None if there is none.
+    """
     length = values.shape[dim]
-    for count in range(1, length // 2 + 1):
-        run = length // count
-        if length % count == 0 and np.array_equal(values, np.take(values, np.arange(length) // run * run, axis=dim)):
-            return count
+    rows = np.moveaxis(values, dim, 0).reshape(length, -1)
+    whole = [size for size in range(1, length) if length % size == 0]
+    for before, after in sorted(((b, a) for b in whole for a in whole if length % (b * a) == 0), key=prod):
+        parts = rows.reshape(before, -1, after, rows.shape[1])
+        if parts.shape[1] > 1 and (parts == parts[:, :1]).all():
+            return before, after
     return None

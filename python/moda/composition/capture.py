@@ -24,8 +24,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from moda.composition.conditions import is_readable
-from moda.composition.functional import make_functional, writes
+from moda.composition.composed import parameters_of
+from moda.composition.conditions import is_readable, leaves_free
+from moda.composition.functional import UnfollowedError, make_functional, writes
+from moda.composition.sizes import set_sizes
 from moda.composition.values import is_free, shape_of
 from moda.structure import Structure, flatten, flatten_output
 
@@ -132,19 +134,19 @@ def capture(
     """
     inputs, tensors = example.flat()
     flat = _Flat(model, inputs)
+    reasons: list[Exception] = []
     with marking(), _exportable(model):
-        program, conditions, freedom = _export(flat, tensors, freedom)
-    outputs = flat.seen.outputs
-    if outputs is None:
-        raise CaptureError("model: torch.export did not run it")
-    graph, constants = _inlined(program, model)
-    _remove_unused(graph)
-    _check(graph, model)
-    try:
-        make_functional(graph)
-    except ValueError as error:
-        raise CaptureError(str(error)) from error
-    return Captured(graph, inputs, outputs, constants, model.training, _fixed_sizes(graph), conditions, freedom)
+        for number in range(freedom, len(FREEDOMS)):
+            try:
+                captured = _captured(flat, tensors, number)
+            except (KeyboardInterrupt, MemoryError, CaptureError):
+                raise
+            except Exception as error:  # torch.export raises whatever the model and its own parts raise
+                reasons.append(error)
+                continue
+            if captured is not None:
+                return captured
+    raise CaptureError(_why(model, reasons[-1])) from reasons[-1]
 
 
 FREEDOMS = ("all", "samples", "none")
@@ -160,37 +162,35 @@ def _free_sizes(tensors: Sequence[Tensor], freedom: int) -> tuple[dict[int, Any]
     return None
 
 
-def _export(
-    flat: _Flat, tensors: Sequence[Tensor], first: int
-) -> tuple[torch.export.ExportedProgram, tuple[str, ...], int]:
-    """With as many free sizes as the model allows."""
-    reasons: list[Exception] = []
-    for freedom in range(first, len(FREEDOMS)):
-        try:
-            program = _run_export(flat, tensors, _free_sizes(tensors, freedom))
-        except (KeyboardInterrupt, MemoryError):
-            raise
-        except Exception as error:  # torch.export raises whatever the model and its own parts raise
-            reasons.append(error)
-            continue
-        conditions = _conditions(program, tensors)
-        if conditions is not None:
-            return program, conditions, freedom
-    raise CaptureError(_why(flat.model, reasons[-1])) from reasons[-1]
+def _captured(flat: _Flat, tensors: Sequence[Tensor], freedom: int) -> Captured | None:
+    """With these sizes left free; None if the conditions on them cannot be checked."""
+    model = flat.model
+    program = _run_export(flat, tensors, _free_sizes(tensors, freedom))
+    conditions = _conditions(program, tensors)
+    if conditions is None:
+        return None
+    outputs = flat.seen.outputs
+    if outputs is None:
+        raise CaptureError("model: torch.export did not run it")
+    graph, constants = _inlined(program, model)
+    _remove_unused(graph)
+    _check(graph, model, set_sizes(graph, {**parameters_of(model), **constants}, tensors, conditions))
+    make_functional(graph)
+    return Captured(graph, flat.inputs, outputs, constants, model.training, _fixed_sizes(graph), conditions, freedom)
 
 
 def _conditions(program: torch.export.ExportedProgram, tensors: Sequence[Tensor]) -> tuple[str, ...] | None:
     """What sizes must meet for the graph to hold; None if that cannot be checked."""
     guards = [guard for guard in getattr(program, "_guards_code", []) if not _FIXED_SIZE.fullmatch(guard)]
     sizes = [tuple(x.shape) for x in tensors]
-    if any("==" in guard and not _SAME_SIZES.fullmatch(guard) for guard in guards):
-        return None  # sizes that determine each other: features of all positions, say
-    return tuple(guards) if all(is_readable(guard, sizes) for guard in guards) else None
+    if not all(is_readable(guard, sizes) for guard in guards):
+        return None
+    inputs = [node for node in program.graph.nodes if node.op == "placeholder"][-len(sizes) :] if sizes else []
+    free = [[is_free(node, dim) for dim in range(len(shape))] for node, shape in zip(inputs, sizes, strict=True)]
+    return tuple(guards) if leaves_free(guards, sizes, free) else None
 
 
-_SIZE = r"L\['inputs'\]\[\d+\]\.size\(\)\[\d+\]"
-_FIXED_SIZE = re.compile(rf"{_SIZE} == \d+")
-_SAME_SIZES = re.compile(rf"{_SIZE} == {_SIZE}")  # of tokens and their mask, or the sides of a square
+_FIXED_SIZE = re.compile(r"L\['inputs'\]\[\d+\]\.size\(\)\[\d+\] == \d+")
 
 
 def _run_export(
@@ -225,6 +225,8 @@ def _same(one: Tensor, other: Tensor) -> bool:
 
 
 def _why(model: nn.Module, error: Exception) -> str:
+    if isinstance(error, UnfollowedError):
+        return str(error)
     text = " ".join(line.strip() for line in str(error).splitlines() if line.strip())
     first = re.split(r" For more information| \(Size-like symbols| Caused by:", text)[0][:300]
     place = _line_of(error)
@@ -392,6 +394,8 @@ def _copy_call(node: fx.Node, graph: fx.Graph, values: dict[fx.Node, Any], conte
     args, kwargs = _mapped(node.args, values), _mapped(node.kwargs, values)
     if getattr(target, "__name__", "") == "getitem" and isinstance(args[0], list | tuple):
         return args[0][args[1]]
+    if target in _SHAPED_AS:
+        target, args = _SHAPED_AS[target], (args[0], _sizes_of(args[1], graph))
     made = graph.create_node("call_function", target, args, kwargs)
     made.meta = {"val": node.meta.get("val"), "where": where(node), "path": _path(node)}
     if "autocast" in context:
@@ -406,6 +410,26 @@ _ASSERTIONS = {
     torch.ops.aten.sym_constrain_range_for_size.default,
     torch.ops.aten.sym_constrain_range.default,
 }
+
+
+_SHAPED_AS = {
+    torch.ops.aten.reshape_as.default: torch.ops.aten.reshape.default,
+    torch.ops.aten.view_as.default: torch.ops.aten.view.default,
+    torch.ops.aten.expand_as.default: torch.ops.aten.expand.default,
+}
+"""Calls that take a shape from another tensor, whose values they do not need."""
+
+
+def _sizes_of(value: fx.Node, graph: fx.Graph) -> list[Any]:
+    """The shape of a value as numbers, and calls that give those that follow the input."""
+    sizes: list[Any] = []
+    for dim, size in enumerate(value.meta["val"].shape):
+        if not isinstance(size, int):
+            call = graph.call_function(torch.ops.aten.sym_size.int, (value, dim))
+            call.meta = {"val": size, "where": "", "path": ""}
+            size = call
+        sizes.append(size)
+    return sizes
 
 
 def _mapped(argument: Any, values: Mapping[fx.Node, Any]) -> Any:
@@ -446,17 +470,14 @@ def _remove_unused(graph: fx.Graph) -> None:
             graph.erase_node(node)
 
 
-def _check(graph: fx.Graph, model: nn.Module) -> None:
-    """Refuse what cannot be planned: sizes that depend on values, and calls that are no operations."""
+def _check(graph: fx.Graph, model: nn.Module, unknown: Sequence[fx.Node]) -> None:
+    """Refuse what cannot be planned: sizes that are not known, and calls that are no operations."""
+    for node in unknown:
+        raise CaptureError(
+            f"model: {type(model).__name__}: {node.meta.get('where') or node}: a size depends on the values of a "
+            "tensor; write it with a fixed size (torch.where, a product with a mask)"
+        )
     for node in graph.nodes:
-        values = node.meta.get("val")
-        for value in values if isinstance(values, list | tuple) else [values]:
-            sizes = value.shape if isinstance(value, Tensor) else [value]
-            if any(isinstance(size, torch.SymInt) and size.node.hint is None for size in sizes):
-                raise CaptureError(
-                    f"model: {type(model).__name__}: {node.meta.get('where') or node}: a size depends on the values of "
-                    "a tensor; write it with a fixed size (torch.where, a product with a mask)"
-                )
         plain = isinstance(node.target, torch._ops.OpOverload | str) or getattr(node.target, "__module__", "") in (
             "_operator", "torch", "math", "builtins",
         )  # fmt: skip

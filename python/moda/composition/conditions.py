@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import ast
 import operator
+import re
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
 
-__all__ = ["holds", "is_readable"]
+__all__ = ["holds", "is_readable", "leaves_free"]
 
 _OPERATORS: dict[type[ast.AST], Callable[..., Any]] = {
     ast.Add: operator.add,
@@ -51,6 +52,41 @@ def holds(condition: str, sizes: Sequence[Sequence[int]]) -> bool:
         return bool(_value(tree.body, sizes))
     except (SyntaxError, IndexError, ZeroDivisionError, RecursionError):
         raise ValueError(f"{condition!r}: no condition on sizes") from None
+
+
+_SIZE = r"L\['inputs'\]\[(\d+)\]\.size\(\)\[(\d+)\]"
+_SAME_SIZES = re.compile(rf"{_SIZE} == {_SIZE}")  # of tokens and their mask, or the sides of a square
+_FACTORS = (2, 3, 5, 7, 11, 13)
+
+
+def leaves_free(conditions: Sequence[str], sizes: Sequence[Sequence[int]], free: Sequence[Sequence[bool]]) -> bool:
+    """Whether inputs of other sizes meet these conditions, too: multiples of those of the example, each its own.
+
+    Sizes that have to be the same are multiplied alike. What is left are conditions by which sizes determine each
+    other: the features of all positions have to be as many as a linear layer takes, say.
+
+    Args:
+        conditions: as torch.export writes them.
+        sizes: of the example.
+        free: which of them may be others.
+    """
+    group = {(place, dim): (place, dim) for place, shape in enumerate(sizes) for dim in range(len(shape))}
+    for condition in conditions:
+        if match := _SAME_SIZES.fullmatch(condition):
+            place, dim, other, along = map(int, match.groups())
+            one, two = group[place, dim], group[other, along]
+            group = {key: one if value == two else value for key, value in group.items()}
+    fixed = {group[key] for key in group if not free[key[0]][key[1]]}
+    groups = [value for value in dict.fromkeys(group.values()) if value not in fixed]
+    for shift in range(2):
+        factors = {value: _FACTORS[(place + shift) % len(_FACTORS)] for place, value in enumerate(groups)}
+        others = [
+            [size * factors.get(group[place, dim], 1) for dim, size in enumerate(shape)]
+            for place, shape in enumerate(sizes)
+        ]
+        if not all(holds(condition, others) for condition in conditions if "==" in condition):
+            return False
+    return True
 
 
 def _value(node: ast.AST, sizes: Sequence[Sequence[int]]) -> Any:

@@ -12,9 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-__all__ = ["make_functional", "writes"]
+__all__ = ["UnfollowedError", "make_functional", "writes"]
 
 aten = torch.ops.aten
+
+
+class UnfollowedError(ValueError):
+    """A value is overwritten in a way that cannot be followed."""
 
 
 def writes(node: fx.Node) -> bool:
@@ -37,11 +41,44 @@ def make_functional(graph: fx.Graph) -> None:
     """Rewrite `graph` so that only leaves (`get_attr`) are ever overwritten.
 
     Raises:
-        ValueError: a value is overwritten in a way that cannot be followed; the message has the line.
+        UnfollowedError: a value is overwritten in a way that cannot be followed; the message has the line.
     """
     if any(node.op == "call_function" and writes(node) for node in graph.nodes):
+        for node in list(graph.nodes):
+            if node.op == "call_function" and _name(node) in _SPLITS:
+                _take_apart(graph, node)
         _Rewriter(graph).run()
     graph.lint()
+
+
+_SPLITS = ("split", "split_with_sizes", "chunk", "tensor_split", "unbind", "unsafe_split", "unsafe_chunk")
+
+
+def _name(node: fx.Node) -> str:
+    target: Any = node.target
+    return str(getattr(getattr(target, "_overloadpacket", target), "__name__", ""))
+
+
+def _take_apart(graph: fx.Graph, node: fx.Node) -> None:
+    """Let parts of a value, which may be overwritten one by one, be slices of it."""
+    target: Any = node.target
+    place = next(i for i, argument in enumerate(target._schema.arguments) if argument.name == "dim")
+    source, dim = node.args[0], int(node.kwargs.get("dim", node.args[place] if place < len(node.args) else 0))  # type: ignore[arg-type]
+    values = node.meta["val"]
+    removed = _name(node) == "unbind"
+    sizes = [1 if removed else value.shape[dim] for value in values]
+    if not all(isinstance(size, int) for size in sizes):
+        return
+    for user in list(node.users):
+        part = int(user.args[1])  # type: ignore[arg-type]
+        start = sum(sizes[:part])
+        with graph.inserting_before(user):
+            args = (source, dim, start) if removed else (source, dim, start, start + sizes[part])
+            made = graph.call_function(aten.select.int if removed else aten.slice.Tensor, args)
+        made.meta = dict(user.meta)
+        user.replace_all_uses_with(made)
+        graph.erase_node(user)
+    graph.erase_node(node)
 
 
 class _Rewriter:
@@ -50,6 +87,7 @@ class _Rewriter:
     def __init__(self, graph: fx.Graph) -> None:
         self.graph = graph
         self.parent: dict[fx.Node, fx.Node] = {}  # of a view, the value that it looks at
+        self.given: dict[fx.Node, fx.Node] = {}  # of a view, what that was when the view was made
         self.current: dict[fx.Node, fx.Node] = {}  # newest value of what a node once made
         self.seen: dict[fx.Node, int] = {}  # how often the memory was overwritten when `current` was made
         self.overwritten: dict[fx.Node, int] = {}  # per root
@@ -62,15 +100,17 @@ class _Rewriter:
                 if node.op == "call_function" and writes(node):
                     self._overwrite(node)
                     continue
+                self._note_view(node)
                 node.args = fx.map_arg(node.args, self._newest)
                 node.kwargs = fx.map_arg(node.kwargs, self._newest)
-            self._note_view(node)
 
     def _note_view(self, node: fx.Node) -> None:
-        """Remember what a node's value shares memory with."""
+        """Remember what a node's value shares memory with, and what that holds now."""
         sources = [n for n in node.all_input_nodes if _storages(n) & _storages(node)]
         if node.op == "call_function" and sources:
             self.parent[node] = sources[0]
+            self.given[node] = self._newest(sources[0])
+            self.seen[node] = self.overwritten.get(self._root(node), 0)
 
     def _root(self, node: fx.Node) -> fx.Node:
         while node in self.parent:
@@ -91,7 +131,7 @@ class _Rewriter:
         made = self.graph.create_node(
             "call_function",
             view.target,
-            fx.map_arg(view.args, lambda n: source if n in (parent, self.current.get(parent)) else n),
+            fx.map_arg(view.args, lambda n: source if n in (parent, self.given.get(view)) else n),
             view.kwargs,
         )
         made.meta = dict(view.meta)
@@ -109,23 +149,19 @@ class _Rewriter:
         made = self._functional(node, old)
         self.overwritten[root] = self.overwritten.get(root, 0) + 1
         self._write_back(node, target, made)
-        self.parent[node] = target
-        self.current[node], self.seen[node] = made, self.overwritten[root]
-        node.replace_all_uses_with(made)
+        node.replace_all_uses_with(target)
         self.graph.erase_node(node)
 
     def _write_back(self, node: fx.Node, target: fx.Node, value: fx.Node) -> None:
         """Let everything from `target` up to its root be what it is now."""
         count = self.overwritten[self._root(target)]
         while True:
-            before = self.current.get(target, target)
             self.current[target], self.seen[target] = value, count
             if target not in self.parent:
                 return
             parent = self.parent[target]
             value = self._through(node, target, parent, value, self.current.get(parent, parent))
             target = parent
-            del before
 
     def _functional(self, node: fx.Node, old: fx.Node) -> fx.Node:
         target: Any = node.target
@@ -152,9 +188,9 @@ class _Rewriter:
     def _through(self, node: fx.Node, view: fx.Node, parent: fx.Node, value: fx.Node, old: fx.Node) -> fx.Node:
         """`old` with what `view` looks at replaced by `value`."""
         shape = parent.meta["val"]
-        packet = getattr(
-            getattr(view.target, "_overloadpacket", None), "__name__", getattr(view.target, "__name__", "")
-        )
+        packet = _name(view)
+        if not isinstance(shape, Tensor):
+            raise _refusal(node, "writes into a part of a tensor, of a size that follows the input")
         args: tuple[Any, ...] = view.args
         if packet == "slice":
             return self._call(aten.slice_scatter.default, (old, value, *args[1:]), shape)
@@ -171,10 +207,19 @@ class _Rewriter:
             return self._call(aten.permute.default, (value, [order.index(dim) for dim in range(rank)]), shape)
         if tuple(view.meta["val"].shape) == tuple(shape.shape):  # detach, contiguous, dropout in evaluation mode
             return value
-        if all(isinstance(size, int) for size in shape.shape[1:]) and packet not in ("expand", "getitem", "as_strided"):
-            sizes = [-1 if not isinstance(size, int) else size for size in shape.shape]
-            return self._call(aten.reshape.default, (value, sizes), shape)
+        if packet not in ("expand", "getitem", "as_strided", "diagonal", "unfold"):
+            return self._call(aten.reshape.default, (value, self._sizes(old, shape)), shape)
         raise _refusal(node, f"writes into a part of a tensor under {packet}")
+
+    def _sizes(self, old: fx.Node, like: Tensor) -> list[Any]:
+        """A shape as arguments: a single size that follows the input is left open, several are asked for."""
+        follow = [dim for dim, size in enumerate(like.shape) if not isinstance(size, int)]
+        if len(follow) < 2:
+            return [-1 if dim in follow else size for dim, size in enumerate(like.shape)]
+        return [
+            self._call(aten.sym_size.int, (old, dim), size) if dim in follow else size
+            for dim, size in enumerate(like.shape)
+        ]
 
     def _call(self, target: Any, args: tuple[Any, ...], *rest: Any) -> fx.Node:
         """Call `target(*args, **kwargs)`; the rest is the value, or the keyword arguments and the value."""
@@ -228,6 +273,8 @@ def _storages(node: fx.Node) -> set[int]:
     return {x.untyped_storage()._cdata for x in values if isinstance(x, Tensor)}
 
 
-def _refusal(node: fx.Node, what: str) -> ValueError:
+def _refusal(node: fx.Node, what: str) -> UnfollowedError:
     place = node.meta.get("where") or "a line that is not known"
-    return ValueError(f"model: {place}: {what}, which cannot be followed; write it without (torch.where, torch.cat)")
+    return UnfollowedError(
+        f"model: {place}: {what}, which cannot be followed; write it without (torch.where, torch.cat)"
+    )

@@ -16,7 +16,7 @@ from moda.observation.taps import Taps
 from moda.outputs import Output, pick
 from moda.structure import flatten
 
-__all__ = ["check", "in_mode", "untouched"]
+__all__ = ["SLACK", "check", "in_mode", "is_random", "nudge", "untouched"]
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 """Largest difference that rounding explains, relative to the largest output, by dtype."""
@@ -94,7 +94,7 @@ def _masked(
     def masked(index: int, activation: Tensor) -> Tensor:
         factor = factors[index].to(device=activation.device, dtype=activation.dtype)
         kept = activation * factor.view([-1] + [1] * (activation.dim() - 2))
-        return _nudge(kept) if nudging else kept
+        return nudge(kept) if nudging else kept
 
     with untouched(taps.model), taps.replacing(masked):
         value = taps.model(*example.args, **example.kwargs)
@@ -124,10 +124,11 @@ def _difference(got: Sequence[Tensor], expected: Sequence[Tensor]) -> tuple[floa
 
 def _nudged(example: Example) -> Example:
     """With every number changed by about its rounding."""
-    return Example(*torch.utils._pytree.tree_map(_nudge, (example.args, dict(example.kwargs))))
+    return Example(*torch.utils._pytree.tree_map(nudge, (example.args, dict(example.kwargs))))
 
 
-def _nudge(value: Any) -> Any:
+def nudge(value: Any) -> Any:
+    """A tensor with every number changed by about its rounding."""
     if not isinstance(value, Tensor) or not value.is_floating_point():
         return value
     return value * (1 + torch.finfo(value.dtype).eps * (torch.randint_like(value, 2) * 2 - 1))

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from torch import fx
 
 from moda.composition.functional import writes
@@ -21,7 +22,20 @@ from moda.composition.kept import Kept
 from moda.composition.reader import Reader
 from moda.composition.rules import Elementwise, Tap, rank_of
 from moda.composition.spatial import Norm
-from moda.composition.values import Bools, Grid, Indices, Shape, along, any_to, is_free, is_tensor, same, shape_of
+from moda.composition.values import (
+    Bools,
+    Grid,
+    Indices,
+    Shape,
+    along,
+    any_to,
+    is_free,
+    is_tensor,
+    same,
+    shape_of,
+    symbols_of,
+    symbols_of_inputs,
+)
 
 __all__ = ["GraphPlan", "Pick", "merged"]
 
@@ -130,7 +144,10 @@ class GraphPlan:
         for place, value in enumerate(output_of(self.reader.graph)):
             if isinstance(value, fx.Node) and value in self.zeros:
                 self.ask(value, self._chosen(value) if place in self.pick.places else _ALL)
+        known = symbols_of_inputs(self.reader.graph)
         for node in self.reader.sizes:
+            if node.target is _SIZE and symbols_of(node.meta["val"]) <= known:
+                continue  # computed of the sizes of inputs
             for source in node.all_input_nodes:
                 if source in self.zeros and source.op != "placeholder":
                     self.ask(source, _first(self.zeros[source].shape))
@@ -223,6 +240,7 @@ class GraphPlan:
         return found
 
 
+_SIZE = torch.ops.aten.sym_size.int
 _NOTHING = np.zeros(0, dtype=np.bool_)
 _ALL = np.ones((), dtype=np.bool_)
 

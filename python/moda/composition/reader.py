@@ -5,7 +5,6 @@ from __future__ import annotations
 import operator
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from math import prod
 from typing import Any, cast
 
 import torch
@@ -14,8 +13,9 @@ from torch import Tensor, fx
 from moda.composition.functional import writes
 from moda.composition.movers import Concat, Move, Run, Stack, argument, packet_of, read_move
 from moda.composition.owners import Bilinear, Contraction, Convolution, Lookup, Recurrent
+from moda.composition.parameters import parameter_rule
 from moda.composition.products import Attention, Product
-from moda.composition.rules import Elementwise, Rule, Tap, Unary, Weights, Whole, WholeWeight, rank_of
+from moda.composition.rules import Elementwise, Rule, Tap, Unary, Whole, WholeWeight, rank_of
 from moda.composition.spatial import Along, GroupNorm, Norm
 from moda.composition.values import TAP, Shape, is_free, is_tensor, shape_of, size_of
 
@@ -41,11 +41,6 @@ _MOVERS = frozenset((
     "reshape", "roll", "rot90", "select", "select_scatter", "slice", "slice_scatter", "split", "split_with_sizes",
     "squeeze", "swapaxes", "swapdims", "t", "tensor_split", "tile", "transpose", "unbind", "unflatten", "unfold",
     "unsafe_chunk", "unsafe_split", "unsqueeze", "view", "im2col", "adjoint", "hsplit", "vsplit", "dsplit", "index",
-    "expand_as", "view_as", "reshape_as",
-))  # fmt: skip
-_TRANSPOSES = frozenset((
-    "t", "transpose", "permute", "numpy_T", "mT", "mH", "matrix_H", "adjoint", "swapaxes", "swapdims", "movedim",
-    "moveaxis",
 ))  # fmt: skip
 _SIZES = {
     "view": ("size",), "reshape": ("shape",), "_unsafe_view": ("size",), "expand": ("size",), "unflatten": ("sizes",),
@@ -114,30 +109,9 @@ class Reader:
 
     def _weight(self, node: fx.Node) -> Rule:
         """What is computed of parameters alone."""
-        if writes(node) or not is_tensor(node) or not _tensor_inputs(node):
+        if any(source in self.written for source in _tensor_inputs(node)):
             return WholeWeight(node)
-        packet, sources = packet_of(node), _tensor_inputs(node)
-        if any(source in self.written for source in sources):
-            return WholeWeight(node)
-        if packet == "_weight_norm":
-            dim = int(argument(node, "dim"))
-            axes = {s: [d if d == dim else None for d in range(rank_of(s))] for s in sources}
-            return Weights(node, axes=axes)
-        if _is_pointwise(node) and packet not in ("where",):
-            return Weights(node)
-        if packet in _TRANSPOSES and len(sources) == 1:
-            return Weights(node, axes={sources[0]: self._transposed(node, sources[0])})
-        if packet in ("unsqueeze", "squeeze", "flatten", "reshape", "view"):
-            moved = _axes_of_move(node, sources[0])
-            return Weights(node, axes={sources[0]: moved}) if moved is not None else WholeWeight(node)
-        return WholeWeight(node)
-
-    def _transposed(self, node: fx.Node, source: fx.Node) -> list[int | None]:
-        """Where each axis of a parameter goes: to where its stride is found again."""
-        strides = [1 << (12 * place) for place in range(rank_of(source))]
-        told_apart = torch.empty_strided(shape_of(source), strides, device="meta")
-        moved = _runner(node, self)({source: told_apart}, {}).stride()
-        return [moved.index(stride) for stride in strides]
+        return parameter_rule(node, _is_pointwise(node))
 
     # -- activations ----------------------------------------------------------------------------------------
 
@@ -408,8 +382,8 @@ class Reader:
             sources = sources[:1]
         of = [source for source in sources if source in self.activations]
         others = [source for source in sources if source not in self.activations]
-        if packet in ("expand_as", "view_as", "reshape_as"):
-            return None
+        if packet in ("index", "index_select") and any(map(self._is_activation, _tensor_inputs(node)[1:])):
+            return self._indexed(node, packet)
         units = {source: self.units(source) for source in of}
         if packet in ("pad", "constant_pad_nd"):
             padded = len(argument(node, "pad")) // 2
@@ -422,6 +396,36 @@ class Reader:
         if packet in ("slice_scatter", "select_scatter") and len(of) + len(others) == 2:
             return read_move(node, run, of, units, others)
         return read_move(node, run, of, units, others, sizes=_SIZES.get(packet, ()))
+
+    def _indexed(self, node: fx.Node, packet: str) -> Rule | None:
+        """Positions that the input chooses: along the axes that they are chosen of, everything is needed."""
+        source = _tensor_inputs(node)[0]
+        if source not in self.activations:
+            return None
+        if packet == "index_select":
+            indices: list[Any] = [None] * (int(argument(node, "dim")) % rank_of(source)) + [node.args[2]]
+        else:
+            indices = list(argument(node, "indices"))
+        before, chosen, after, new = list[int](), list[int](), list[int](), 1
+        place, parted = 0, False
+        for index in indices:
+            if index is None:
+                (after if chosen else before).append(place)
+                place += 1
+                continue
+            parted |= bool(after)
+            boolean = index.meta["val"].dtype in (torch.bool, torch.uint8)
+            chosen.extend(range(place, place + (rank_of(index) if boolean else 1)))
+            new = new if boolean else max(new, rank_of(index))
+            place = chosen[-1] + 1
+        after.extend(range(place, rank_of(source)))
+        axes = (*[None] * new, *before, *after) if parted else (*before, *[None] * new, *after)
+        if len(axes) != rank_of(node):
+            return None
+        units = self.units(source)
+        why = f"{packet} needs all neurons" if any(units[dim] > 1 for dim in chosen) else ""
+        kept = tuple(1 if axis is None else units[axis] for axis in axes)
+        return Along(node, kept, axes=axes, keeps_zero=True, why=why)
 
     def _join(self, node: fx.Node, packet: str) -> Rule | None:
         parts = node.args[0]
@@ -650,26 +654,3 @@ def _projects(node: fx.Node, parameters: Sequence[fx.Node], biases: bool) -> boo
     """Whether an LSTM has projections, a further weight a layer."""
     layers = int(argument(node, "num_layers")) * (2 if argument(node, "bidirectional") else 1)
     return len(parameters) == layers * (5 if biases else 3)
-
-
-def _axes_of_move(node: fx.Node, source: fx.Node) -> list[int | None] | None:
-    """Where each axis of a reshaped parameter goes; None for one that is joined with others."""
-    shape, packet = shape_of(source), packet_of(node)
-    rank = len(shape)
-    after = shape_of(node)
-    places: list[int | None] = [None] * rank
-    if prod(shape) == 0:
-        return places
-    for dim, size in enumerate(shape):  # an axis stays one where as much lies before it as there did
-        before = prod(shape[:dim])
-        for place, other in enumerate(after):
-            if other == size and size > 1 and prod(after[:place]) == before:
-                places[dim] = place
-    if packet in ("reshape", "view", "flatten"):
-        # sizes among the arguments are those of the whole: positions are not picked before them
-        sizes = argument(node, "size", argument(node, "shape", []))
-        if any(place is not None and len(sizes) > place and sizes[place] != -1 for place in places):
-            return [None] * rank
-        if packet == "flatten":
-            return places
-    return places

@@ -53,11 +53,15 @@ class Along(Rule):
         order = sorted((axis, place) for place, axis in enumerate(self.axes) if axis is not None)
         asked = less.transpose([*(place for _, place in order), *mixed]).reshape(shape)
         needs.ask(source, asked)
+        for other in self.sources[1:]:
+            if needs.is_activation(other):
+                needs.ask(other, np.ones((1,) * rank_of(other), dtype=np.bool_))
 
     def weights(self, needs: Needs) -> None:
         """All: they lie along the axes."""
         for source in self.sources[1:]:
-            needs.ask_weight(source, whole(rank_of(source)))
+            if not needs.is_activation(source):
+                needs.ask_weight(source, whole(rank_of(source)))
 
     def grids(self, grid: Grid) -> tuple[Grid, Grid]:
         """What is taken in and given out for an output of this grid."""

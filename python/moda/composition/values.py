@@ -8,9 +8,10 @@ arrays of bools of that shape. Parameters, and what is computed of them alone, a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import prod
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -28,9 +29,38 @@ Grid = tuple["Indices | None", ...]
 """Per axis the positions that are there, in order; None is all of them."""
 
 
+_SIZES: WeakKeyDictionary[Any, dict[Any, int]] = WeakKeyDictionary()
+"""Per graph that was captured (by what holds its symbols) the numbers that stand for its symbols."""
+
+
+def let_sizes_be(environment: Any, sizes: Mapping[Any, int]) -> None:
+    """Plan with these numbers for the symbols of a graph, instead of those of the example."""
+    _SIZES[environment] = dict(sizes)
+
+
 def size_of(size: Any) -> int:
-    """A size of the example."""
-    return size if isinstance(size, int) else int(size.node.hint)
+    """A size that planning works with: of the example, or as `let_sizes_be` has it."""
+    if isinstance(size, int):
+        return size
+    known = _SIZES.get(size.node.shape_env)
+    if known is None:
+        return int(size.node.hint)
+    expression = size.node.expr
+    if expression not in known:
+        known[expression] = int(expression.xreplace(known))
+    return known[expression]
+
+
+def symbols_of(size: Any) -> set[Any]:
+    """The symbols in a size: none in one that is a number."""
+    return set() if isinstance(size, int | float | bool) else set(size.node.expr.free_symbols)
+
+
+def symbols_of_inputs(graph: fx.Graph) -> set[Any]:
+    """Symbols that are sizes of inputs themselves: what is made of them can be computed before anything else."""
+    inputs = [node for node in graph.nodes if node.op == "placeholder" and is_tensor(node)]
+    sizes = [size for node in inputs for size in node.meta["val"].shape if not isinstance(size, int)]
+    return {size.node.expr for size in sizes if size.node.expr.is_symbol}
 
 
 def value_of(node: fx.Node) -> Tensor:
@@ -50,7 +80,7 @@ def holds_tensors(node: fx.Node) -> bool:
 
 
 def shape_of(node: fx.Node) -> Shape:
-    """Sizes with the example."""
+    """Sizes that planning works with."""
     return tuple(size_of(size) for size in value_of(node).shape)
 
 

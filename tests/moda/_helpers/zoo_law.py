@@ -12,7 +12,7 @@ from torch import Generator, Tensor, nn
 
 import moda
 from moda.composition.composed import ComposedModel
-from moda.composition.law import is_random
+from moda.composition.law import SLACK, is_random, nudge
 from moda.decomposition.container import Decomposition
 from moda.observation.taps import Taps
 from moda.outputs import pick
@@ -24,6 +24,7 @@ SHARE = 0.163
 """Of the neurons a class keeps; the first subset keeps 30 % then, the second 41 %."""
 EXAMPLE_BATCH, BATCH = 2, 5
 ROUNDS, MANY = 4, 8
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}
 
 
 @dataclass(frozen=True)
@@ -50,12 +51,16 @@ class Verdict:
             class subsets; of modes in which the model gives the same twice.
         refused: per mode why it cannot be exported, where it cannot.
         left: of the first class subset.
+        any_batch: whether the composed model takes another number of samples than the example's.
+        shaky: modes in which the masked model itself changes by more than its errors where its activations change by
+            their rounding: a batch norm over samples that hardly differ, say.
     """
 
     errors: dict[str, float]
     refused: dict[str, str]
     left: Left | None
     any_batch: bool = True
+    shaky: tuple[str, ...] = ()
 
 
 class NoTapsError(Exception):
@@ -106,9 +111,16 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:
 
 
 def verdict(
-    entry: Entry, dtype: torch.dtype, subsets: Sequence[tuple[int, ...]] = SUBSETS, measure: bool = False
+    entry: Entry,
+    dtype: torch.dtype,
+    subsets: Sequence[tuple[int, ...]] = SUBSETS,
+    measure: bool = False,
+    cast: bool = False,
 ) -> Verdict:
     """Compose the model for each class subset and compare with the masked one, on samples that it has not seen.
+
+    With `cast` the last composed model and the masked one are compared in float32, too, after a cast of both: one
+    export serves both precisions.
 
     Raises:
         ValueError: the model is refused.
@@ -116,6 +128,7 @@ def verdict(
     """
     model = made(entry, dtype)
     errors: dict[str, float] = {}
+    shaky: set[str] = set()
     composed, any_batch = None, True
     with moda.observe(model) as taps:
         _run(model, *inputs_of(entry, EXAMPLE_BATCH, 1, dtype), training=False)
@@ -124,20 +137,27 @@ def verdict(
         decomposition = random_modules(dict(zip(taps.names, taps.widths, strict=True)), entry.num_classes, SHARE)
         for classes in reversed(subsets):
             composed = moda.compose(taps, decomposition, classes, output=entry.output)
-            for mode, route in composed.routes.items():
-                if is_random(route.graph):
-                    continue
-                error, any_batch = _error(entry, taps, decomposition, composed, mode == "train", dtype)
+            for mode in _steady(composed):
+                error, own, any_batch = _error(entry, taps, decomposition, composed, mode == "train", dtype)
                 errors[mode] = max(errors.get(mode, 0.0), error)
-    assert composed is not None
-    left = _left(entry, model, composed, decomposition) if measure else None
-    return Verdict(errors, dict(composed.facts.refused), left, any_batch)
+                if error > TOLERANCE[dtype] and error <= SLACK * own:
+                    shaky.add(mode)
+        assert composed is not None
+        left = _left(entry, model, composed, decomposition) if measure else None
+        if cast:
+            model.float(), composed.float()
+            for mode in _steady(composed):
+                error, own, _ = _error(entry, taps, decomposition, composed, mode == "train", torch.float32)
+                errors[f"{mode}, float32"] = error
+                if error > TOLERANCE[torch.float32] and error <= SLACK * own:
+                    shaky.add(f"{mode}, float32")
+    return Verdict(errors, dict(composed.facts.refused), left, any_batch, tuple(sorted(shaky)))
 
 
 def _error(
     entry: Entry, taps: Taps, decomposition: Decomposition, composed: ComposedModel, training: bool, dtype: torch.dtype
-) -> tuple[float, bool]:
-    """Relative error, and whether another number of samples was fine."""
+) -> tuple[float, float, bool]:
+    """Relative error, that of the masked model under rounding, and whether another number of samples was fine."""
     masked = moda.mask(taps, decomposition, composed.classes, output=entry.output)
     for batch in (BATCH, EXAMPLE_BATCH):
         args, kwargs = inputs_of(entry, batch, 2, dtype)
@@ -147,8 +167,31 @@ def _error(
             if batch == EXAMPLE_BATCH or "input" not in str(error):
                 raise
             continue
-        return relative_error(got, _run(masked, args, kwargs, training)), batch == BATCH
+        expected = _run(masked, args, kwargs, training)
+        error, own = relative_error(got, expected), 0.0
+        if error > TOLERANCE[dtype]:
+            with taps.replacing(_masked(taps, decomposition.select(composed.classes), nudge)):
+                whole = _run(_Picked(taps.model, composed, entry.output), args, kwargs, training)
+            own = relative_error(whole, expected)
+        return error, own, batch == BATCH
     raise AssertionError
+
+
+def _steady(composed: ComposedModel) -> list[str]:
+    """Modes in which it gives the same twice."""
+    return [mode for mode, route in composed.routes.items() if not is_random(route.graph)]
+
+
+class _Picked(nn.Module):
+    """A model with the outputs of some classes alone."""
+
+    def __init__(self, model: nn.Module, composed: ComposedModel, output: str | int | None) -> None:
+        super().__init__()
+        self.training = model.training
+        self.model, self.composed, self.output = model, composed, output
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return pick(self.model(*args, **kwargs), self.composed.classes, self.composed.num_classes, self.output)
 
 
 def _run(model: nn.Module, args: Any, kwargs: Any, training: bool) -> list[Tensor]:
@@ -194,9 +237,7 @@ def _left(entry: Entry, model: nn.Module, composed: ComposedModel, decomposition
     gradients, are left out.
     """
     mode = "train" if "train" in composed.routes else "eval"
-    everything = Decomposition({tap: torch.ones_like(mask) for tap, mask in decomposition.masks.items()})
-    before = _alive(entry, everything, range(entry.num_classes), mode)
-    after = _alive(entry, decomposition, SUBSETS[0], mode)
+    before, after = _alive(entry, decomposition, mode)
     sizes = {name: parameter.numel() for name, parameter in composed.named_parameters(remove_duplicate=False)}
     whole = left = ideal = 0
     for name, parameter in model.named_parameters():
@@ -218,34 +259,42 @@ def _ideal(before: Tensor, after: Tensor) -> int:
     return int((after | undecided).sum()) if after.any() else 0
 
 
-def _alive(entry: Entry, decomposition: Decomposition, classes: Sequence[int], mode: str) -> Mapping[str, Tensor]:
-    """Per parameter the entries whose derivative is not 0."""
-    found: dict[str, Tensor] = {}
+def _alive(entry: Entry, decomposition: Decomposition, mode: str) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
+    """Per parameter the entries whose derivative is not 0: in the whole model, and in the masked one."""
+    whole, masked = dict[str, Tensor](), dict[str, Tensor]()
+    masks = decomposition.select(SUBSETS[0])
+    kept = {tap: torch.ones_like(mask) for tap, mask in masks.items()}
     for seed in range(ROUNDS):
         model = made(entry, torch.float64, 100 + seed)
-        for name, parameter in model.named_parameters():
-            found.setdefault(name, torch.zeros(parameter.shape, dtype=torch.bool))
+        for parameter in model.parameters():
             parameter.requires_grad_(parameter.is_floating_point())
         for module in model.modules():
             if hasattr(module, "memory_efficient"):  # checkpoints do not go with taps that replace
                 module.memory_efficient = False
-        masks = decomposition.select(classes)
         with moda.observe(model) as taps:
             _run(model, *inputs_of(entry, EXAMPLE_BATCH, 1, torch.float64), training=False)
             model.train(mode == "train")  # where batch norms see to it that hardly an activation is 0 for all samples
-            args, kwargs = inputs_of(entry, MANY, seed, torch.float64)
-            with taps.replacing(_masked(taps, masks)):
-                picked = pick(model(*args, **kwargs), classes, entry.num_classes, entry.output)
-                outputs = [x for x in tensors_of(picked) if x.requires_grad]
-                _projected(outputs, torch.Generator().manual_seed(seed)).backward()
-        for name, parameter in model.named_parameters():
-            if parameter.grad is not None:
-                found[name] |= parameter.grad != 0
-    return found
+            buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+            for found, chosen, classes in ((whole, kept, range(entry.num_classes)), (masked, masks, SUBSETS[0])):
+                for buffer, value in buffers:
+                    buffer.copy_(value)
+                args, kwargs = inputs_of(entry, MANY, seed, torch.float64)
+                with taps.replacing(_masked(taps, chosen)):
+                    picked = pick(model(*args, **kwargs), classes, entry.num_classes, entry.output)
+                    outputs = [x for x in tensors_of(picked) if x.requires_grad]
+                    _projected(outputs, torch.Generator().manual_seed(seed)).backward()
+                for name, parameter in model.named_parameters():
+                    alive = found.setdefault(name, torch.zeros(parameter.shape, dtype=torch.bool))
+                    if parameter.grad is not None:
+                        alive |= parameter.grad != 0
+                model.zero_grad()
+    return whole, masked
 
 
-def _masked(taps: Taps, masks: Mapping[str, Tensor]) -> Callable[[int, Tensor], Tensor]:
-    return lambda index, x: x * masks[taps.name_of(index)].view(-1, *[1] * (x.dim() - 2))
+def _masked(
+    taps: Taps, masks: Mapping[str, Tensor], after: Callable[[Tensor], Tensor] = lambda x: x
+) -> Callable[[int, Tensor], Tensor]:
+    return lambda index, x: after(x * masks[taps.name_of(index)].view(-1, *[1] * (x.dim() - 2)))
 
 
 def _projected(outputs: Sequence[Tensor], generator: Generator) -> Tensor:
