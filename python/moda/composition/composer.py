@@ -17,7 +17,7 @@ from moda.composition.building import GraphBuilder, Pieces
 from moda.composition.capture import Captured, CaptureError, Example, capture
 from moda.composition.composed import ComposedModel, Facts, Route, parameters_of
 from moda.composition.kept import Kept
-from moda.composition.law import check, in_mode, untouched
+from moda.composition.law import agree, changes, check, in_mode, plain_attributes, untouched
 from moda.composition.observed import check_taps, example_of, names_every_tap
 from moda.composition.planning import GraphPlan, Pick, merged, output_of
 from moda.composition.reader import Reader
@@ -114,8 +114,7 @@ class Composer:
 
     def _read(self, mode: str, taps: Taps, example: Example) -> None:
         with in_mode(self.model, mode == "train"):
-            with untouched(self.model):
-                self.model(*example.args, **example.kwargs)  # so that taps know what the model does in this mode
+            self._run(mode, example)
             self.names[mode] = taps.names
             self.widths.update(zip(taps.names, taps.widths, strict=True))
             freedom = max((known.freedom for known in self.captured.values()), default=0)
@@ -123,6 +122,29 @@ class Composer:
         fixed = {name: t for name, t in parameters_of(self.model).items() if not t.is_floating_point()}
         self.captured[mode] = captured
         self.readers[mode] = Reader(captured.graph, {**fixed, **captured.constants})
+
+    def _run(self, mode: str, example: Example) -> None:
+        """Let taps know what the model does in this mode.
+
+        Raises:
+            CaptureError: what it gives depends on what it puts in place of its own attributes: a graph would not.
+        """
+        modules = dict(self.model.named_modules())
+        before = {name: (plain_attributes(module), dict(module._buffers)) for name, module in modules.items()}
+        with untouched(self.model):
+            state = torch.random.get_rng_state()
+            first = self.model(*example.args, **example.kwargs)
+            changed = [f"{name}.{own}".lstrip(".") for name, m in modules.items() for own in changes(m, *before[name])]
+            if not changed:
+                return
+            torch.random.set_rng_state(state)
+            if agree(first, self.model(*example.args, **example.kwargs)):
+                return
+        raise CaptureError(
+            f"model: {type(self.model).__name__} gives something else each time it is called in {mode} mode, as it "
+            f"assigns {', '.join(changed)}, which a composed model does not follow; overwrite buffers in place "
+            "(self.name.copy_(...), self.name += 1), or use moda.mask"
+        )
 
     def _check_modes(self) -> None:
         """A mode with other taps or outputs than the decomposition's is refused; both cannot be."""

@@ -173,6 +173,8 @@ class _Rewriter:
             made = self._call(aten.zeros_like.default, (old,), value)
         else:
             made = self._call(*_pure(node, packet, overload, old), value)
+            if "out" in node.kwargs:  # whose precision may be another
+                made = self._call(aten.to.dtype, (made, value.dtype), value)
         made.meta = {**node.meta, "val": value}
         return made
 
@@ -207,7 +209,10 @@ class _Rewriter:
             return self._call(aten.permute.default, (value, [order.index(dim) for dim in range(rank)]), shape)
         if tuple(view.meta["val"].shape) == tuple(shape.shape):  # detach, contiguous, dropout in evaluation mode
             return value
-        if packet not in ("expand", "getitem", "as_strided", "diagonal", "unfold"):
+        if packet == "narrow" and all(isinstance(arg, int) for arg in args[1:]):
+            dim, start, length = args[1:]
+            return self._call(aten.slice_scatter.default, (old, value, dim, start, start + length), shape)
+        if packet in ("view", "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze", "ravel"):
             return self._call(aten.reshape.default, (value, self._sizes(old, shape)), shape)
         raise _refusal(node, f"writes into a part of a tensor under {packet}")
 

@@ -14,9 +14,9 @@ from moda.composition.composed import ComposedModel
 from moda.composition.movers import argument, packet_of
 from moda.observation.taps import Taps
 from moda.outputs import Output, pick
-from moda.structure import flatten
+from moda.structure import flatten, flatten_output
 
-__all__ = ["SLACK", "check", "in_mode", "is_random", "nudge", "untouched"]
+__all__ = ["SLACK", "agree", "changes", "check", "in_mode", "is_random", "nudge", "plain_attributes", "untouched"]
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 """Largest difference that rounding explains, relative to the largest output, by dtype."""
@@ -39,14 +39,29 @@ def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
 
 @contextmanager
 def untouched(*models: nn.Module) -> Iterator[None]:
-    """Afterwards buffers and random state are as before."""
+    """Afterwards buffers, plain attributes and random state are as before."""
+    modules = [module for model in models for module in model.modules()]
+    buffers = [(module._buffers, dict(module._buffers)) for module in modules]
     held = [(buffer, buffer.clone()) for model in models for buffer in model.buffers()]
+    attributes = [(module, plain_attributes(module)) for module in modules]
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         try:
             yield
         finally:
+            for module, values in attributes:
+                vars(module).update(values)
+            for own, before in buffers:
+                own.update(before)
             for buffer, value in held:
                 buffer.copy_(value)
+
+
+_PLAIN = (bool, int, float, complex, str, type(None), Tensor)
+
+
+def plain_attributes(module: nn.Module) -> dict[str, Any]:
+    """A module's own attributes that are numbers, texts or tensors, and neither parameters nor buffers nor its mode."""
+    return {name: value for name, value in vars(module).items() if isinstance(value, _PLAIN) and name != "training"}
 
 
 def check(
@@ -103,6 +118,26 @@ def _masked(
 
 def _tensors(value: Any) -> list[Tensor]:
     return [x.detach().clone() for x in flatten(value, "output")[1] if isinstance(x, Tensor)]
+
+
+def changes(module: nn.Module, attributes: Mapping[str, Any], buffers: Mapping[str, Any]) -> list[str]:
+    """Names of what a module has put something else in place of, compared with what it had."""
+    found = []
+    for before, now in ((attributes, plain_attributes(module)), (buffers, module._buffers)):
+        for name, value in now.items():
+            same = name in before and (before[name] is value or (_is_number(value) and before[name] == value))
+            found += [] if same else [name]
+    return found
+
+
+def _is_number(value: Any) -> bool:
+    return not isinstance(value, Tensor)
+
+
+def agree(one: Any, other: Any) -> bool:
+    """Whether two outputs of a model are the same, up to rounding."""
+    error, allowed = _difference(flatten_output(one)[1], flatten_output(other)[1])
+    return error <= allowed
 
 
 def _difference(got: Sequence[Tensor], expected: Sequence[Tensor]) -> tuple[float, float]:

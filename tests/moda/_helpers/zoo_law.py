@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
+from torch.utils.checkpoint import CheckpointError
 
 import moda
 from moda.composition.composed import ComposedModel
@@ -135,6 +136,7 @@ def verdict(
         if not taps.names:
             raise NoTapsError(taps.skipped)
         decomposition = random_modules(dict(zip(taps.names, taps.widths, strict=True)), entry.num_classes, SHARE)
+        entry = replace(entry, output=_output(entry, model, dtype))
         for classes in reversed(subsets):
             composed = moda.compose(taps, decomposition, classes, output=entry.output)
             for mode in _steady(composed):
@@ -143,11 +145,14 @@ def verdict(
                 if error > TOLERANCE[dtype] and error <= SLACK * own:
                     shaky.add(mode)
         assert composed is not None
-        left = _left(entry, model, composed, decomposition) if measure else None
+        left = _left(entry, model, composed, decomposition, dtype) if measure else None
         if cast:
             model.float(), composed.float()
             for mode in _steady(composed):
-                error, own, _ = _error(entry, taps, decomposition, composed, mode == "train", torch.float32)
+                try:
+                    error, own, _ = _error(entry, taps, decomposition, composed, mode == "train", torch.float32)
+                except RuntimeError:
+                    break  # its graph names the precision
                 errors[f"{mode}, float32"] = error
                 if error > TOLERANCE[torch.float32] and error <= SLACK * own:
                     shaky.add(f"{mode}, float32")
@@ -175,6 +180,13 @@ def _error(
             own = relative_error(whole, expected)
         return error, own, batch == BATCH
     raise AssertionError
+
+
+def _output(entry: Entry, model: nn.Module, dtype: torch.dtype) -> str | int | None:
+    """Which output has the logits; none in particular where the model gives them alone in evaluation mode."""
+    args, kwargs = inputs_of(entry, EXAMPLE_BATCH, 1, dtype)
+    with torch.no_grad():
+        return None if isinstance(model(*args, **kwargs), Tensor) else entry.output
 
 
 def _steady(composed: ComposedModel) -> list[str]:
@@ -227,17 +239,22 @@ def relative_error(got: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
 # ---- what can go at best ---------------------------------------------------------------------------------------
 
 
-def _left(entry: Entry, model: nn.Module, composed: ComposedModel, decomposition: Decomposition) -> Left:
+def _left(
+    entry: Entry, model: nn.Module, composed: ComposedModel, decomposition: Decomposition, dtype: torch.dtype
+) -> Left | None:
     """Parameters left over the ideal structured cut.
 
     An entry of a parameter is *alive* if a derivative of an output by it is not exactly 0, for random inputs and random
     values of all parameters, several times. Entries that are alive in the whole model and not in the masked one can go;
     the ideal cut is without them. What is alive in neither goes with its rows and columns: corners of a kernel that
     only ever meet padding, say. Parameters that are not alive at all in the whole model, being unused or used without
-    gradients, are left out.
+    gradients, are left out. None where the taps do not go with the model's own recomputation in the backward pass.
     """
     mode = "train" if "train" in composed.routes else "eval"
-    before, after = _alive(entry, decomposition, mode)
+    try:
+        before, after = _alive(entry, decomposition, mode, dtype)
+    except CheckpointError:
+        return None
     sizes = {name: parameter.numel() for name, parameter in composed.named_parameters(remove_duplicate=False)}
     whole = left = ideal = 0
     for name, parameter in model.named_parameters():
@@ -259,26 +276,28 @@ def _ideal(before: Tensor, after: Tensor) -> int:
     return int((after | undecided).sum()) if after.any() else 0
 
 
-def _alive(entry: Entry, decomposition: Decomposition, mode: str) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
+def _alive(
+    entry: Entry, decomposition: Decomposition, mode: str, dtype: torch.dtype
+) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
     """Per parameter the entries whose derivative is not 0: in the whole model, and in the masked one."""
     whole, masked = dict[str, Tensor](), dict[str, Tensor]()
     masks = decomposition.select(SUBSETS[0])
     kept = {tap: torch.ones_like(mask) for tap, mask in masks.items()}
     for seed in range(ROUNDS):
-        model = made(entry, torch.float64, 100 + seed)
+        model = made(entry, dtype, 100 + seed)
         for parameter in model.parameters():
             parameter.requires_grad_(parameter.is_floating_point())
         for module in model.modules():
             if hasattr(module, "memory_efficient"):  # checkpoints do not go with taps that replace
                 module.memory_efficient = False
         with moda.observe(model) as taps:
-            _run(model, *inputs_of(entry, EXAMPLE_BATCH, 1, torch.float64), training=False)
+            _run(model, *inputs_of(entry, EXAMPLE_BATCH, 1, dtype), training=False)
             model.train(mode == "train")  # where batch norms see to it that hardly an activation is 0 for all samples
             buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
             for found, chosen, classes in ((whole, kept, range(entry.num_classes)), (masked, masks, SUBSETS[0])):
                 for buffer, value in buffers:
                     buffer.copy_(value)
-                args, kwargs = inputs_of(entry, MANY, seed, torch.float64)
+                args, kwargs = inputs_of(entry, MANY, seed, dtype)
                 with taps.replacing(_masked(taps, chosen)):
                     picked = pick(model(*args, **kwargs), classes, entry.num_classes, entry.output)
                     outputs = [x for x in tensors_of(picked) if x.requires_grad]

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moda.composition.building import _folds
 from moda.composition.compose import compose
 from moda.composition.masking import mask
 from moda.observation.taps import observe, taps_of
@@ -234,3 +236,193 @@ def test_values_that_only_an_assertion_looks_at():
     decomposition = random_modules(widths(model, x), 5, 0.3)
     composed = compose(model, decomposition, [3, 0])
     torch.testing.assert_close(composed(x), mask(model, decomposition, [3, 0])(x), rtol=1e-10, atol=1e-10)
+
+
+class Computed(nn.Module):
+    """Two linear layers whose weights are computed of parameters."""
+
+    def __init__(self, weight: Callable[[Tensor], Tensor], shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.first, self.last = nn.Parameter(torch.randn(shape)), nn.Linear(16, 5)
+        self.weight = weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(F.gelu(F.linear(x, self.weight(self.first))))
+
+
+@pytest.mark.parametrize(
+    ("weight", "shape", "axis"),
+    [
+        (lambda w: F.batch_norm(w.reshape(1, 16, -1), None, None, training=True).reshape_as(w), (16, 6), 0),
+        (lambda w: (w - w.mean(1, keepdim=True)) / w.std(1, keepdim=True), (16, 6), 0),
+        (lambda w: F.normalize(w, dim=1), (16, 6), 0),
+        (lambda w: w.softmax(-1), (16, 6), 0),
+        (lambda w: w[:, :16].t() @ w[:, 16:], (4, 22), None),
+        (lambda w: w[1, :, ::2], (2, 16, 12), 1),
+        (lambda w: w.chunk(2, dim=1)[1], (16, 12), 0),
+        (lambda w: torch.cat([w, 2 * w], dim=1), (16, 3), 0),
+        (lambda w: torch.where(w > 0, w, 0.1 * w), (16, 6), 0),
+        (lambda w: F.pad(w, (1, 2)), (16, 3), 0),
+        (lambda w: w.unflatten(0, (16, 6)), (96,), None),
+    ],
+)
+def test_weights_computed_of_parameters_are_cut(weight, shape, axis):
+    model = watched(Computed(weight, shape).double().eval())
+    x = torch.randn(4, 6, dtype=torch.float64)
+    decomposition = random_modules(widths(model, x), 5, 0.2)
+    kept = int(decomposition.select([3, 0])[only_tap(model)].sum())
+    composed = compose(model, decomposition, [3, 0])
+    torch.testing.assert_close(composed(x), mask(model, decomposition, [3, 0])(x), rtol=1e-10, atol=1e-10)
+    if axis is not None:
+        assert composed.get_parameter("first").shape[axis] == kept
+
+
+def shifted(x: Tensor) -> Tensor:
+    y = x.new_zeros(x.shape)
+    y[:, 1:] = x[:, :-1].clone()
+    y[:, 0] = 2
+    return y
+
+
+def overlapping(x: Tensor) -> Tensor:
+    y = x.clone()
+    first, last = y[:, :4], y[:, 2:]
+    first += 1
+    last *= 2
+    first -= 3
+    y[0] = 7
+    return first.sum(1, keepdim=True) + y + last.sum(1, keepdim=True)
+
+
+def under_views(x: Tensor) -> Tensor:
+    y = x.clone()
+    flat, turned = y.view(-1), y.t()
+    flat[::2] = 0
+    turned[1] = 5
+    flat += 1
+    turned.mul_(2)
+    return y + turned.t()
+
+
+def in_parts(x: Tensor) -> Tensor:
+    y = x.clone()
+    first, last = y.chunk(2, dim=1)
+    first.add_(1)
+    last.mul_(first)
+    first.zero_()
+    F.relu(last, inplace=True)
+    y.narrow(1, 1, 2).sub_(1)
+    return y + torch.cat([last, first], dim=1)
+
+
+class Before(nn.Module):
+    """Overwrites its input in some way, before layers."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+        self.first, self.last = nn.Linear(6, 16), nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(F.gelu(self.first(self.function(x))))
+
+
+@pytest.mark.parametrize("function", [shifted, overlapping, under_views, in_parts])
+def test_values_that_are_overwritten_more_than_once(function):
+    model = watched(Before(function).double().eval())
+    x = torch.randn(4, 6, dtype=torch.float64)
+    decomposition = random_modules(widths(model, x), 5, 0.3)
+    composed, masked = (make(model, decomposition, [3, 0]) for make in (compose, mask))
+    for count in (4, 7):
+        x = torch.randn(count, 6, dtype=torch.float64)
+        torch.testing.assert_close(composed(x), masked(x), rtol=1e-10, atol=1e-10)
+
+
+class Marked(nn.Module):
+    """Classifies a sequence by its positions that hold a mark, and by the place of the first one, as BART and GPT do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.inner, self.last = nn.Embedding(9, 6), nn.Linear(6, 16), nn.Linear(16, 5)
+
+    def forward(self, words: Tensor) -> Tensor:
+        h = F.gelu(self.inner(self.words(words)))
+        marks = words == 1
+        chosen = h[marks].view(h.shape[0], -1, h.shape[-1])[:, -1]
+        return self.last(chosen + h[torch.arange(h.shape[0]), marks.int().argmax(1)])
+
+
+def test_positions_that_the_input_chooses():
+    model = watched(Marked().double().eval())
+    words = torch.tensor([[2, 1, 3, 1], [1, 4, 5, 1]])
+    decomposition = random_modules(widths(model, words), 5, 0.2)
+    kept = int(decomposition.select([3, 0])[only_tap(model)].sum())
+    composed = compose(model, decomposition, [3, 0])
+    assert composed.get_parameter("last.weight").shape == (2, kept)
+    masked = mask(model, decomposition, [3, 0])
+    for other in (words, torch.tensor([[1, 1, 7], [8, 1, 1], [1, 2, 1]])):
+        torch.testing.assert_close(composed(other), masked(other), rtol=1e-10, atol=1e-10)
+
+
+class Lengths(Calls):
+    """Reads the size of one input off another, as GPT-2 does, so that sizes are tied to each other."""
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return super().forward(x + y.view(-1, x.shape[0], 6).view(x.shape[0], 6))
+
+
+def test_conditions_that_other_sizes_meet_leave_them_free():
+    model = Lengths(F.gelu).double().eval()
+    inputs = [torch.randn(4, 6, dtype=torch.float64) for _ in range(2)]
+    taps = observe(model)
+    model(*inputs)
+    decomposition = random_modules(dict(zip(taps.names, taps.widths, strict=True)), 5, 0.3)
+    composed, masked = (make(model, decomposition, [3, 0]) for make in (compose, mask))
+    inputs = [torch.randn(7, 6, dtype=torch.float64) for _ in range(2)]
+    torch.testing.assert_close(composed(*inputs), masked(*inputs), rtol=1e-10, atol=1e-10)
+
+
+class Counting(Calls):
+    """Keeps count in an attribute, and lets it decide or not."""
+
+    def __init__(self, decides: bool) -> None:
+        super().__init__(F.gelu)
+        self.calls, self.decides = 0, decides
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return super().forward(x * self.calls if self.decides else x)
+
+
+@pytest.mark.parametrize("decides", [True, False])
+def test_attributes_that_forward_assigns(decides):
+    model = watched(Counting(decides).double().eval())
+    x = torch.randn(4, 6, dtype=torch.float64)
+    decomposition = random_modules(widths(model, x), 5, 0.3)
+    before = model.calls
+    if decides:
+        with pytest.raises(ValueError, match="assigns calls"):
+            compose(model, decomposition, [3, 0])
+    else:
+        composed = compose(model, decomposition, [3, 0])
+        torch.testing.assert_close(composed(x), mask(model, decomposition, [3, 0])(x), rtol=1e-10, atol=1e-10)
+        before += 1
+    assert model.calls == before
+
+
+def folded(*shape: int) -> np.ndarray:
+    """A mask of an axis that is folded of three, the middle one of which repeats the others' values."""
+    before, times, after = shape
+    values = np.random.default_rng(0).random((before, 1, after)) < 0.5
+    return np.broadcast_to(values, (before, times, after)).reshape(1, -1)
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 4), (4, 3, 1), (2, 5, 4), (4, 7, 2)])
+def test_masks_of_folded_axes_are_read_off_a_number_of_samples_that_shares_no_factor(shape):
+    values = folded(*shape)
+    found = _folds(values, 1)
+    assert found is not None
+    before, after = found
+    small = values.reshape(before, -1, after)[:, :1]
+    grown = folded(shape[0], 2 * shape[1], shape[2])
+    np.testing.assert_array_equal(np.repeat(small, grown.size // (before * after), axis=1).reshape(1, -1), grown)
