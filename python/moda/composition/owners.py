@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from torch import fx
 
-from moda.composition.rules import Builder, Made, Needs, Rule, Whole, rank_of, whole
-from moda.composition.values import Bools, Grid, Indices, any_over, on_axis, shape_of
+from moda.composition.rules import Builder, Made, Needs, Rule, Whole, Zeros, rank_of, whole
+from moda.composition.values import Bools, Grid, Indices, all_over, any_over, on_axis, shape_of
 
 __all__ = ["Bilinear", "Contraction", "Convolution", "Lookup", "Recurrent"]
 
@@ -96,9 +96,19 @@ class Contraction(Rule):
 class Convolution(Rule):
     """A convolution, transposed or not, in any number of groups (a depthwise one has as many as channels).
 
-    A kept output channel keeps its filter even where nothing but zeros comes in, as published for MobileNet. Within
+    A kept neuron keeps its filter even where nothing but zeros comes in, as published for MobileNet; outputs that are
+    no neurons, of a depthwise convolution before another layer, are 0 then, if there is no bias. Within
     groups the weight is one block of rows times one block of columns, so every kept group has the same number of rows
     and the same columns; where masks differ between groups the smaller ones are filled up.
+
+    Attributes:
+        x: the activation.
+        weight: the parameter, or what is computed of parameters.
+        bias: added to the output, if any.
+        groups: into which channels are divided.
+        dim: the axis of channels.
+        transposed: whether it is a transposed convolution.
+        neurons: whether its outputs are neurons: a tap follows, behind norms and functions of elements at most.
     """
 
     x: Any = None
@@ -107,6 +117,7 @@ class Convolution(Rule):
     groups: int = 1
     dim: int = 1
     transposed: bool = False
+    neurons: bool = True
 
     @property
     def inputs(self) -> int:
@@ -117,6 +128,14 @@ class Convolution(Rule):
     def outputs(self) -> int:
         """Output channels of the whole layer."""
         return shape_of(self.node)[self.dim]
+
+    def zero(self, zeros: Zeros) -> Bools:
+        """Outputs of groups into which nothing but zeros comes, unless they are neurons or have a bias."""
+        if self.neurons or self.bias is not None:
+            return np.zeros(self.units, dtype=np.bool_)
+        given = all_over(zeros[self.x], tuple(dim for dim in range(zeros[self.x].ndim) if dim != self.dim))
+        empty = np.broadcast_to(given, (self.inputs,)).reshape(self.groups, -1).all(1)
+        return on_axis(np.repeat(empty, self.outputs // self.groups), self.dim, len(self.units))
 
     def need(self, wanted: Bools, needs: Needs) -> None:
         """All channels of the groups that hold a wanted one."""

@@ -187,7 +187,15 @@ class Reader:
         transposed = "transpose" in packet or bool(argument(node, "transposed", False))
         units = _only(rank_of(node), dim, shape_of(node)[dim])
         return Convolution(
-            node, units, x=x, weight=weight, bias=bias, groups=int(groups), dim=dim, transposed=transposed
+            node,
+            units,
+            x=x,
+            weight=weight,
+            bias=bias,
+            groups=int(groups),
+            dim=dim,
+            transposed=transposed,
+            neurons=_leads_to_tap(node),
         )
 
     def _contraction(self, node: fx.Node, packet: str) -> Rule | None:
@@ -622,6 +630,18 @@ def _tensor_inputs(node: fx.Node) -> list[fx.Node]:
 def _is_pointwise(node: fx.Node) -> bool:
     tags = getattr(node.target, "tags", ())
     return packet_of(node) in _POINTWISE or torch.Tag.pointwise in tags
+
+
+def _leads_to_tap(node: fx.Node) -> bool:
+    """Whether a tap follows, behind norms and functions of single elements at most."""
+    for user in node.users:
+        if user.target is TAP:
+            return True
+        alone = [source for source in _tensor_inputs(user) if source.op == "call_function"] == [node]
+        passes = user.op == "call_function" and alone and (packet_of(user) in _NORMS or _is_pointwise(user))
+        if passes and _leads_to_tap(user):
+            return True
+    return False
 
 
 def _only(rank: int, dim: int, size: int) -> Shape:
