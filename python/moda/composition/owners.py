@@ -108,7 +108,8 @@ class Convolution(Rule):
         groups: into which channels are divided.
         dim: the axis of channels.
         transposed: whether it is a transposed convolution.
-        neurons: whether its outputs are neurons: a tap follows, behind norms and functions of elements at most.
+        neurons: whether its outputs are neurons: there is one group, or a tap follows behind norms and functions of
+            elements at most.
     """
 
     x: Any = None

@@ -195,7 +195,7 @@ class Reader:
             groups=int(groups),
             dim=dim,
             transposed=transposed,
-            neurons=_leads_to_tap(node),
+            neurons=int(groups) == 1 or _leads_to_tap(node),
         )
 
     def _contraction(self, node: fx.Node, packet: str) -> Rule | None:
