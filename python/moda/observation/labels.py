@@ -46,6 +46,13 @@ _REDUCTIONS = frozenset((
     "prod", "nansum", "nanmean", "median", "argmax", "argmin", "any", "all", "std_mean", "var_mean", "count_nonzero",
 ))  # fmt: skip
 
+# The operations that keep the order of elements, and change the shape alone.
+_RESHAPES = frozenset((
+    "flatten", "ravel", "reshape", "reshape_as", "squeeze", "unflatten", "unsqueeze", "view", "view_as",
+))  # fmt: skip
+SEQUENCES = (list, tuple)
+_NUMBERS = frozenset((int, float, bool, str, type(None)))
+
 _fresh = count(1)
 
 
@@ -69,7 +76,7 @@ class Ref:
 class Node:
     """One result of one operation of the forward pass."""
 
-    __slots__ = ("_labels", "args", "function", "kwargs", "name", "output", "shape")
+    __slots__ = ("_found", "_labels", "args", "function", "kwargs", "name", "output", "shape")
 
     def __init__(
         self,
@@ -87,6 +94,7 @@ class Node:
         self.shape = shape
         self.output = output  # which one, where the operation gave several
         self._labels: dict[Kind, Along | None] = {}
+        self._found: list[Ref] | None = None
 
     @classmethod
     def of_input(cls, shape: tuple[int, ...], samples: int) -> Node:
@@ -124,9 +132,11 @@ class Node:
                 ):
                     ref.node.label("samples")
 
-    def refs(self) -> Iterator[Ref]:
+    def refs(self) -> list[Ref]:
         """The tensors that the operation was given."""
-        return _refs((self.args, self.kwargs))
+        if self._found is None:
+            self._found = _refs((self.args, self.kwargs))
+        return self._found
 
     def _owned_axis(self) -> int | None:
         """The axis of the neurons that belong to this operation itself."""
@@ -146,21 +156,23 @@ def _no_function(*_args: Any, **_kwargs: Any) -> None:
     """Stands where no operation made a tensor."""
 
 
-def _refs(value: Any) -> Iterator[Ref]:
+def _refs(value: Any) -> list[Ref]:
     if isinstance(value, Ref):
-        yield value
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _refs(item)
-    elif isinstance(value, dict):
-        yield from _refs(list(value.values()))
+        return [value]
+    if isinstance(value, dict):
+        value = list(value.values())
+    elif not isinstance(value, SEQUENCES):
+        return []
+    return [ref for item in value if type(item) not in _NUMBERS for ref in _refs(item)]
 
 
 def map_refs(value: Any, function: Callable[[Any], Any], kind: type) -> Any:
     """`value` with every `kind` of object in its lists, tuples and dicts replaced by what `function` makes of it."""
     if isinstance(value, kind):
         return function(value)
-    if isinstance(value, list | tuple):
+    if type(value) in _NUMBERS:
+        return value
+    if isinstance(value, SEQUENCES):
         items = [map_refs(item, function, kind) for item in value]
         return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
     if isinstance(value, dict):
@@ -239,7 +251,7 @@ def _of_product(node: Node) -> Along | None:
 
 def _of_einsum(node: Node, kind: Kind) -> Along | None:
     equation = node.args[0] if node.args and isinstance(node.args[0], str) else ""
-    operands = list(_refs(node.args[1:]))
+    operands = _refs(node.args[1:])
     inputs, arrow, output = equation.replace(" ", "").partition("->")
     terms = inputs.split(",")
     if not arrow or "." in equation or len(terms) != len(operands):
@@ -257,7 +269,7 @@ def _of_einsum(node: Node, kind: Kind) -> Along | None:
 
 
 def _of_join(node: Node, kind: Kind) -> Along | None:
-    refs = list(_refs(node.args[:1] or tuple(node.kwargs.values())))
+    refs = _refs(node.args[:1] or tuple(node.kwargs.values()))
     given = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else 0)
     if node.name == "stack":
         found = next(_labelled(refs, kind), None)
@@ -273,7 +285,8 @@ def _of_join(node: Node, kind: Kind) -> Along | None:
     if first.axis != dim:
         same = all(label.axis == first.axis for label in labels.values())
         if kind == "samples":  # what is joined to a row has to be of the same sample
-            same = same and all(torch.equal(label.values, first.values) for label in labels.values())
+            different = (label for label in labels.values() if label.values is not first.values)
+            same = same and all(torch.equal(label.values, first.values) for label in different)
         return first if same else None
     parts = []
     for ref in refs:
@@ -332,8 +345,41 @@ def _of_mover(node: Node, kind: Kind) -> Along | None:
     if source is None:
         return None
     ref, label = source
+    if node.name in _RESHAPES and math.prod(node.shape) == math.prod(ref.shape) > 0 and _differ(label):
+        return _of_reshape(label, ref.shape, node.shape, kind)
     moved = _replayed(node, ref, _spread(label, ref.shape))
     return None if moved is None or tuple(moved.shape) != node.shape else _read(moved, label, ref.shape, kind)
+
+
+def _differ(label: Along) -> bool:
+    """Whether there are several labels."""
+    known = label.values[label.values >= 0]
+    return len(known) > 1 and bool((known != known[0]).any())
+
+
+def _of_reshape(label: Along, before: tuple[int, ...], after: tuple[int, ...], kind: Kind) -> Along | None:
+    """Labels in another shape: of the axes alone that the labelled one is joined with or divided into."""
+    start, stop, first, last = _block(before, after, label.axis)
+    inside = Along(label.axis - start, label.values)
+    found = _read(_spread(inside, before[start:stop]).reshape(after[first:last]), inside, before[start:stop], kind)
+    return None if found is None else Along(found.axis + first, found.values)
+
+
+def _block(before: tuple[int, ...], after: tuple[int, ...], axis: int) -> tuple[int, int, int, int]:
+    """The fewest axes around `axis`, from the first to the one after the last, and those of the same elements after."""
+    stop = last = 0
+    while True:
+        start, first = stop, last
+        sizes = [1, 1]
+        while stop == start or sizes[0] != sizes[1]:
+            if stop == start or sizes[0] < sizes[1]:
+                sizes[0] *= before[stop]
+                stop += 1
+            else:
+                sizes[1] *= after[last]
+                last += 1
+        if axis < stop:
+            return start, stop, first, last
 
 
 def _spread(label: Along, shape: tuple[int, ...]) -> Tensor:

@@ -9,6 +9,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from moda.observation.activations import FUNCTIONS, FUSED_ROADS, ActivationFunct
 from moda.observation.attached import Caller, Norm, Part, Root, Site, Whole, part_of
 from moda.observation.deferred import NORMS, hooks_on_saved_tensors
 from moda.observation.handle import Handle
-from moda.observation.labels import Node, Ref, fold_of, map_refs
+from moda.observation.labels import SEQUENCES, Node, Ref, fold_of, map_refs
 from moda.observation.layout import Layout
 from moda.observation.names import unique_name
 from moda.observation.plan import Plan, Tap
@@ -341,11 +342,10 @@ class Probe(Run):
 
     def _note_uses(self, tensors: list[Tensor]) -> None:
         for tensor in tensors:
-            key, _ = _memory(tensor)
-            self._spares.pop(key, None)
+            self._spares.pop(_memory_key(tensor), None)
 
     def _note_overwritten(self, tensor: Tensor, but: _Found | None = None) -> None:
-        known = self._memory.get(_memory(tensor)[0])
+        known = self._memory.get(_memory_key(tensor))
         if known is not None and not known[0].expired():
             for found in known[1]:
                 found.overwritten = found.overwritten or found is not but
@@ -404,10 +404,13 @@ class Probe(Run):
     def follow(self, function: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call a function of torch, and note what it gives."""
         name = _name(function)
+        asked = name in _METADATA or name in _PROPERTIES
         tensors = list(_tensors(args)) + (list(_tensors(tuple(kwargs.values()))) if kwargs else [])
-        before = [(tensor, tensor._version) for tensor in tensors if not tensor.is_inference()]
+        before = [] if asked else [(tensor, tensor._version) for tensor in tensors if not tensor.is_inference()]
         output = function(*args, **kwargs)
-        if not (name in _METADATA or (name in _PROPERTIES and not isinstance(output, Tensor))):
+        if asked and not isinstance(output, Tensor):
+            return output
+        if name not in _METADATA:
             if self._spares:
                 self._note_uses(tensors)
             if self._reads:
@@ -487,6 +490,7 @@ def _unseen(*_args: Any, **_kwargs: Any) -> None:
     """Stands for an operation that was not seen."""
 
 
+@lru_cache(1024)
 def _name(function: Any) -> str:
     name: str = getattr(function, "__name__", "").partition(".")[0]  # of an operator, `conv2d.default`
     if name == "__get__":
@@ -498,8 +502,13 @@ def _tensors(value: Any) -> Iterator[Tensor]:
     for item in value:
         if isinstance(item, Tensor):
             yield item
-        elif isinstance(item, tuple | list):
+        elif isinstance(item, SEQUENCES):
             yield from _tensors(item)
+
+
+def _memory_key(tensor: Tensor) -> int:
+    key: int = tensor.untyped_storage()._cdata
+    return key
 
 
 def _memory(tensor: Tensor) -> tuple[int, StorageWeakRef]:
