@@ -128,10 +128,8 @@ def _relu_pool_cases() -> Iterator[Case]:
     from moda_kernels.triton_kernels import relu_pool_backward as backward
     from moda_kernels.triton_kernels import relu_pool_forward as forward
 
-    columns = {"SPAN": layouts.SPAN, "POSITIONS": layouts.COLUMN_POSITIONS, "NEURONS": layouts.COLUMN_NEURONS}
     shapes: dict[str, tuple[Any, Any, dict[str, Any]]] = {
         "flat": (forward.relu_pool_flat_kernel, backward.relu_pool_flat_backward_kernel, {"TILE": layouts.TILE}),
-        "columns": (forward.relu_pool_columns_kernel, backward.relu_pool_columns_backward_kernel, columns),
     }
     for width in layouts.ROW_WIDTHS:
         tile = {"ROWS": layouts.TILE // width, "WIDTH": width}
@@ -147,14 +145,31 @@ def _relu_pool_cases() -> Iterator[Case]:
                 yield _relu_pool(f"relu_pool/{name}", ahead, f"*{dtype}", tile | {"VEC": vec}, wide)
                 both = tile | {"VEC": vec, "HAS_DY": True, "HAS_DPOOLED": True}
                 yield _relu_pool(f"relu_pool_backward/{name}", back, f"*{dtype}", both, wide)
+        for vec in (128 // element.primitive_bitwidth, 1):
+            name, wide = f"{dtype}/columns/{'wide' if vec > 1 else 'narrow'}", vec > 1
+            neurons = layouts.LINE_BYTES * 8 // element.primitive_bitwidth
+            ahead = forward.relu_pool_columns_kernel
+            plain = _columns_tile(neurons, forward.MOST_POSITIONS) | {"VEC": vec, "NORM": False, "RESIDUAL": False}
+            yield _relu_pool(f"relu_pool/{name}", ahead, f"*{dtype}", plain, wide)
+            lines = {"LINES": backward.COLUMNS_TILE // neurons, "NEURONS": neurons, "VEC": vec, "LARGE": False}
+            both = lines | {"HAS_DY": True, "HAS_DPOOLED": True}
+            back = backward.relu_pool_columns_backward_kernel
+            yield _relu_pool(f"relu_pool_backward/{name}", back, f"*{dtype}", both, wide)
     yield _case(
         "add_parts_kernel", forward.add_parts_kernel, {"parts": "*fp32", "pooled": "*fp32"},
         {"BLOCK": forward.PARTS_BLOCK}, wide_loads=False, wide_stores=False,
     )  # fmt: skip
 
 
+def _columns_tile(neurons: int, positions: int) -> dict[str, int]:
+    from moda_kernels.triton_kernels.relu_pool_forward import COLUMNS_TILE
+
+    positions = min(positions, COLUMNS_TILE // neurons)
+    return {"SAMPLES": COLUMNS_TILE // (neurons * positions), "POSITIONS": positions, "NEURONS": neurons}
+
+
 def _norm_cases() -> Iterator[Case]:
-    from moda_kernels.triton_kernels import layouts, norm_apply
+    from moda_kernels.triton_kernels import norm_apply
 
     joined = {"NEURONS": norm_apply.JOINED_NEURONS, "PARTS": norm_apply.JOINED_PARTS}
     narrow: dict[str, Any] = {"wide_loads": False, "wide_stores": False}
@@ -167,60 +182,63 @@ def _norm_cases() -> Iterator[Case]:
         yield _case(f"numbers_kernel/{name}", norm_apply.numbers_kernel, numbers | floats, given | have, **narrow)
         joins = dict.fromkeys(("sums", "saved", "parameters", "means"), "*fp32")
         yield _case(f"join_kernel/{name}", norm_apply.join_kernel, joins, given, **narrow)
-    for dtype, element in DTYPES.items():
-        itemsize = element.primitive_bitwidth // 8
-        for vec in (16 // itemsize, 1):
-            for residual in (False, True):
-                name = f"{dtype}/{'wide' if vec > 1 else 'narrow'}{'/residual' if residual else ''}"
-                yield from _norm_passes(name, {"VEC": vec, "ALIGN": vec * itemsize}, residual, dtype, layouts.TILE)
+    for dtype in ("fp32", "bf16"):
+        for wide in (True, False):
+            yield from _norm_passes(dtype, wide)
 
 
-def _norm_passes(name: str, access: dict[str, Any], residual: bool, dtype: str, tile: int) -> Iterator[Case]:
-    """The four passes over an activation, in rows of each width and in columns."""
-    from moda_kernels.triton_kernels import layouts, norm_apply, norm_sums
+def _norm_passes(dtype: str, wide: bool) -> Iterator[Case]:
+    """The four passes over an activation in rows and in columns; with a residual where accesses are wide."""
+    from moda_kernels.triton_kernels import layouts, norm_apply, norm_sums, relu_pool_forward
 
-    wide: dict[str, Any] = {"wide_loads": access["VEC"] > 1, "wide_stores": access["VEC"] > 1}
-    sums_wide = {"wide_loads": access["VEC"] > 1, "wide_stores": access["VEC"] > 1 and residual}
-    pointers = dict.fromkeys(("x", "y", "dy", "dx", "residual", "dresidual"), f"*{dtype}")
-    pointers |= dict.fromkeys(("saved", "sums", "pooled", "parts", "dpooled", "means"), "*fp32")
+    itemsize = DTYPES[dtype].primitive_bitwidth // 8
+    activations = dict.fromkeys(("x", "y", "dy", "dx", "residual", "dresidual"), f"*{dtype}")
+    floats = dict.fromkeys(("saved", "numbers", "sums", "pooled", "parts", "dpooled", "means"), "*fp32")
 
-    def case(shape: str, kernel: Any, constants: dict[str, Any], **expected: Any) -> Case:
+    def case(shape: str, kernel: Any, constants: dict[str, Any], residual: bool, writes: bool = True) -> Case:
         names = {parameter.name for parameter in kernel.params}
+        vec = min(16 // itemsize, constants.get("WIDTH", 16)) if wide else 1
+        given = constants | {"VEC": vec, "ALIGN": vec * itemsize, "LARGE": False, "RESIDUAL": residual}
+        full = vec * itemsize == 16  # a row of four half-precision values has eight bytes
         return _case(
-            f"{kernel.__name__}/{shape}/{name}",
+            f"{kernel.__name__}/{shape}/{dtype}/{'wide' if wide else 'narrow'}{'/residual' if residual else ''}",
             kernel,
-            {key: value for key, value in pointers.items() if key in names},
-            {key: value for key, value in (constants | access).items() if key in names},
-            **expected,
+            {name: kind for name, kind in (activations | floats).items() if name in names},
+            {name: value for name, value in given.items() if name in names},
+            wide_loads=full,
+            wide_stores=full and writes,
         )
 
-    both = {"HAS_DY": True, "HAS_DPOOLED": True}
-    backward = both | {"MASKED": False, "TRAINING": True, "LARGE": False}
-    if residual:
-        backward |= {"MASKED": True, "HAS_DPOOLED": False}
-    summed = both | {"RESIDUAL": residual, "LARGE": False}
-    for width in layouts.ROW_WIDTHS if access["VEC"] > 1 else layouts.ROW_WIDTHS[1::3]:
-        fits = {**access, "VEC": min(access["VEC"], width)}
-        fits["ALIGN"] = fits["VEC"] * access["ALIGN"] // access["VEC"]
-        if fits["ALIGN"] < 16 <= access["ALIGN"]:
-            continue  # eight bytes are all that a row of four half-precision values has
-        neurons = max(1, norm_sums.LINE // width)
-        rows = {"SAMPLES": tile // (neurons * width), "NEURONS": neurons, "WIDTH": width}
+    for residual in (False, True) if wide else (False,):
+        both = {"HAS_DY": True, "HAS_DPOOLED": True}
+        back = {"HAS_DY": True, "HAS_DPOOLED": not residual, "MASKED": residual, "TRAINING": True}
+        for width in (4, 256)[residual:] if wide else (64,):
+            together = max(1, norm_sums.LINE // width)
+
+            def tile(elements: int, together: int = together, width: int = width) -> dict[str, int]:
+                return {"SAMPLES": max(1, elements // (together * width)), "NEURONS": together, "WIDTH": width}
+
+            if not residual:
+                statistics = tile(norm_sums.STATISTICS_TILES.rows)
+                yield case(f"rows{width}", norm_sums.statistics_rows_kernel, statistics, residual, False)
+            sums = tile(norm_sums.GRADIENT_TILES.rows) | both
+            yield case(f"rows{width}", norm_sums.gradient_sums_rows_kernel, sums, residual, residual)
+            walked = {"ROWS": layouts.TILE // width, "WIDTH": width}
+            yield case(f"rows{width}", norm_apply.apply_rows_kernel, walked, residual)
+            gradient = {"ROWS": norm_apply.GRADIENT_ROWS_TILE // width, "WIDTH": width} | back
+            yield case(f"rows{width}", norm_apply.gradient_rows_kernel, gradient, residual)
+        neurons = layouts.LINE_BYTES // itemsize
+        line = {"NEURONS": neurons}
         if not residual:
-            yield case(f"rows{width}", norm_sums.statistics_rows_kernel, rows, **sums_wide)
-        yield case(f"rows{width}", norm_sums.gradient_sums_rows_kernel, rows | summed, **sums_wide)
-        walked = {"ROWS": tile // width, "WIDTH": width}
-        yield case(f"rows{width}", norm_apply.apply_rows_kernel, walked | {"RESIDUAL": residual}, **wide)
-        yield case(f"rows{width}", norm_apply.gradient_rows_kernel, walked | backward, **wide)
-    neurons = 128 * access["VEC"] // access["ALIGN"]
-    columns = {"ROWS": tile // neurons, "NEURONS": neurons}
-    if not residual:
-        yield case("columns", norm_sums.statistics_columns_kernel, columns, **sums_wide)
-    yield case("columns", norm_sums.gradient_sums_columns_kernel, columns | summed, **sums_wide)
-    yield case("columns", norm_apply.gradient_columns_kernel, columns | backward, **wide)
-    for positions in (4, 16, norm_apply.MOST_POSITIONS):
-        shape = {"SAMPLES": max(1, tile // (neurons * positions)), "POSITIONS": positions, "NEURONS": neurons}
-        yield case(f"columns{positions}", norm_apply.apply_columns_kernel, shape | {"RESIDUAL": residual}, **wide)
+            rows = {"ROWS": norm_sums.STATISTICS_TILES.columns_bytes // layouts.LINE_BYTES}
+            yield case("columns", norm_sums.statistics_columns_kernel, line | rows, residual, False)
+        rows = {"ROWS": norm_sums.GRADIENT_TILES.columns_bytes // layouts.LINE_BYTES}
+        yield case("columns", norm_sums.gradient_sums_columns_kernel, line | rows | both, residual, residual)
+        rows = {"ROWS": relu_pool_forward.COLUMNS_TILE // neurons}
+        yield case("columns", norm_apply.gradient_columns_kernel, line | rows | back, residual)
+        for positions in (4, relu_pool_forward.MOST_POSITIONS) if wide else (16,):
+            shape = _columns_tile(neurons, positions) | {"NORM": True}
+            yield case(f"columns{positions}", relu_pool_forward.relu_pool_columns_kernel, shape, residual)
 
 
 def _attribution_cases() -> Iterator[Case]:
@@ -251,8 +269,8 @@ def _attribution_cases() -> Iterator[Case]:
 
 def _relu_pool(name: str, kernel: Any, dtype: str, constants: dict[str, Any], wide: bool) -> Case:
     names = {parameter.name for parameter in kernel.params}
-    pointers = {key: dtype for key in ("x", "y", "dy", "dx") if key in names}
-    pointers |= {key: "*fp32" for key in ("pooled", "parts", "dpooled") if key in names}
+    pointers = {key: dtype for key in ("x", "y", "dy", "dx", "residual") if key in names}
+    pointers |= {key: "*fp32" for key in ("pooled", "parts", "dpooled", "numbers") if key in names}
     return _case(name, kernel, pointers, constants, wide_loads=wide, wide_stores=wide)
 
 

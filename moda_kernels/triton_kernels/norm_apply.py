@@ -176,7 +176,7 @@ def gradient_rows_kernel(
             sources = tl.max_contiguous(tl.multiple_of(dy + offsets, [1, ALIGN]), [1, VEC])
             gradient += tl.load(sources, mask=inside, other=0.0).to(tl.float32)
         if not MASKED:
-            gradient = masked_gradient(centred * scale + bias, gradient)
+            gradient = masked_gradient((centred * scale + bias).to(x.dtype.element_ty).to(tl.float32), gradient)
         if TRAINING:
             gradient = gradient - level - centred * slope
         targets = tl.max_contiguous(tl.multiple_of(dx + offsets, [1, ALIGN]), [1, VEC])
@@ -216,7 +216,7 @@ def gradient_columns_kernel(
             sources = tl.max_contiguous(tl.multiple_of(dy + offsets, [1, ALIGN]), [1, VEC])
             gradient += tl.load(sources, mask=inside, other=0.0).to(tl.float32)
         if not MASKED:
-            gradient = masked_gradient(centred * scale + bias, gradient)
+            gradient = masked_gradient((centred * scale + bias).to(x.dtype.element_ty).to(tl.float32), gradient)
         if TRAINING:
             gradient = gradient - level - centred * slope
         targets = tl.max_contiguous(tl.multiple_of(dx + offsets, [1, ALIGN]), [1, VEC])

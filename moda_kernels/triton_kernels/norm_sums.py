@@ -187,7 +187,7 @@ def gradient_sums_rows_kernel(
                 targets = tl.max_contiguous(tl.multiple_of(dresidual + offsets, [1, 1, ALIGN]), [1, 1, VEC])
                 tl.store(targets, gradient.to(dresidual.dtype.element_ty), mask=valid)
             else:
-                gradient = masked_gradient(centred * scale + bias, gradient)
+                gradient = masked_gradient((centred * scale + bias).to(x.dtype.element_ty).to(tl.float32), gradient)
             gradient = tl.where(valid, gradient, 0.0)
             total += gradient
             product += tl.where(valid, gradient * centred, 0.0)
@@ -234,7 +234,7 @@ def gradient_sums_columns_kernel(
             targets = tl.max_contiguous(tl.multiple_of(dresidual + offsets, [1, ALIGN]), [1, VEC])
             tl.store(targets, gradient.to(dresidual.dtype.element_ty), mask=valid)
         else:
-            gradient = masked_gradient(centred * scale + bias, gradient)
+            gradient = masked_gradient((centred * scale + bias).to(x.dtype.element_ty).to(tl.float32), gradient)
         gradient = tl.where(valid, gradient, 0.0)
         total += gradient
         product += tl.where(valid, gradient * centred, 0.0)

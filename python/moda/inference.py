@@ -1,4 +1,4 @@
-"""Where a model is, how its inputs are best laid out, and evaluation mode that is put back afterwards."""
+"""Where a model is, how its inputs are best laid out, and modes of computing that are put back afterwards."""
 
 from __future__ import annotations
 
@@ -32,6 +32,26 @@ def fastest_layout(model: nn.Module, example: Any) -> torch.memory_format:
     except RuntimeError:
         return torch.contiguous_format
     return torch.channels_last
+
+
+@contextmanager
+def whole_float32() -> Iterator[None]:
+    """On GPUs float32 is multiplied as float32, not as TF32, whose ten bits hide what is compared in here."""
+    cuda, cudnn = torch.backends.cuda, torch.backends.cudnn
+    names: list[tuple[Any, str, object]] = [(setting, "allow_tf32", False) for setting in (cuda.matmul, cudnn)]
+    try:
+        for setting, name, _ in names:
+            getattr(setting, name)
+    except RuntimeError:  # the newer settings are in use, and may not be mixed with these
+        names = [(setting, "fp32_precision", "ieee") for setting in (cuda.matmul, cudnn.conv, cudnn.rnn)]  # type: ignore[attr-defined]
+    before = [getattr(setting, name) for setting, name, _ in names]
+    try:
+        for setting, name, value in names:
+            setattr(setting, name, value)
+        yield
+    finally:
+        for (setting, name, _), value in zip(names, before, strict=True):
+            setattr(setting, name, value)
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 from moda.composition.capture import Example
 from moda.composition.composed import ComposedModel
 from moda.composition.movers import argument, packet_of
+from moda.inference import whole_float32
 from moda.observation.taps import Taps
 from moda.outputs import Output, pick
 from moda.structure import flatten, flatten_output
@@ -79,7 +80,7 @@ def check(
         if is_random(route.graph):
             continue
         training = mode == "train"
-        with in_mode(model, training), in_mode(composed, training), untouched(model, composed):
+        with in_mode(model, training), in_mode(composed, training), untouched(model, composed), whole_float32():
             factors = [composed.facts.masks[name] for name in names[mode]]
             expected = _masked(taps, example, factors, composed, output)
             got = _tensors(composed(*example.args, **example.kwargs))
