@@ -1,4 +1,4 @@
-"""What the measurements on a GPU write: a file in benchmarks/results, and in $OUT where that is set."""
+"""What the measurements on a GPU write: files in benchmarks/results/gpu, and in $OUT where that is set."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from typing import Any
 import torch
 
 from moda.bench import machine
+from moda.bench.results import file_name
 
 DEVICE = "cuda"
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parent / "results" / "gpu"
 
 
 def describe() -> dict[str, Any]:
@@ -34,6 +35,6 @@ class GpuResults:
         """Write the rows behind the others."""
         self.rows += rows
         text = json.dumps({"machine": self.machine, "rows": self.rows}, indent=1) + "\n"
-        folders = [RESULTS, *([Path(os.environ["OUT"])] if os.environ.get("OUT") else [])]
-        for folder in folders:
-            (folder / self.name).write_text(text)
+        RESULTS.mkdir(exist_ok=True)
+        for folder in (RESULTS, *([Path(os.environ["OUT"])] if os.environ.get("OUT") else [])):
+            (folder / f"{file_name(self.machine['device']).removesuffix('.json')}-{self.name}.json").write_text(text)

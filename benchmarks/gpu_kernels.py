@@ -1,4 +1,5 @@
-"""How near kernels come to a GPU's memory bandwidth: `python -m benchmarks.gpu_kernels`, written to `gpu-kernels.json`.
+"""How near kernels come to a GPU's memory bandwidth: `python -m benchmarks.gpu_kernels`, written to
+`benchmarks/results/gpu/<device>-kernels.json`.
 
 A CUDA graph of one operation on as many buffers as do not fit in the cache together is replayed; the time of a replay
 over the number of buffers is the operation's, without the host's. Beside it stand a copy and PyTorch's own operation
@@ -179,7 +180,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="four shapes")
     parser.add_argument("--warm", action="store_true", help="run once, write nothing")
     arguments = parser.parse_args()
-    results = GpuResults("gpu-kernels.json", describe())
+    results = GpuResults("kernels", describe())
     for shape, dtype, channels_last in shapes(arguments.quick):
         rows = measure(shape, dtype, channels_last, 0 if arguments.warm else ROUNDS)
         torch.cuda.empty_cache()

@@ -1,4 +1,5 @@
-"""The price of a training step on an NVIDIA GPU: `python -m benchmarks.gpu_step`, written to `gpu-step.json`.
+"""The price of a training step on an NVIDIA GPU: `python -m benchmarks.gpu_step`, written to
+`benchmarks/results/gpu/<device>-step.json`.
 
 Every way to train takes the same steps (forward, cross entropy, modular loss, backward, SGD with momentum) in turn. A
 way has three numbers:
@@ -171,7 +172,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="CIFAR shapes alone")
     parser.add_argument("--warm", action="store_true", help="run once, write nothing")
     arguments = parser.parse_args()
-    results = GpuResults("gpu-step.json", describe())
+    results = GpuResults("step", describe())
     for case in cases(arguments.quick):
         rows = measure(case, 0 if arguments.warm else ROUNDS)
         torch.cuda.empty_cache()

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import gpu, gpu_files, gpu_kernels, gpu_step
+from benchmarks import gpu, gpu_files, gpu_kernels, gpu_page, gpu_step
 
 pytest.importorskip("triton")
 
@@ -67,7 +67,7 @@ def test_step(cpu, monkeypatch, capsys):
         monkeypatch.setattr(gpu_step, name, 1)
     monkeypatch.setattr(sys, "argv", ["gpu_step", "--quick"])
     gpu_step.main()
-    rows = json.loads((cpu / "gpu-step.json").read_text())["rows"]
+    rows = json.loads(next(cpu.glob("*-step.json")).read_text())["rows"]
     assert [row["way"] for row in rows] == list(gpu_step.WAYS)
     assert all({"host", "steady", "graph", "loss"} <= set(row) for row in rows)
     assert not any("problem" in row for row in rows)
@@ -78,10 +78,14 @@ def test_kernels(cpu, monkeypatch):
     monkeypatch.setattr(gpu_kernels, "shapes", lambda _quick: [((2, 3, 4, 4), torch.float32, True)])
     monkeypatch.setattr(sys, "argv", ["gpu_kernels", "--quick"])
     gpu_kernels.main()
-    rows = json.loads((cpu / "gpu-kernels.json").read_text())["rows"]
+    rows = json.loads(next(cpu.glob("*-kernels.json")).read_text())["rows"]
     assert [row.get("problem") for row in rows] == [None] * len(rows)
     assert {"copy", "relu_pool", "relu_pool backward", "pool backward"} <= {row["operation"] for row in rows}
     assert all(row["microseconds"] > 0 for row in rows)
+
+
+def test_the_page_is_what_the_results_say():
+    assert gpu_page.PAGE.read_text() == gpu_page.page()
 
 
 def test_a_part_that_fails_or_hangs_is_said(capsys, tmp_path, monkeypatch):

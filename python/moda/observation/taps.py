@@ -585,17 +585,18 @@ def observe(
         model: any module.
         route: what taps of spatial ReLUs record for the loss; the loss is the same. "grouped": the activation; the loss
             pools all of them together. "fused": its pooled rows `(N, C)`, taken by `moda_kernels.relu_pool` while the
-            ReLU has the values at hand, so that the loss makes no pass over memory of its own. "auto": fused from
-            `FUSED_FROM_BYTES` bytes of activation on. Other taps, and all inside `recording()`, record the activation:
-            pooled rows cannot tell which neurons passed a threshold.
+            ReLU has the values at hand, so that the loss makes no pass over memory of its own. "auto": fused on the
+            CPU, and on a GPU where activations are large (`GPU_BOUND_FROM_BYTES`) or the step is replayed. Other taps,
+            and all inside `recording()`, record the activation: pooled rows cannot tell which neurons passed a
+            threshold.
         activations: classes of modules and functions of your own that are activations too.
         neuron_dim: the axis of neurons, where the probe cannot find it; or axes by names of taps.
         sites: paths of modules whose outputs are tapped in place of activations, as methods act on them: convolutions,
             linear layers, norms.
         fuse_norms: let batch norm (in training mode) and the ReLU behind it be one operation, and the addition that may
-            stand between them, on the CPU and from `NORMS_FUSED_FROM_BYTES` bytes of activation on. That saves time and
-            memory, and gives the plain model's numbers to the dtype's rounding; with False they are the same bit for
-            bit. Route "grouped" never does it.
+            stand between them: on the CPU from `NORMS_FUSED_FROM_BYTES` bytes of activation on, on a GPU as route
+            "auto" says. That saves time and memory, and gives the plain model's numbers to the dtype's rounding; with
+            False they are the same bit for bit. Route "grouped" never does it.
         example: an input to probe with at once: a tensor, a tuple of positional arguments or a dict of keyword
             arguments. Buffers and random state are put back. Without it, the first forward pass is the probe.
 
@@ -631,8 +632,7 @@ def accelerate(model: nn.Module, *, example: Any = None) -> Taps:
     """Let a model train faster: batch norm and the ReLU behind it become one operation, and nothing is recorded.
 
     The operation is `moda_kernels.norm_relu_pool`, with the addition that may stand between the two (as in ResNets). It
-    is used in training mode, on the CPU, from `NORMS_FUSED_FROM_BYTES` bytes of activation on, where the first forward
-    pass showed that the norm feeds nothing but this ReLU. Losses, gradients and running statistics are the plain
+    is used in training mode, where activations are large (`observe` says how large) and the first forward pass showed that the norm feeds nothing but this ReLU. Losses, gradients and running statistics are the plain
     model's to the dtype's rounding. Hooks on either module, control flow, evaluation, `torch.compile`, checkpoints and
     everything else that asks for the norm's result by itself get what PyTorch computes. An observed model needs no
     call of this: `moda.observe` does the same.
