@@ -37,7 +37,7 @@ class Tiles(NamedTuple):
     columns_bytes: int
 
 
-STATISTICS_TILES = Tiles(2048, 8192)
+STATISTICS_TILES = Tiles(1024, 8192)
 GRADIENT_TILES = Tiles(1024, 4096)
 
 

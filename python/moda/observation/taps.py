@@ -632,10 +632,11 @@ def accelerate(model: nn.Module, *, example: Any = None) -> Taps:
     """Let a model train faster: batch norm and the ReLU behind it become one operation, and nothing is recorded.
 
     The operation is `moda_kernels.norm_relu_pool`, with the addition that may stand between the two (as in ResNets). It
-    is used in training mode, where activations are large (`observe` says how large) and the first forward pass showed that the norm feeds nothing but this ReLU. Losses, gradients and running statistics are the plain
-    model's to the dtype's rounding. Hooks on either module, control flow, evaluation, `torch.compile`, checkpoints and
-    everything else that asks for the norm's result by itself get what PyTorch computes. An observed model needs no
-    call of this: `moda.observe` does the same.
+    is used in training mode, where activations are large (`observe` says how large) and the first forward pass showed
+    that the norm feeds nothing but this ReLU. Losses, gradients and running statistics are the plain model's to the
+    dtype's rounding. Hooks on either module, control flow, evaluation, `torch.compile`, checkpoints and everything
+    else that asks for the norm's result by itself get what PyTorch computes. An observed model needs no call of this:
+    `moda.observe` does the same.
 
     Args:
         model: any module; the very object is changed, and its own code goes on to run.
