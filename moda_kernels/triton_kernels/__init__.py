@@ -14,6 +14,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
+from moda_kernels import _norm_ops
 from moda_kernels.batch_norm import BatchNorm
 from moda_kernels.segments import Segments
 from moda_kernels.tally import Tally
@@ -72,7 +73,6 @@ def relu_pool(x: Tensor, inplace: bool) -> tuple[Tensor, Tensor]:
 
 def norm_relu_pool(x: Tensor, norm: BatchNorm) -> tuple[Tensor, Tensor]:
     """`relu(batch_norm(x) + residual)` and its pooled activation; differentiable twice, traced once."""
-    from moda_kernels import _norm_ops
     from moda_kernels.triton_kernels import norm as kernels
 
     return _norm_ops.norm_relu_pool(kernels, x, norm)
