@@ -179,7 +179,7 @@ def exceptions(results: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
     for name, row in results.items():
         if row["status"] in ("refused", "failed"):
             yield f"- `{name}`: {row['status']}. {row['why'].splitlines()[0][:200]}"
-        elif row["status"] == "composed" and row["left"] > (1 + GOAL) * max(row["ideal"], 1):
+        elif row.get("left", 0) > (1 + GOAL) * max(row.get("ideal", 0), 1):
             left, ideal = row["left"] / row["whole"], row["ideal"] / row["whole"]
             yield f"- `{name}`: {left:.3f} of the parameters are left, of which {ideal:.3f} have to be."
 
