@@ -1,5 +1,7 @@
 """Make docs/benchmarks.md and its charts from the committed results: `python -m benchmarks.render`.
 
+`python -m benchmarks.render FILE LATER` first puts the suites that LATER measured into FILE.
+
 Every figure on the page comes from `benchmarks/results/*.json`; the findings at its end are kept by hand in
 `benchmarks/findings.md`.
 """
@@ -8,7 +10,9 @@ from __future__ import annotations
 
 import itertools
 import json
+import sys
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.charts import charts, svg
@@ -80,6 +84,19 @@ def page(runs: Sequence[Results], findings: str) -> str:
     return "\n".join([*parts, findings.strip(), ""])
 
 
+def join(file: Path, later: Path) -> None:
+    """Put the suites of a later run on the same device into a file of results, in the place of the earlier ones."""
+    known, new = stored.read(file), stored.read(later)
+    if known.device != new.device:
+        raise ValueError(f"later: expected results of {known.device}, got those of {new.device}")
+    suites = sorted({row.suite for row in new.rows})
+    earlier = [again for again in known.machine.get("again", ()) if not set(again["suites"]) <= set(suites)]
+    said = {name: new.machine[name] for name in ("date", "commit", "load_average")} | {"suites": suites}
+    rows = [row for row in known.rows if row.suite not in suites] + list(new.rows)
+    machine = {**known.machine, "again": [*earlier, said]}
+    stored.write(replace(known, machine=machine, rows=tuple(rows)), file.parent)
+
+
 def image_name(results: Results, chart: str) -> str:
     """File name of a chart."""
     return f"{Path(stored.file_name(results.device)).stem}-{chart}.svg"
@@ -120,6 +137,11 @@ def _machine(results: Results) -> Iterator[str]:
         f"Measured {about['date'][:10]}, {source or 'no commit known'}, "
         f"load average {about['load_average']} at the start{', quick run' if results.quick else ''}.\n"
     )
+    for again in about.get("again", ()):
+        yield (
+            f"Measured again {again['date'][:10]}, commit {again['commit'][:12]}, load average {again['load_average']} at "
+            f"the start: {', '.join(again['suites'])}.\n"
+        )
     yield (
         f"Copy bandwidth {copy['median'] / 1e9:.1f} GB/s ({spread}); the smallest PyTorch call takes "
         f"{duration(limits['call_seconds']['median'])}.\n"
@@ -200,4 +222,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) == 3:
+        join(Path(sys.argv[1]), Path(sys.argv[2]))
     main()

@@ -9,6 +9,7 @@ import pytest
 from benchmarks import render
 from benchmarks.charts import charts, svg
 from benchmarks.goals import verdicts
+from moda.bench import results as stored
 from moda.bench.clock import Quartiles
 from moda.bench.results import MEASURED, SKIPPED, Results, Row
 
@@ -123,3 +124,24 @@ def test_the_committed_page_is_that_of_the_committed_results() -> None:
     assert render.PAGE.read_text(encoding="utf-8") == page, "run: python -m benchmarks.render"
     images = {line.split("(")[1].rstrip(")") for line in page.splitlines() if line.startswith("![")}
     assert images == {f"img/benchmarks/{path.name}" for path in render.IMAGES.glob("*.svg")}
+
+
+def test_a_later_run_takes_the_place_of_its_suites(tmp_path):
+    file = stored.write(_results(*ROWS), tmp_path)
+    again = _row("step", "vgg16", "ours", "step", 0.9)
+    machine = {**MACHINE, "date": "2026-11-26T08:00:00+00:00", "commit": "fedcba9876543210", "load_average": 0.2}
+    (tmp_path / "later").mkdir()
+    later = stored.write(Results(machine, LIMITS, quick=False, rows=(again,)), tmp_path / "later")
+    render.join(file, later)
+    render.join(file, later)  # once more says it once
+    joined = stored.read(file)
+    assert [row for row in joined.rows if row.suite == "step"] == [again]
+    assert [row for row in joined.rows if row.suite != "step"] == [row for row in ROWS if row.suite != "step"]
+    page = render.page([joined], "")
+    assert page.count("Measured again 2026-11-26, commit fedcba987654, load average 0.2 at the start: step.") == 1
+    assert "Measured 2026-11-21" in page
+    other = stored.write(
+        Results({**machine, "device": "Another CPU"}, LIMITS, quick=False, rows=()), tmp_path / "later"
+    )
+    with pytest.raises(ValueError, match="expected results of Test CPU, 2 threads, got those of Another CPU"):
+        render.join(file, other)
