@@ -139,8 +139,8 @@ def _machine(results: Results) -> Iterator[str]:
     )
     for again in about.get("again", ()):
         yield (
-            f"Measured again {again['date'][:10]}, commit {again['commit'][:12]}, load average {again['load_average']} at "
-            f"the start: {', '.join(again['suites'])}.\n"
+            f"Measured again {again['date'][:10]}, commit {again['commit'][:12]}, load average "
+            f"{again['load_average']} at the start: {', '.join(again['suites'])}.\n"
         )
     yield (
         f"Copy bandwidth {copy['median'] / 1e9:.1f} GB/s ({spread}); the smallest PyTorch call takes "
