@@ -264,7 +264,7 @@ class BuildNative(build_ext):
         folder = Path(self.build_temp).resolve() / ("native-cuda" if cuda else "native-cpu")
         configure = [
             *(cmake, "-S", str(ROOT), "-B", str(folder)),
-            "-DCMAKE_BUILD_TYPE=Release",
+            f"-DCMAKE_BUILD_TYPE={os.environ.get('CMAKE_BUILD_TYPE') or 'Release'}",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={folder / 'out'}",

@@ -63,6 +63,8 @@ COMPILING = 7200  # seconds, ten times what the slowest takes on two busy cores
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # What runs a compiler comes first: at the end it would keep one process busy for minutes, and the others idle.
+    items.sort(key=lambda item: item.get_closest_marker("compiles") is None)
     for item in items:
         if item.get_closest_marker("compiles") is not None and item.get_closest_marker("timeout") is None:
             item.add_marker(pytest.mark.timeout(COMPILING))

@@ -34,7 +34,7 @@ OPTIONS = {  # as in CMakeLists.txt
 
 def compile_check(program: Path, sanitizers: str, isa: str) -> None:
     """The program of tests/csrc with the kernels of one instruction set."""
-    flags = ["-std=c++17", "-O1", "-g1", "-pthread", f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all"]
+    flags = ["-std=c++17", "-O0", "-g1", "-pthread", f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all"]
     sources = [str(ROOT / name) for name in ("tests/csrc/cpu_kernels_check.cpp", *SOURCES)]
     command = [
         str(COMPILER),
