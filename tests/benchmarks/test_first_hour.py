@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 
 import pytest
@@ -56,3 +58,13 @@ def test_a_step_that_breaks_ends_it(clone):
     (clone / "README.md").write_text(readme("moda doctor"))
     with pytest.raises(SystemExit, match=r"(?s)why.*moda doctor: exit status 3"):
         first_hour.play(clone)
+
+
+def test_readme_says_what_was_measured():
+    measured = json.loads(first_hour.RESULT.read_text())
+    said = re.search(r"first result after (\d+) minutes on (\d+) cores", " ".join(README.split()))
+    assert said is not None
+    assert int(said[1]) == -(-measured["first_result_minutes"] // 1)
+    assert int(said[2]) == measured["cores"]
+    assert [step["command"] for step in measured["steps"]] == first_hour.commands(README)
+    assert re.fullmatch(r"[0-9a-f]{40}", measured["commit"])
