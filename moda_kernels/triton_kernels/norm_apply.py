@@ -20,7 +20,7 @@ from moda_kernels.batch_norm import BatchNorm
 from moda_kernels.triton_kernels import layouts
 from moda_kernels.triton_kernels.layouts import Layout, mean_of, sample_of, unit_of
 from moda_kernels.triton_kernels.norm_sums import Sums, masked_gradient
-from moda_kernels.triton_kernels.relu_pool_forward import COLUMNS_TILE, launch_columns, vector_width
+from moda_kernels.triton_kernels.relu_pool_forward import COLUMNS_TILE, launch_columns, normalising, vector_width
 
 JOINED_NEURONS = 8  # a program's; few, so that many programs share the work of joining
 JOINED_PARTS = 64  # at a time
@@ -125,9 +125,8 @@ def apply_rows_kernel(
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     there = row < rows
     neuron = row % neurons
-    mean = tl.load(saved + neuron, mask=there, other=0.0)[:, None]
-    scale = tl.load(saved + 2 * neurons + neuron, mask=there, other=0.0)[:, None]
-    bias = tl.load(saved + 3 * neurons + neuron, mask=there, other=0.0)[:, None]
+    mean, scale, bias = normalising(saved, neuron, neurons, there)
+    mean, scale, bias = mean[:, None], scale[:, None], bias[:, None]
     unit = unit_of(positions)
     total = tl.zeros([ROWS, WIDTH], tl.float32)
     for start in range(0, positions, WIDTH):
@@ -156,9 +155,8 @@ def gradient_rows_kernel(
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     there = row < rows
     neuron = row % neurons
-    mean = tl.load(saved + neuron, mask=there, other=0.0)[:, None]
-    scale = tl.load(saved + 2 * neurons + neuron, mask=there, other=0.0)[:, None]
-    bias = tl.load(saved + 3 * neurons + neuron, mask=there, other=0.0)[:, None]
+    mean, scale, bias = normalising(saved, neuron, neurons, there)
+    mean, scale, bias = mean[:, None], scale[:, None], bias[:, None]
     share = tl.zeros([ROWS], tl.float32)
     if HAS_DPOOLED:
         share = tl.load(dpooled + row, mask=there, other=0.0) / positions
@@ -194,9 +192,8 @@ def gradient_columns_kernel(
     first = tl.program_id(1).to(tl.int64) * per_program
     end = tl.minimum(first + per_program, lines)
     there = neuron < neurons
-    mean = tl.load(saved + neuron, mask=there, other=0.0)[None, :]
-    scale = tl.load(saved + 2 * neurons + neuron, mask=there, other=0.0)[None, :]
-    bias = tl.load(saved + 3 * neurons + neuron, mask=there, other=0.0)[None, :]
+    mean, scale, bias = normalising(saved, neuron, neurons, there)
+    mean, scale, bias = mean[None, :], scale[None, :], bias[None, :]
     if TRAINING:
         level = tl.load(means + neuron, mask=there, other=0.0)[None, :]
         slope = tl.load(means + neurons + neuron, mask=there, other=0.0)[None, :]

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from moda_kernels.triton_kernels import layouts
 from moda_kernels.triton_kernels.layouts import Layout, sample_of
-from moda_kernels.triton_kernels.relu_pool_forward import vector_width
+from moda_kernels.triton_kernels.relu_pool_forward import normalising, vector_width
 
 PROGRAMS = 1024
 MOST_PARTS = 512
@@ -159,9 +159,8 @@ def gradient_sums_rows_kernel(
     neuron = tl.program_id(0).to(tl.int64) * NEURONS + tl.arange(0, NEURONS)
     first = part * per_part
     there = neuron < neurons
-    mean = tl.load(saved + neuron, mask=there, other=0.0)[None, :, None]
-    scale = tl.load(saved + 2 * neurons + neuron, mask=there, other=0.0)[None, :, None]
-    bias = tl.load(saved + 3 * neurons + neuron, mask=there, other=0.0)[None, :, None]
+    mean, scale, bias = normalising(saved, neuron, neurons, there)
+    mean, scale, bias = mean[None, :, None], scale[None, :, None], bias[None, :, None]
     total = tl.zeros([SAMPLES, NEURONS, WIDTH], tl.float32)
     product = tl.zeros([SAMPLES, NEURONS, WIDTH], tl.float32)
     for start in range(first, tl.minimum(first + per_part, samples), SAMPLES):
@@ -209,9 +208,8 @@ def gradient_sums_columns_kernel(
     first = part * per_part
     end = tl.minimum(first + per_part, rows)
     there = neuron < neurons
-    mean = tl.load(saved + neuron, mask=there, other=0.0)[None, :]
-    scale = tl.load(saved + 2 * neurons + neuron, mask=there, other=0.0)[None, :]
-    bias = tl.load(saved + 3 * neurons + neuron, mask=there, other=0.0)[None, :]
+    mean, scale, bias = normalising(saved, neuron, neurons, there)
+    mean, scale, bias = mean[None, :], scale[None, :], bias[None, :]
     total = tl.zeros([ROWS, NEURONS], tl.float32)
     product = tl.zeros([ROWS, NEURONS], tl.float32)
     for start in range(first, end, ROWS):

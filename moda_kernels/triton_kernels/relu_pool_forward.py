@@ -27,6 +27,15 @@ def _relu(value):
     return tl.where(value <= 0, 0.0, value)  # a comparison with NaN is false
 
 
+@triton.jit
+def normalising(numbers, neuron, neurons, there):
+    """Mean, scale and bias of these neurons, from the (4, C) numbers that norm.py keeps."""
+    mean = tl.load(numbers + neuron, mask=there, other=0.0)
+    scale = tl.load(numbers + 2 * neurons + neuron, mask=there, other=0.0)
+    bias = tl.load(numbers + 3 * neurons + neuron, mask=there, other=0.0)
+    return mean, scale, bias
+
+
 @triton.jit(do_not_specialize=["rows", "positions"])
 def relu_pool_rows_kernel(
     x, y, pooled, rows: tl.int64, positions: tl.int64, ROWS: tl.constexpr, WIDTH: tl.constexpr, VEC: tl.constexpr
@@ -77,9 +86,8 @@ def relu_pool_columns_kernel(
     there = neuron < neurons
     row_inside = (sample < samples)[:, None] & there[None, :]
     if NORM:
-        mean = tl.load(numbers + neuron, mask=there, other=0.0)[None, None, :]
-        scale = tl.load(numbers + 2 * neurons + neuron, mask=there, other=0.0)[None, None, :]
-        bias = tl.load(numbers + 3 * neurons + neuron, mask=there, other=0.0)[None, None, :]
+        mean, scale, bias = normalising(numbers, neuron, neurons, there)
+        mean, scale, bias = mean[None, None, :], scale[None, None, :], bias[None, None, :]
     unit = unit_of(positions)
     total = tl.zeros([SAMPLES, POSITIONS, NEURONS], tl.float32)
     for start in range(split * span, tl.minimum(split * span + span, positions), POSITIONS):
