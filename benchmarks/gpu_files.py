@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 from collections.abc import Sequence
@@ -16,6 +17,14 @@ from moda.bench.results import file_name
 
 DEVICE = "cuda"
 RESULTS = Path(__file__).parent / "results" / "gpu"
+
+
+def options(about: str | None, quick: str) -> argparse.Namespace:
+    """What a measurement is asked for: `quick`, of which `quick` says what it leaves out, and `warm`."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help=quick)
+    parser.add_argument("--warm", action="store_true", help="run once, write nothing")
+    return parser.parse_args()
 
 
 def describe() -> dict[str, Any]:

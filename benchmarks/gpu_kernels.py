@@ -8,7 +8,6 @@ on the same buffers. Bandwidth counts what an ideal kernel reads and writes.
 
 from __future__ import annotations
 
-import argparse
 import math
 import statistics
 from collections.abc import Callable, Iterator
@@ -19,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.gpu_files import DEVICE, GpuResults, describe
+from benchmarks.gpu_files import DEVICE, GpuResults, describe, options
 from moda_kernels import BackendUnavailableError, norm_relu_pool, pool, relu_pool
 from moda_kernels.backends import select
 
@@ -176,10 +175,7 @@ def measure(shape: tuple[int, ...], dtype: torch.dtype, channels_last: bool, rou
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="four shapes")
-    parser.add_argument("--warm", action="store_true", help="run once, write nothing")
-    arguments = parser.parse_args()
+    arguments = options(__doc__, "four shapes")
     results = GpuResults("kernels", describe())
     for shape, dtype, channels_last in shapes(arguments.quick):
         rows = measure(shape, dtype, channels_last, 0 if arguments.warm else ROUNDS)

@@ -14,7 +14,6 @@ compiles is then in its cache.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -26,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import moda
-from benchmarks.gpu_files import DEVICE, GpuResults, describe
+from benchmarks.gpu_files import DEVICE, GpuResults, describe, options
 from moda import models
 from moda.bench import inputs
 from moda.observation.run import replayed
@@ -168,10 +167,7 @@ def measure(case: Case, rounds: int) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="CIFAR shapes alone")
-    parser.add_argument("--warm", action="store_true", help="run once, write nothing")
-    arguments = parser.parse_args()
+    arguments = options(__doc__, "CIFAR shapes and one of ImageNet")
     results = GpuResults("step", describe())
     for case in cases(arguments.quick):
         rows = measure(case, 0 if arguments.warm else ROUNDS)
