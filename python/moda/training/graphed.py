@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from moda.observation.run import replayed
+from moda.observation.taps import taps_of
 
 WARMUPS = 3
 
@@ -36,6 +37,9 @@ class GraphedStep:
         clip_norm: the largest norm of all gradients together, as in `torch.nn.utils.clip_grad_norm_`.
         warmups: eager steps before the capture; at least 1, because a graph takes what a first step makes.
 
+    Raises:
+        TypeError, ValueError: an argument is not as above.
+
     Example:
         >>> model = nn.Linear(4, 2)
         >>> step = GraphedStep(model, lambda x: model(x).square().mean(), torch.optim.SGD(model.parameters(), lr=0.1))
@@ -54,10 +58,11 @@ class GraphedStep:
         clip_norm: float | None = None,
         warmups: int = WARMUPS,
     ) -> None:
-        if warmups < 1:
-            raise ValueError(f"warmups: expected at least 1, got {warmups}")
-        if clip_norm is not None and not clip_norm > 0:
-            raise ValueError(f"clip_norm: expected a number above 0 or None, got {clip_norm}")
+        _check(model, loss, optimizer)
+        if isinstance(warmups, bool) or not isinstance(warmups, int) or warmups < 1:
+            raise ValueError(f"warmups: expected a whole number of at least 1, got {warmups!r}")
+        if clip_norm is not None and not (isinstance(clip_norm, (int, float)) and clip_norm > 0):
+            raise ValueError(f"clip_norm: expected a number above 0 or None, got {clip_norm!r}")
         self.model, self.loss, self.optimizer = model, loss, optimizer
         self.scaler, self.clip_norm = scaler, clip_norm
         self.reason = ""
@@ -76,7 +81,7 @@ class GraphedStep:
         """Take a step on the tensors of a batch; returns the loss, detached and unscaled.
 
         Raises:
-            TypeError: something in the batch is no tensor.
+            TypeError: something in the batch is no tensor, or the loss gives something else than a 0-d tensor.
         """
         for index, tensor in enumerate(batch):
             if not isinstance(tensor, Tensor):
@@ -106,6 +111,9 @@ class GraphedStep:
 
     def _backward(self, batch: tuple[Tensor, ...]) -> Tensor:
         value = self.loss(*batch)
+        if not isinstance(value, Tensor) or value.dim() > 0:
+            got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            raise TypeError(f"loss: expected a 0-d tensor, got {got}")
         (value if self.scaler is None else self.scaler.scale(value)).backward()
         return value.detach()
 
@@ -147,6 +155,9 @@ class GraphedStep:
                 fresh.set_state(state)
                 generator.graphsafe_set_state(fresh)
             self.optimizer.zero_grad()
+            taps = taps_of(self.model)
+            if taps is not None:
+                taps.clear()  # of what was recorded before the failure
         return self._captured
 
     def _captured_step(self, batch: tuple[Tensor, ...]) -> _Captured:
@@ -159,6 +170,15 @@ class GraphedStep:
         parameters = [parameter for parameter in self.model.parameters() if parameter.grad is not None]
         gradients = [parameter.grad for parameter in parameters]
         return _Captured(graph, inputs, value, parameters, gradients, self.model.training)
+
+
+def _check(model: object, loss: object, optimizer: object) -> None:
+    expected = (("model", model, nn.Module), ("optimizer", optimizer, torch.optim.Optimizer))
+    for name, given, kind in expected:
+        if not isinstance(given, kind):
+            raise TypeError(f"{name}: expected a {kind.__module__}.{kind.__name__}, got {type(given).__name__}")
+    if not callable(loss):
+        raise TypeError(f"loss: expected a function of the tensors of a batch, got {type(loss).__name__}")
 
 
 class _Captured:

@@ -150,11 +150,45 @@ def test_why_there_is_no_graph_is_said():
 
 
 @pytest.mark.parametrize(
-    ("options", "message"), [({"warmups": 0}, "warmups: .* got 0"), ({"clip_norm": -1.0}, "clip_norm: .* got -1.0")]
+    ("options", "error", "message"),
+    [
+        ({"warmups": 0}, ValueError, "warmups: .* got 0"),
+        ({"warmups": 1.5}, ValueError, "warmups: expected a whole number of at least 1, got 1.5"),
+        ({"clip_norm": -1.0}, ValueError, "clip_norm: .* got -1.0"),
+        ({"clip_norm": "1"}, ValueError, "clip_norm: expected a number above 0 or None, got '1'"),
+        ({"model": "net"}, TypeError, "model: expected a torch.nn.modules.module.Module, got str"),
+        ({"loss": 3}, TypeError, "loss: expected a function of the tensors of a batch, got int"),
+        ({"optimizer": None}, TypeError, "optimizer: expected a torch.optim.optimizer.Optimizer, got NoneType"),
+    ],
+    ids=str,
 )
-def test_bad_arguments(options, message):
+def test_bad_arguments(options, error, message):
     training = Training("cpu", False)
-    with pytest.raises(ValueError, match=message):
-        GraphedStep(training.model, training.loss, training.optimizer, **options)
+    given = {"model": training.model, "loss": training.loss, "optimizer": training.optimizer, **options}
+    with pytest.raises(error, match=message):
+        GraphedStep(**given)
+
+
+def test_what_is_no_batch_and_no_loss():
+    training = Training("cpu", False)
     with pytest.raises(TypeError, match="batch: expected tensors, got str at 1"):
         GraphedStep(training.model, training.loss, training.optimizer)(torch.ones(1, 3, 8, 8), "label")
+    rows = GraphedStep(training.model, training.model, training.optimizer)
+    with pytest.raises(TypeError, match=r"loss: expected a 0-d tensor, got shape \(2, 4\)"):
+        rows(torch.ones(2, 3, 8, 8))
+
+
+@pytest.mark.gpu
+def test_a_capture_that_fails_behind_the_model_leaves_nothing_recorded():
+    mine = Training("cuda", True)
+
+    def loss(x, y):
+        logits = mine.model(x)
+        scale = 1.0 if logits.sum().item() else 2.0
+        return scale * (F.cross_entropy(logits, y) + mine.modular_loss(mine.taps.activations(), y))
+
+    step = GraphedStep(mine.model, loss, mine.optimizer)
+    theirs = Training("cuda", True)
+    values = run(mine, step, batches("cuda"))
+    assert "capturing failed" in step.reason
+    assert_equal_training(mine, theirs, values, run(theirs, eager(theirs), batches("cuda")))
