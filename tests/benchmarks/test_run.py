@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 from typer.testing import CliRunner
 
 from moda.bench import command, inputs, machine, memory, results, runner
@@ -21,6 +22,10 @@ from moda.bench.table import duration
 from moda.bench.training_step import StepInputs, step_case
 from moda.cli.app import app
 from moda.files import FormatError
+from moda.observation import taps
+from moda_kernels import _norm_ops
+from moda_kernels.batch_norm import BatchNorm
+from tests.moda_kernels._helpers.native_needed import needs_native
 
 CPU = torch.device("cpu")
 TINY = Budget(least=2, most=2, seconds=0, warmups=0)
@@ -57,6 +62,24 @@ def test_a_training_step_of_every_route() -> None:
     assert rows["standard"].memory is not None
     assert rows["reference"].memory is not None
     assert rows["reference"].memory > rows["standard"].memory  # the published formulas hold gradients of every layer
+
+
+@needs_native
+@pytest.mark.parametrize("factor", [1.0, 1.05], ids=["right", "wrong"])
+def test_a_step_with_wrong_norms_is_not_timed(monkeypatch: pytest.MonkeyPatch, factor: float) -> None:
+    """Of several batches one decides; wrong arithmetic shows on all of them."""
+    kernel = _norm_ops.norm_relu_pool
+
+    def changed(kernels: _norm_ops.Kernels, x: Tensor, norm: BatchNorm) -> tuple[Tensor, Tensor]:
+        y, pooled = kernel(kernels, x, norm)
+        return y * factor, pooled
+
+    monkeypatch.setattr(_norm_ops, "norm_relu_pool", changed)
+    monkeypatch.setattr(taps, "NORMS_FUSED_FROM_BYTES", 0)
+    rows = _run(step_case(StepInputs("resnet18", 16, 8, CPU), TINY))
+    assert {"standard", "fused"} <= set(rows)
+    assert ({"accelerated", "ours"} <= set(rows)) == (factor == 1.0)
+    assert bool({"accelerated", "ours"} & set(rows)) == (factor == 1.0)
 
 
 def test_peak_memory_counts_what_is_freed_again() -> None:
