@@ -195,15 +195,13 @@ class _AttachedSite(_Attached):
         if run is None or type(site) is not Site or run.inside:
             return super().__call__(*args, **kwargs)
         tap = site.only[run.training]
-        if tap is not None and run.notes:
-            caller, run.caller = run.caller, None
-            try:
-                value = super(_Attached, self).__call__(*args, **kwargs)  # type: ignore[misc]
-            finally:
-                run.caller = caller
-            return run.noted(tap, value)
-        if tap is not None and run.relu_pool is not None and len(args) == 1 and not kwargs:
-            y = run.fused_module(tap, self, args[0])
+        if tap is not None and len(args) == 1 and not kwargs:
+            if run.notes:
+                y = run.noted_module(tap, self, args[0])
+            elif run.relu_pool is not None:
+                y = run.fused_module(tap, self, args[0])
+            else:
+                y = None
             if y is not None:
                 return y
         return super().__call__(*args, **kwargs)

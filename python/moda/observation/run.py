@@ -219,17 +219,25 @@ class Run:
 
     # ---- short ways ---
 
-    def noted(self, tap: Tap, value: Any) -> Any:
-        """As `deliver`, in an eager pass that only records."""
-        if not (type(value) is Tensor and tap.as_it_is and value.dim() == tap.layout.dims and value.requires_grad):
-            return self.deliver(tap, value)
+    def noted_module(self, tap: Tap, module: nn.Module, x: Any) -> Tensor | None:
+        """A module that is a plain ReLU, in an eager pass that only records; None where more than that is asked."""
+        if not (tap.relu and tap.as_it_is) or has_hooks(module) or any_global_hooks():
+            return None
+        if type(x) is not Tensor or x.dim() != tap.layout.dims or torch._C._len_torch_function_stack() > self.watching:
+            return None
+        caller, self.caller = self.caller, None  # the function is none of the calls of whoever called the module
+        try:
+            y = torch.relu_(x) if module.inplace else torch.relu(x)
+        finally:
+            self.caller = caller
+        if not y.requires_grad:
+            self.deliver(tap, y)
+            return y
         record, index = self.record, tap.index
         assert record is not None
-        if index in record.values:
-            self.others = True
-        record.values[index] = value
-        record.versions[index] = value._version
-        return value
+        record.values[index] = y
+        record.versions[index] = y._version
+        return y
 
     def noted_function(self, function: Call, name: str, args: tuple[Any, ...], kwargs: Any) -> Any:
         """As `call_function`, in such a pass."""
@@ -239,8 +247,16 @@ class Run:
         if site is None:
             self.others = True
             return value
-        tap = self.next(site)
-        return value if tap is None else self.noted(tap, value)
+        tap = site.only[self.training] or self.next(site)
+        if tap is None:
+            return value
+        if tap.as_it_is and type(value) is Tensor and value.dim() == tap.layout.dims and value.requires_grad:
+            record, index = self.record, tap.index
+            assert record is not None
+            record.values[index] = value
+            record.versions[index] = value._version
+            return value
+        return self.deliver(tap, value)
 
     def fused_module(self, tap: Tap, module: nn.Module, x: Any) -> Tensor | None:
         """An activation module and the pooling of what it gives, as one function of C++; None where that cannot be."""
@@ -427,14 +443,14 @@ class FunctionMode(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         known = FUNCTIONS.get(func)
-        if known is None:
-            return func(*args, **kwargs) if kwargs else func(*args)
         run = self.taps._run
-        compiling = torch.compiler.is_dynamo_compiling()
-        # Inside vmap or the like, entered by the model itself, nothing is looked at; compilers see through those.
-        if run is None or run.caller is None or not (compiling or _functorch.peek_interpreter_stack() is None):
+        if known is None or run is None or run.caller is None:
             return func(*args, **kwargs) if kwargs else func(*args)
-        if run.notes and not compiling:
+        if torch.compiler.is_dynamo_compiling():
+            return run.call_function(func, known, args, kwargs or {})
+        if _functorch.peek_interpreter_stack() is not None:  # inside vmap or the like, which the model itself entered
+            return func(*args, **kwargs) if kwargs else func(*args)
+        if run.notes:
             return run.noted_function(func, known.name, args, kwargs)
         return run.call_function(func, known, args, kwargs or {})
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import moda
@@ -322,3 +323,30 @@ def test_what_is_compiled_is_the_plain_model_again_after_remove() -> None:
     assert torch.allclose(compiled(IMAGES), wanted, atol=1e-6)
     assert torch.allclose(torch.compile(model, fullgraph=True, backend="eager")(IMAGES), wanted, atol=1e-6)
     torch._dynamo.reset()
+
+
+class Calls(TorchFunctionMode):
+    """Notes what is called, and puts a number in the place of every ReLU of a module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(getattr(func, "__name__", str(func)))
+        result = func(*args, **(kwargs or {}))
+        return result * 2 if func is F.relu else result
+
+
+def test_modes_of_the_users_see_every_call_on_the_grouped_route() -> None:
+    model = Block().eval()
+    with Calls() as plain:
+        wanted = model(IMAGES)
+    taps = moda.observe(model, route="grouped", example=IMAGES)
+    with Calls() as observed:
+        got = model(IMAGES)
+    assert torch.equal(got, wanted)
+    called = [name for name in observed.names if name in plain.names]  # observation asks tensors of its own besides
+    assert [name for name in called if name in ("relu", "gelu", "conv2d")] == ["conv2d", "relu", "gelu"]
+    activation, _ = taps.activations()
+    assert torch.equal(activation, 2 * F.relu(model.norm(model.conv(IMAGES))))
