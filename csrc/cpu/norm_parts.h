@@ -79,6 +79,14 @@ MODA_INLINE void in_two_readings(const Layer& layer, const Blocks& cut, int thre
   parallel_for(tasks, threads, [&](int64_t task) { second((tasks - 1 - task) % cut.blocks, (tasks - 1 - task) / cut.blocks); });
 }
 
+// The largest number that T rounds to 0: half of its least one, as ties go to the even neighbour.
+template <class T>
+inline constexpr AccOf<T> kRoundsToZero = 0;
+template <>
+inline constexpr float kRoundsToZero<Half> = 0x1p-25F;
+template <>
+inline constexpr float kRoundsToZero<Bfloat> = 0x1p-134F;
+
 // Loads and stores of whole vectors, or of single elements, under the same names, so that a loop's body is written once for both.
 template <class Acc>
 struct Vectors {
@@ -95,8 +103,8 @@ struct Vectors {
       store(to, value);
     }
   }
-  // `value` where z is positive or NaN, else 0.
-  MODA_INLINE Value where_fires(Value z, Value value) { return keep_where<Acc>(~(z <= Acc(0)), value); }
+  // `value` where z is above `bound` or NaN, else 0.
+  MODA_INLINE Value where_fires(Value z, Value value, Acc bound = 0) { return keep_where<Acc>(~(z <= bound), value); }
 };
 
 template <class Acc>
@@ -108,7 +116,7 @@ struct Singles {
   MODA_INLINE void save(T* to, Value value) { Element<T>::store1(to, value); }
   template <bool kPastCaches, class T>
   MODA_INLINE void put(T* to, Value value) { Element<T>::store1(to, value); }
-  MODA_INLINE Value where_fires(Value z, Value value) { return z <= 0 ? Acc(0) : value; }
+  MODA_INLINE Value where_fires(Value z, Value value, Acc bound = 0) { return z <= bound ? Acc(0) : value; }
 };
 
 // Calls body(i, Vectors or Singles) for `count` elements.

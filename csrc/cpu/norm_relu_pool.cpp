@@ -310,7 +310,7 @@ MODA_INLINE typename As::Value gradient_at(const GradientTensors<T>& tensors, in
                                            Each bias, Share share) {
   const typename As::Value upstream = as.load(tensors.dy + at) + share;
   if constexpr (kResidual) return as.where_fires(as.load(tensors.y + at), upstream);
-  return as.where_fires(typename As::Value(centred * scale + bias), upstream);
+  return as.where_fires(typename As::Value(centred * scale + bias), upstream, kRoundsToZero<T>);
 }
 
 // Writes what the first reading knows already: the residual's gradient, and with running statistics the gradient of x.

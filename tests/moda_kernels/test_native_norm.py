@@ -118,6 +118,27 @@ def test_backward_cuts_where_forward_did(isa: str, shape: tuple[int, ...], last:
     assert torch.equal(dx != 0, y > 0)
 
 
+@pytest.mark.parametrize(("dtype", "least"), [(torch.float16, 2.0**-24), (torch.bfloat16, 2.0**-133)])
+@pytest.mark.parametrize("shape", [(8, 6), (4, 40, 3), (4, 40, 4, 4), (2, 40, 33)])
+@pytest.mark.parametrize("last", [False, True])
+def test_backward_cuts_what_half_precision_rounds_to_zero(
+    isa: str, shape: tuple[int, ...], dtype: torch.dtype, least: float, last: bool
+):
+    """A positive number that y cannot hold is 0 there, and so is its gradient, as with PyTorch's ReLU."""
+    ones = torch.ones(shape[1])
+    half = torch.tensor(0.5 * least)  # as near to 0 as to the least number: goes to 0
+    bias = torch.stack([-half, half / 2, half, torch.nextafter(half, ones[0]), 2 * half, 3 * half])
+    bias = bias.repeat(shape[1] // len(bias) + 1)[: shape[1]]
+    norm = make_case(shape, dtype, training=False, last=last).norm
+    norm = norm._replace(running_mean=ones, running_var=ones, weight=ones, bias=bias, eps=0.0)
+    x = torch.ones_like(make_case(shape, dtype, last=last).x).requires_grad_()
+    y, _ = native.norm_relu_pool(x, norm)
+    (dx,) = torch.autograd.grad(y, x, torch.ones_like(y))
+    assert torch.equal(dx, torch.relu(bias.to(dtype)).sign().view(1, -1, *[1] * (len(shape) - 2)).expand(shape))
+    assert torch.equal(dx != 0, y > 0)
+    assert 0.4 < dx.float().mean() < 0.6
+
+
 @pytest.mark.parametrize("last", [False, True])
 @pytest.mark.parametrize(
     "values",
