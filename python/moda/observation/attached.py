@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._C import _pop_torch_function_stack, _push_on_torch_function_stack
 
 from moda.observation.activations import PLAIN, plain_class
 from moda.observation.handle import Handle
@@ -72,12 +73,14 @@ class Site(Part):
         self.opaque = opaque  # calls inside are no activations of their own
         self.planned: list[tuple[Tap | None, ...]] = [(), ()]  # its calls in eval and in train mode; None is skipped
         self.only: list[Tap | None] = [None, None]  # its one call, if that can take the short way
+        self.simple: list[Tap | None] = [None, None]  # the same, if the activation is recorded as it is
         self.hits = 0  # calls of this forward pass, counted where there are several
 
     def plan(self, training: int, calls: tuple[Tap | None, ...]) -> None:
         """Let the calls in one mode be these."""
         self.planned[training] = calls
-        self.only[training] = calls[0] if len(calls) == 1 and not self.opaque else None
+        only = self.only[training] = calls[0] if len(calls) == 1 and not self.opaque else None
+        self.simple[training] = only if only is not None and only.as_it_is else None
 
     def call(self, module: nn.Module, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """An activation module is called."""
@@ -104,10 +107,17 @@ class Caller(Part):
             if run.watching:
                 return call(*args, **kwargs)
             run.watching = True
+            if torch.compiler.is_compiling():
+                try:
+                    with self.taps._mode:
+                        return call(*args, **kwargs)
+                finally:
+                    run.watching = False
+            _push_on_torch_function_stack(self.taps._mode)  # as `with` does, for less
             try:
-                with self.taps._mode:
-                    return call(*args, **kwargs)
+                return call(*args, **kwargs)
             finally:
+                _pop_torch_function_stack()
                 run.watching = False
         finally:
             run.caller = outer
@@ -197,7 +207,7 @@ class _AttachedSite(_Attached):
         tap = site.only[run.training]
         if tap is not None and len(args) == 1 and not kwargs:
             if run.notes:
-                y = run.noted_module(tap, self, args[0])
+                y = run.noted_module(tap, self, args[0]) if tap.as_it_is else None
             elif run.relu_pool is not None:
                 y = run.fused_module(tap, self, args[0])
             else:

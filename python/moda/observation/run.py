@@ -221,42 +221,27 @@ class Run:
 
     def noted_module(self, tap: Tap, module: nn.Module, x: Any) -> Tensor | None:
         """A module that is a plain ReLU, in an eager pass that only records; None where more than that is asked."""
-        if not (tap.relu and tap.as_it_is) or has_hooks(module) or any_global_hooks():
+        if not tap.relu or has_hooks(module) or any_global_hooks():
             return None
-        if type(x) is not Tensor or x.dim() != tap.layout.dims or torch._C._len_torch_function_stack() > self.watching:
+        if type(x) is not Tensor or torch._C._len_torch_function_stack() > self.watching:
             return None
         caller, self.caller = self.caller, None  # the function is none of the calls of whoever called the module
         try:
             y = torch.relu_(x) if module.inplace else torch.relu(x)
         finally:
             self.caller = caller
-        if not y.requires_grad:
-            self.deliver(tap, y)
-            return y
+        return self.noted(tap, y)
+
+    def noted(self, tap: Tap, value: Tensor) -> Tensor:
+        """As `deliver`, in an eager pass that only records, with a way of its own for what is recorded as it is."""
+        if not (tap.as_it_is and value.requires_grad and value.dim() == tap.layout.dims):
+            self.deliver(tap, value)
+            return value
         record, index = self.record, tap.index
         assert record is not None
-        record.values[index] = y
-        record.versions[index] = y._version
-        return y
-
-    def noted_function(self, function: Call, name: str, args: tuple[Any, ...], kwargs: Any) -> Any:
-        """As `call_function`, in such a pass."""
-        value = function(*args, **kwargs) if kwargs else function(*args)
-        assert self.caller is not None
-        site = self.caller.functions.get(name)
-        if site is None:
-            self.others = True
-            return value
-        tap = site.only[self.training] or self.next(site)
-        if tap is None:
-            return value
-        if tap.as_it_is and type(value) is Tensor and value.dim() == tap.layout.dims and value.requires_grad:
-            record, index = self.record, tap.index
-            assert record is not None
-            record.values[index] = value
-            record.versions[index] = value._version
-            return value
-        return self.deliver(tap, value)
+        record.values[index] = value
+        record.versions[index] = value._version
+        return value
 
     def fused_module(self, tap: Tap, module: nn.Module, x: Any) -> Tensor | None:
         """An activation module and the pooling of what it gives, as one function of C++; None where that cannot be."""
@@ -451,7 +436,13 @@ class FunctionMode(TorchFunctionMode):
         if _functorch.peek_interpreter_stack() is not None:  # inside vmap or the like, which the model itself entered
             return func(*args, **kwargs) if kwargs else func(*args)
         if run.notes:
-            return run.noted_function(func, known.name, args, kwargs)
+            value = func(*args, **kwargs) if kwargs else func(*args)
+            site = run.caller.functions.get(known.name)
+            if site is None:
+                run.others = True
+                return value
+            tap = site.simple[run.training] or run.next(site)
+            return value if tap is None else run.noted(tap, value)
         return run.call_function(func, known, args, kwargs or {})
 
 

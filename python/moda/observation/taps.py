@@ -491,15 +491,17 @@ def _first_samples(
     return first_args, first_kwargs
 
 
+_APART = (torch._C._TorchDispatchModeKey.FAKE, torch._C._TorchDispatchModeKey.PROXY)
+_WITHOUT_MEMORY = (FakeTensor, torch.fx.Proxy)
+
+
 def _apart(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether the model is traced, transformed, or run on tensors without memory: no pass to be recorded."""
     if torch._C._is_tracing() or _functorch.peek_interpreter_stack() is not None:
         return True
-    if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None:
+    if torch._C._len_torch_dispatch_stack() > 0 and any(torch._C._get_dispatch_mode(key) is not None for key in _APART):
         return True
-    if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None:
-        return True
-    return any(isinstance(value, FakeTensor | torch.fx.Proxy) for value in (*args, *kwargs.values()))
+    return any(isinstance(value, _WITHOUT_MEMORY) for value in (args if not kwargs else (*args, *kwargs.values())))
 
 
 def _hooked(model: nn.Module) -> bool:
