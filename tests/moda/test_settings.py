@@ -232,7 +232,7 @@ def test_option_of_a_field() -> None:
 
 def test_settings_of_the_house() -> None:
     assert {
-        "data_root", "accelerator", "devices", "strategy", "timeout", "num_workers", "log_every_steps", "checkpoint_every_steps",
+        "data_root", "accelerator", "graph", "devices", "strategy", "timeout", "num_workers", "log_every_steps", "checkpoint_every_steps",
         "keep_every_epochs", "tensorboard",
     } == RUNTIME_SETTINGS  # fmt: skip
     assert settings_of(SweepSettings)["threshold"].words == {"paper": GRIDS["threshold"]}

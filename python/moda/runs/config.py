@@ -17,6 +17,8 @@ from moda.settings import Settings, setting, settings_of
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "64-true")
 ROUTES = ("auto", "grouped", "fused")
 ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps")
+AUTO, ON, OFF = GRAPHS = ("auto", "on", "off")
+"""Steps are captured in a CUDA graph where they can be, or it is an error if they cannot, or never."""
 TERMS = ("affinity", "dispersion", "compactness")
 """The weights of the modular terms of MODA."""
 GATED = (MwT.name, NeMo.name)
@@ -145,6 +147,14 @@ class TrainingConfig(Settings, command="train"):
         "auto",
         help=f"The kind of device to train on: {', '.join(ACCELERATORS)}.",
         choices=ACCELERATORS,
+        panel=_MACHINE,
+        runtime=True,
+    )
+    graph: str = setting(
+        AUTO,
+        help=f"Whether steps on a GPU are captured in a CUDA graph and replayed: {', '.join(GRAPHS)}; auto: where they "
+        "can be, and where not it says why.",
+        choices=GRAPHS,
         panel=_MACHINE,
         runtime=True,
     )

@@ -39,12 +39,15 @@ from moda.methods.base import TASK
 from moda.methods.mwt import PreparedGates
 from moda.methods.nemo import NeMo, Taught, TaughtLogits
 from moda.observation.taps import Route, observe, taps_of
-from moda.runs.config import RUNTIME_SETTINGS, TrainingConfig
+from moda.runs.config import AUTO, ON, RUNTIME_SETTINGS, TrainingConfig
 from moda.runs.folder import RunFolder, create_model, load_data
 from moda.runs.gated import method_of, with_gates
 from moda.runs.lock import locked
 from moda.runs.metrics import MetricsFile, read_metrics
+from moda.training import graphed
 from moda.training.checkpoint import CHECKPOINT_VERSION, SafeCheckpointIO, check_checkpoint, check_own_part
+from moda.training.graph import scaler_of, why_eager
+from moda.training.graphed import GraphedStep
 from moda.training.processes import SHARDED, SHARDED_PRECISIONS, process_rank, shard, trainer_options, whole_weights
 from moda.training.progress import TrainingProgress
 from moda_kernels import ModularLoss, backends
@@ -145,6 +148,8 @@ class ModularModule(lightning.LightningModule):
         self._test_sums: Tensor | None = None
         self._random_state: dict[str, Tensor] = {}
         self._sharded = False
+        self._graphed: GraphedStep | None = None
+        self._eager = ""
 
     def setup(self, stage: str) -> None:
         """With several processes the modular terms are those of the batch that they hold together.
@@ -167,18 +172,38 @@ class ModularModule(lightning.LightningModule):
         logits: Tensor = self.model(images)
         return logits
 
+    @property
+    def eager(self) -> str:
+        """Why steps are not captured in a CUDA graph; empty where they are, or are about to be."""
+        return self._eager if self._graphed is None else self._graphed.reason
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Return cross-entropy plus the weighted modular terms."""
+        """Return cross-entropy plus the weighted modular terms, or plus the terms of a method that trains gates.
+
+        Where steps are captured, the gradients are there afterwards.
+
+        Raises:
+            RuntimeError: steps were to be captured, and cannot be.
+        """
         images, labels = batch
+        if self._graphed is None:
+            objective, self.last_step = self._objective(images, labels, self._weight(batch_idx))
+        else:
+            with torch.autocast(self.device.type, enabled=False):  # in which no backward pass should run
+                objective, self.last_step = self._graphed.backward(images, labels)
+            self._check_graph()
+        self._train_sums = _add(self._train_sums, self.last_step, len(labels))
+        self.learning_rate = self.trainer.optimizers[0].param_groups[0]["lr"]
+        return objective
+
+    def _objective(self, images: Tensor, labels: Tensor, weight: float) -> tuple[Tensor, Tensor]:
+        """Return what is minimised, the cross-entropy in it times `weight`, and the row of what is logged."""
         taught: Taught | None = self.__dict__["taught"]
-        if taught is not None:
-            return self._gated_step(taught(images), labels)
-        logits = self.model(images)
+        outputs = self.model(images) if taught is None else taught(images)
         if self._method is not None:
-            return self._gated_step(logits, labels)
-        cross_entropy = F.cross_entropy(logits, labels)
-        correct = (logits.argmax(1) == labels).sum() / len(labels)
-        weight = self._weight(batch_idx)
+            return self._gated_objective(outputs, labels)
+        cross_entropy = F.cross_entropy(outputs, labels)
+        correct = (outputs.argmax(1) == labels).sum() / len(labels)
         loss = cross_entropy
         objective = cross_entropy if weight == 1 else cross_entropy * weight
         terms: tuple[Tensor, ...] = ()
@@ -186,13 +211,10 @@ class ModularModule(lightning.LightningModule):
             modular = self.modular_loss(self.taps.activations(), labels)
             loss, objective = loss + modular, objective + modular
             terms = self.modular_loss.last or ()
-        self.last_step = _row([loss, cross_entropy, *terms, correct])
-        self._train_sums = _add(self._train_sums, self.last_step, len(labels))
-        self.learning_rate = self.trainer.optimizers[0].param_groups[0]["lr"]
-        return objective
+        return objective, _row([loss, cross_entropy, *terms, correct])
 
-    def _gated_step(self, outputs: Tensor | TaughtLogits, labels: Tensor) -> Tensor:
-        """Return the loss of a method that trains gates."""
+    def _gated_objective(self, outputs: Tensor | TaughtLogits, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the loss of a method that trains gates, and the row of what is logged."""
         method: Any = self._method  # NeMo alone takes what a teacher says
         terms: dict[str, Tensor] = method.loss(self.__dict__["gates"], outputs, labels)
         logits = outputs.logits + outputs.distilled if isinstance(outputs, TaughtLogits) else outputs
@@ -202,10 +224,33 @@ class ModularModule(lightning.LightningModule):
             [cross_entropy, *(weight * term for weight, term in zip(weights, others, strict=True))]
         ).sum()
         correct = (logits.argmax(1) == labels).sum() / len(labels)
-        self.last_step = _row([loss, cross_entropy, *others, correct])
-        self._train_sums = _add(self._train_sums, self.last_step, len(labels))
-        self.learning_rate = self.trainer.optimizers[0].param_groups[0]["lr"]
-        return loss
+        return loss, _row([loss, cross_entropy, *others, correct])
+
+    def _graphed_step(self) -> GraphedStep | None:
+        """Return what captures steps, if the settings let it."""
+        self._eager = why_eager(self.config, self.trainer)
+        if self._eager:
+            return None
+
+        def objective(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+            with self.trainer.precision_plugin.forward_context():
+                return self._objective(images, labels, 1.0)
+
+        return GraphedStep(self.model, objective, self.trainer.optimizers[0], scaler=scaler_of(self.trainer))
+
+    def _check_graph(self) -> None:
+        if self.config.graph == ON and self.eager:
+            raise RuntimeError(f"graph: {ON!r} asked for, but {self.eager}; with 'auto' the steps run eagerly")
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Compute gradients, where the step has not done so itself."""
+        if self._graphed is None:
+            super().backward(loss, *args, **kwargs)
+
+    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: torch.optim.Optimizer) -> None:
+        """Drop the gradients of the step before, where the step has not done so itself: this is called behind it."""
+        if self._graphed is None:
+            super().optimizer_zero_grad(epoch, batch_idx, optimizer)
 
     def _weight(self, batch_idx: int) -> float:
         """Return the weight of this process's cross-entropy, not 1 where processes hold unequal shares of a batch."""
@@ -232,7 +277,13 @@ class ModularModule(lightning.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "epoch"}}
 
     def on_train_start(self) -> None:
-        """Go on with the random numbers that the interrupted training would have drawn."""
+        """Go on with the random numbers that the interrupted training would have drawn.
+
+        Raises:
+            RuntimeError: steps were to be captured in a CUDA graph, and cannot be.
+        """
+        self._graphed = self._graphed_step()
+        self._check_graph()
         if self.trainer.world_size > 1:  # each process its own dropout
             torch.manual_seed(self.config.seed + self.trainer.global_rank + self.trainer.global_step)
         elif self._random_state:
@@ -361,6 +412,7 @@ class _RunRecorder(Checkpoint):
         self._epochs = MetricsFile(run.metrics)
         self._steps = MetricsFile(run.steps)
         self._since = time.perf_counter()
+        self._said = False
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         self._since = time.perf_counter()
@@ -374,6 +426,7 @@ class _RunRecorder(Checkpoint):
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         step, config = trainer.global_step, self.run.config
         self.progress.step()
+        self._say_why_eager(trainer, pl_module)
         if _every(config.log_every_steps, step) and trainer.is_global_zero:
             self._log_step(trainer, pl_module)
         last = batch_idx + 1 == trainer.num_training_batches  # the epoch's own checkpoint follows
@@ -396,6 +449,13 @@ class _RunRecorder(Checkpoint):
                 path.parent.mkdir(exist_ok=True)
                 self.run.save_weights(weights, path)
         trainer.save_checkpoint(self.run.last_checkpoint)
+
+    def _say_why_eager(self, trainer: Any, pl_module: Any) -> None:
+        """Say once why steps are not captured in a CUDA graph, where that was to be expected."""
+        expected = self.run.config.graph == AUTO and pl_module.device.type == graphed.DEVICE
+        if expected and pl_module.eager and not self._said and trainer.is_global_zero:
+            self._said = True
+            self.progress.note(f"steps run eagerly: {pl_module.eager}")
 
     def _log_step(self, trainer: Any, pl_module: Any) -> None:
         figures = dict(zip((*pl_module.losses, "train_accuracy"), pl_module.last_step.tolist(), strict=True))
@@ -534,6 +594,8 @@ def _check_runnable(config: TrainingConfig) -> None:
     on_gpu = config.accelerator in ("gpu", "cuda") or (config.accelerator == "auto" and torch.cuda.is_available())
     if config.accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
         raise ValueError(f"accelerator: {config.accelerator!r} asked for, but PyTorch sees no GPU (see: moda doctor)")
+    if config.graph == ON and not on_gpu:
+        raise ValueError(f"graph: {ON!r} asked for, but training runs on no CUDA device; drop --graph, or take auto")
     if config.precision == "16-mixed" and not on_gpu:
         raise ValueError("precision: '16-mixed' needs a GPU; on the CPU use 'bf16-mixed'")
     if config.strategy == SHARDED and config.precision not in SHARDED_PRECISIONS:

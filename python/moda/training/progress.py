@@ -61,6 +61,11 @@ class TrainingProgress:
             text = f"{self.label}: epoch {epoch}/{self._epochs}  {_summary(figures, _LONG)}"
             self._console.print(text, highlight=False, soft_wrap=True)
 
+    def note(self, text: str) -> None:
+        """Say something about the training, in a line of its own."""
+        if self.shown:
+            self._console.print(f"{self.label}: {text}", highlight=False, markup=False, soft_wrap=True)
+
     def stop(self) -> None:
         """Note that training is over, for whatever reason."""
         if self._bar is not None:

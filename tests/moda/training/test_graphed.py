@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import random
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,8 +13,9 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import moda
-from moda.training.graphed import GraphedStep
+from moda.training.graphed import CHECKPOINTING, GraphedStep
 from moda_kernels import ModularLoss
+from tests.moda._helpers.tape import play_graphs
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 STEPS = 9
@@ -192,3 +195,103 @@ def test_a_capture_that_fails_behind_the_model_leaves_nothing_recorded():
     values = run(mine, step, batches("cuda"))
     assert "capturing failed" in step.reason
     assert_equal_training(mine, theirs, values, run(theirs, eager(theirs), batches("cuda")))
+
+
+@pytest.mark.parametrize("modular", [False, True])
+def test_captures_and_replays(modular, monkeypatch):
+    """A capture on the CPU: forward and backward are written down once, and the optimiser steps on their results."""
+    tapes = play_graphs(monkeypatch, reading=modular)
+    sizes = (12,) * 5 + (7,) + (12,) * 3
+    mine, theirs = Training("cpu", modular), Training("cpu", modular)
+    step = GraphedStep(mine.model, mine.loss, mine.optimizer, clip_norm=0.5)
+    schedule = torch.optim.lr_scheduler.ExponentialLR
+    values = run(mine, step, batches("cpu", sizes), schedule(mine.optimizer, 0.9))
+    expected = run(theirs, eager(theirs, 0.5), batches("cpu", sizes), schedule(theirs.optimizer, 0.9))
+    assert_equal_training(mine, theirs, values, expected)
+    assert step.graphed
+    assert [tape.replays for tape in tapes] == [5]  # three warm-ups, and the shorter batch
+
+
+def test_gives_what_else_the_loss_gives(monkeypatch):
+    play_graphs(monkeypatch)
+    mine = Training("cpu", False)
+
+    def loss(x, y):
+        logits = mine.model(x)
+        return F.cross_entropy(logits, y), logits.argmax(1), logits
+
+    step = GraphedStep(mine.model, loss, mine.optimizer)
+    for index, (x, y) in enumerate(batches("cpu")):
+        before = [parameter.clone() for parameter in mine.model.parameters()]
+        value, predicted, logits = step.backward(x, y)
+        assert all(map(torch.equal, before, mine.model.parameters()))  # the optimiser is the caller's
+        assert not logits.requires_grad
+        assert torch.equal(predicted, logits.argmax(1))
+        torch.testing.assert_close(value, F.cross_entropy(logits, y))
+        mine.optimizer.step()
+        assert step.graphed == (index >= 3)
+
+
+def test_a_model_that_was_changed_runs_eagerly(monkeypatch):
+    """Frozen layers, another mode of some layers, and parameters in other memory are not what was captured."""
+    tapes = play_graphs(monkeypatch)
+    mine, theirs = Training("cpu", False), Training("cpu", False)
+    step = GraphedStep(mine.model, mine.loss, mine.optimizer)
+    data = list(batches("cpu", (12,) * 12))
+
+    def changed(index, model):
+        if index == 6:
+            model[0].weight.requires_grad_(False)
+        if index == 7:
+            model[0].weight.requires_grad_(True)
+            model[1].eval()
+        if index == 8:
+            model[1].train()
+            model[7].bias.data = model[7].bias.data.clone()
+
+    for index, (x, y) in enumerate(data):
+        changed(index, mine.model)
+        changed(index, theirs.model)
+        assert float(step(x, y)) == pytest.approx(float(eager(theirs)(x, y)), rel=1e-5)
+    assert tapes[0].replays == 3
+
+
+def test_capturing_that_fails_is_said_and_trains_on(monkeypatch):
+    play_graphs(monkeypatch)
+    mine, theirs = Training("cpu", False), Training("cpu", False)
+
+    def loss(x, y):
+        value = mine.loss(x, y)
+        return value if value.item() > -1 else -value
+
+    step = GraphedStep(mine.model, loss, mine.optimizer)
+    values = run(mine, step, batches("cpu"))
+    assert step.reason == "capturing failed: RuntimeError: operation not permitted when stream is capturing"
+    assert_equal_training(mine, theirs, values, run(theirs, eager(theirs), batches("cpu")))
+
+
+HOST = {"python": random.random, "torch": lambda: torch.rand(()), "numpy": lambda: np.random.rand()}  # noqa: NPY002
+
+
+@pytest.mark.parametrize("draw", HOST.values(), ids=HOST)
+def test_random_numbers_of_the_host_are_seen(draw, monkeypatch):
+    tapes = play_graphs(monkeypatch)
+    mine = Training("cpu", False)
+    step = GraphedStep(mine.model, lambda x, y: mine.loss(x, y) * (1 if draw() < 2 else 0), mine.optimizer)
+    run(mine, step, batches("cpu"))
+    assert step.reason == "no graph where a step draws random numbers on the host"
+    assert not tapes
+
+
+@pytest.mark.parametrize("name", CHECKPOINTING)
+def test_gradient_checkpointing_is_seen(name):
+    training = Training("cpu", False)
+    setattr(training.model[3], name, True)
+    assert "gradient checkpointing" in GraphedStep(training.model, training.loss, training.optimizer).reason
+
+
+def test_a_tuple_that_holds_no_loss():
+    training = Training("cpu", False)
+    step = GraphedStep(training.model, lambda x, y: (training.loss(x, y), 3), training.optimizer)
+    with pytest.raises(TypeError, match="loss: expected tensors, got Tensor, int"):
+        step(*next(batches("cpu")))
