@@ -52,8 +52,12 @@ def choice(name: str) -> bool | None:
 
 
 def find_program(name: str) -> str | None:
-    """`name` from PATH, or from the scripts of this Python: its environment need not be activated."""
-    return shutil.which(name) or shutil.which(name, path=sysconfig.get_path("scripts"))
+    """`name` from PATH, or from the scripts of this Python: its environment need not be activated.
+
+    The path is absolute, as a build runs in a folder of its own and PATH may have relative entries.
+    """
+    found = shutil.which(name) or shutil.which(name, path=sysconfig.get_path("scripts"))
+    return str(Path(found).absolute()) if found else None
 
 
 def find_compiler() -> str | None:
