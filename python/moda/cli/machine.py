@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from moda.bench.command import bench as measure
+from moda.bench.plan import SUITES
 from moda.cli.commands import example, group
 from moda.cli.doctor import build, examine
 
@@ -53,8 +54,7 @@ def bench(
     suite: Annotated[
         list[str] | None,
         typer.Option(
-            help="A suite: step, loss, relu_pool, norm, firing, decomposition, attribution, composition or scaling; "
-            "repeat for several.",
+            help=f"A suite: {', '.join(SUITES[:-1])} or {SUITES[-1]}; repeat for several.",
             show_default="all",
         ),
     ] = None,

@@ -341,7 +341,7 @@ def test_main_help_shows_what_each_command_does(moda: Moda) -> None:
 
 def test_resume_after_ctrl_c(moda: Moda, tmp_path: Path) -> None:
     """A real process, a real signal: one line, status 130, and the same weights in the end."""
-    options = ["--epochs", "12", "--seed", "2", "--width", "0.25"]
+    options = ["--epochs", "6", "--seed", "2", "--width", "0.25"]
     process = subprocess.Popen(
         command("train", tmp_path / "run", *options),
         env=environment(),
@@ -366,7 +366,7 @@ def test_resume_after_ctrl_c(moda: Moda, tmp_path: Path) -> None:
     )
     status, out, _ = moda("train", tmp_path / "run", "--resume")
     assert status == 0
-    assert "already finished after 12 epochs" in out
+    assert "already finished after 6 epochs" in out
 
 
 def test_two_processes(moda: Moda, tmp_path: Path) -> None:
