@@ -12,8 +12,9 @@ SOURCES := pyproject.toml setup.py CMakeLists.txt moda_kernels/_version.py $(wil
 .PHONY: demo test test-other-torch test-oldest lint docs bench soak gpu clean
 .DELETE_ON_ERROR:
 
+# An earlier demo in demo/ is replaced, once the new one is whole.
 demo: $(VENV)/installed
-	$(BIN)/moda demo
+	$(BIN)/moda demo --force
 
 test: $(VENV)/installed-dev
 	$(MAKE) --no-print-directory lint
@@ -49,9 +50,9 @@ docs: $(VENV)/installed-docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 	@echo "site/index.html"
 
-# Measures this machine, notes it in benchmarks/results/ and makes docs/benchmarks.md anew; the table comes last.
+# Measures this machine, notes it in benchmarks/results/ (in the place of what was measured before) and makes docs/benchmarks.md anew; the table comes last.
 bench: $(VENV)/installed-dev
-	$(BIN)/moda bench
+	$(BIN)/moda bench --force
 	$(BIN)/python -m benchmarks.render
 
 # Breaks files, trainings and inputs by what the tests do, ten times as often; one table comes last. Takes half an hour.

@@ -12,7 +12,7 @@ import secrets
 import stat
 import sys
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,10 +32,12 @@ __all__ = [
     "check_own_folder",
     "check_result_file",
     "check_result_folder",
+    "check_study_folder",
     "check_tensors",
     "format_errors",
     "is_partial",
     "is_temporary",
+    "meant",
     "parse_json",
     "parse_tensors",
     "parse_torch",
@@ -60,6 +62,8 @@ LOCK = ".moda-lock"
 """How the name of a lock ends; see `moda.runs.lock`."""
 
 LONGEST_MESSAGE = 1000
+HEADER = 200
+"""Bytes within which a file of ours names its format."""
 LARGEST_JSON = 1 << 28
 LARGEST_TABLE = 1 << 30
 LARGEST_TENSORS = 1 << 36
@@ -110,7 +114,7 @@ def check_result_folder(folder: Path, description: str, *, force: bool) -> None:
 
 DESCRIPTIONS = (
     *("config.json", "decomposition.json", "rates.json", "composed.json", "ensemble.json"),
-    *("study.json", "replacement.json", "repair.json"),
+    *("study.json", "replacement.json", "repair.json", "comparison.json"),
 )
 """Files that say what a folder of ours is."""
 
@@ -120,6 +124,24 @@ def check_own_folder(folder: Path, description: str) -> None:
     others = [name for name in DESCRIPTIONS if name != description and (folder / name).exists()]
     if others and not (folder / description).exists():
         raise ValueError(f"folder: {folder} is of another kind (it has {others[0]}); choose another folder")
+
+
+def check_study_folder(folder: Path, description: str, *begun: str) -> None:
+    """Raise ValueError unless a folder may take a study, which goes on there after a kill.
+
+    Args:
+        folder: the folder; it may be new or empty.
+        description: the file that says what a study is; a folder that has it may take one.
+        begun: patterns of the names that a study has in its folder before there is a description.
+    """
+    if not folder.is_dir():
+        if folder.exists():
+            raise ValueError(f"{folder}: expected a folder, found a file")
+        return
+    check_own_folder(folder, description)
+    names = (description, *begun)
+    if not all(map(is_temporary, folder.iterdir())) and not any(any(folder.glob(name)) for name in names):
+        raise ValueError(f"{folder}: is not empty and holds no {description}; choose another folder")
 
 
 def check_result_file(path: Path, *, force: bool, begins: bytes = b"") -> None:
@@ -156,7 +178,7 @@ def write_bytes(path: Path, data: bytes) -> None:
     Raises:
         OSError: it cannot be written; the error names `path`.
     """
-    partial = path.parent / f".{path.name[:100]}.{secrets.token_hex(4)}{PARTIAL}"
+    partial = path.parent / f".{path.name[:50]}.{secrets.token_hex(4)}{PARTIAL}"
     with write_errors(path):
         try:
             with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666), "wb") as file:
@@ -179,8 +201,29 @@ def write_errors(path: Path) -> Iterator[None]:
         raise OSError(error.errno, error.strerror, str(path)) from None
 
 
+@contextmanager
+def meant(temporary: Path, place: Path) -> Iterator[None]:
+    """Turn an OSError that names something in a temporary folder into one that names it in the folder's place."""
+    try:
+        yield
+    except OSError as error:
+        named = Path(error.filename or place)
+        path = place / named.relative_to(temporary) if named.is_relative_to(temporary) else named
+        raise OSError(error.errno, error.strerror, str(path)) from None
+
+
 def _next(path: Path) -> Path:
     return path.with_name(f".{path.name}{NEXT}")
+
+
+def _take_places(description: Path, names: Iterable[str]) -> None:
+    """Put files in their places that a kill has left waiting, if they are what the description is of."""
+    described = description.read_bytes() if description.is_file() else b""
+    for name in names:
+        waiting = _next(description.with_name(name))
+        if waiting.is_file() and sha256_of(waiting).encode() in described:
+            with write_errors(description.with_name(name)):
+                waiting.replace(description.with_name(name))
 
 
 def is_partial(path: Path) -> bool:
@@ -197,7 +240,7 @@ def remove_partial_files(folder: Path) -> None:
     """Remove what a killed process left of files it was writing; nothing else."""
     if folder.is_dir():
         for path in folder.iterdir():
-            if is_partial(path):
+            if is_partial(path) and not path.is_dir():
                 path.unlink(missing_ok=True)
 
 
@@ -370,7 +413,7 @@ class Format:
             OSError: it cannot be written; the error names `path`.
         """
         data = self.to_bytes(entries)
-        self._check_replaceable(path)
+        self.check_replaceable(path)
         write_bytes(path, data)
 
     def write_with(self, path: Path, entries: Mapping[str, Any], files: Mapping[str, bytes]) -> None:
@@ -388,9 +431,10 @@ class Format:
             TypeError, ValueError, OSError: as `write`; an OSError names the file.
         """
         data = self.to_bytes(entries)
-        self._check_replaceable(path)
+        self.check_replaceable(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         remove_partial_files(path.parent)
+        _take_places(path, files)
         try:
             for name, content in files.items():
                 with write_errors(path.with_name(name)):
@@ -405,13 +449,19 @@ class Format:
             with write_errors(path.with_name(name)):
                 _next(path.with_name(name)).replace(path.with_name(name))
 
-    def _check_replaceable(self, path: Path) -> None:
-        """Raise ValueError if a file is there that is of another format; a damaged one is no loss."""
-        try:
-            there = parse_json(path, read_bytes(path, self.largest)).get("format")
-        except FormatError:
+    def check_replaceable(self, path: Path) -> None:
+        """Raise ValueError if something is there that is not of this format; a damaged file of it is no loss."""
+        if not path.exists():
             return
-        if there not in (self.name, self.formerly):
+        data = read_bytes(path, self.largest)
+        names = [name for name in (self.name, self.formerly) if name is not None]
+        try:
+            there = parse_json(path, data).get("format")
+        except FormatError:
+            if not data or any(f'"{name}"'.encode() in data[:HEADER] for name in names):
+                return
+            raise ValueError(f"{path}: is a file of another kind (no JSON object); choose another name") from None
+        if there not in names:
             raise ValueError(f"{path}: is a file of another kind (format {there!r:.80}); choose another name")
 
     def to_bytes(self, entries: Mapping[str, Any]) -> bytes:

@@ -10,6 +10,7 @@ import torch
 from rich.console import Console
 
 from moda.bench import results, runner
+from moda.bench.machine import device_name
 from moda.bench.plan import SUITES
 from moda.bench.table import TEXT_COLUMNS, notes, table
 from moda.tables import print_table
@@ -17,7 +18,7 @@ from moda.tables import print_table
 _TABLE_WIDTH = 190
 
 
-def bench(*, quick: bool, device: str, suites: Sequence[str], folder: Path | None) -> bool:
+def bench(*, quick: bool, device: str, suites: Sequence[str], folder: Path | None, force: bool = False) -> bool:
     """Run the suites and print their table; return False if a contender was wrong.
 
     Args:
@@ -26,12 +27,16 @@ def bench(*, quick: bool, device: str, suites: Sequence[str], folder: Path | Non
         suites: names from `moda.bench.plan.SUITES`; an empty sequence means all.
         folder: the folder for `<device>.json`. With None, a full run of all suites writes to `benchmarks/results` in a
             checkout and to the current folder elsewhere; any other run writes nothing.
+        force: whether to replace results of this device that are there already.
 
     Raises:
-        ValueError: an argument is not as above, or there is no such device.
+        ValueError: an argument is not as above, there is no such device, or nothing may be written there.
     """
     chosen = _suites(suites)
     on = _device(device)
+    target = folder or (runner.default_folder() if not quick and chosen == SUITES else None)
+    if target is not None:
+        results.check_place(target, device_name(on), force=force)
     progress = Console(stderr=True, highlight=False)
     begin = time.perf_counter()
 
@@ -42,7 +47,6 @@ def bench(*, quick: bool, device: str, suites: Sequence[str], folder: Path | Non
     report("done")
     for note in notes(measured):
         progress.print(note)
-    target = folder or (runner.default_folder() if not quick and chosen == SUITES else None)
     if target is not None:
         report(f"written to {results.write(measured, target)}")
     console = Console()

@@ -10,7 +10,7 @@ from typing import Any
 
 from moda.bench.clock import Quartiles
 from moda.checks import flag, items, json_value, mapping
-from moda.files import Format, format_errors
+from moda.files import Format, check_result_file, format_errors
 
 BENCHMARKS = Format(
     "moda-benchmark",
@@ -84,6 +84,21 @@ class Results:
 def file_name(device: str) -> str:
     """Return the device's name as a file name: "AMD EPYC, 2 threads" -> "amd-epyc-2-threads.json"."""
     return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-") + ".json"
+
+
+def check_place(folder: Path, device: str, *, force: bool) -> None:
+    """Raise ValueError unless a device's results may be written to a folder.
+
+    Args:
+        folder: the folder.
+        device: the device's name.
+        force: whether they may replace earlier ones.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder}: expected a folder, found a file")
+    path = folder / file_name(device)
+    check_result_file(path, force=force)
+    BENCHMARKS.check_replaceable(path)
 
 
 def write(results: Results, folder: Path) -> Path:

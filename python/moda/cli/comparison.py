@@ -15,14 +15,17 @@ from moda.cli.commands import example, group
 from moda.cli.module_table import show_modules
 from moda.cli.options import takes
 from moda.cli.printing import say, show, table
+from moda.cli.report import PAGE
 from moda.composition import measure
 from moda.decomposition.files import METADATA_FILE
-from moda.files import check_result_file, check_result_folder, write_bytes, write_json
+from moda.files import check_result_file, check_result_folder
 from moda.hints import command_line
 from moda.methods import CNNSplitter
 from moda.runs.finished import FinishedRun
 from moda.runs.lock import locked
 from moda.study.comparison import (
+    COMPARISON,
+    COMPARISON_FILE,
     ComparisonSettings,
     MethodFigures,
     compare_methods,
@@ -33,6 +36,7 @@ from moda.study.comparison import (
 from moda.study.searching import SearchSettings, search_run
 
 commands = group()
+PAGE_FILE = Path(COMPARISON_FILE).with_suffix(".html").name
 
 
 @commands.command(
@@ -123,14 +127,30 @@ def compare(
     """
     from moda.report.comparison import comparison_page
 
-    page = output or folders[0] / "comparison.html"
-    check_result_file(page, force=force or output is None)
+    page = output or folders[0] / PAGE_FILE
+    _check_page(page, folders, force=force)
     found = _compared(folders, ComparisonSettings(**given))
     _print_comparison(found)
-    page.parent.mkdir(parents=True, exist_ok=True)
-    write_bytes(page, comparison_page(found).encode())
-    write_json(page.with_suffix(".json"), {"methods": [asdict(figures) for figures in found]})
+    figures = {"methods": [asdict(one) for one in found]}
+    COMPARISON.write_with(page.with_suffix(".json"), figures, {page.name: comparison_page(found).encode()})
     say(f"Page: {page}")
+
+
+def _check_page(page: Path, folders: list[Path], *, force: bool) -> None:
+    """Check where a page and its figures go, before anything is measured.
+
+    The page of a comparison in the comparison's own folder is made anew unasked: the folder keeps every figure of it.
+
+    Raises:
+        ValueError: the page's name is none of a page, or one would replace something else, or a result without `force`.
+    """
+    if page.suffix != ".html":
+        raise ValueError(f"output: expected a name that ends in .html, got {page.name!r}")
+    figures = page.with_suffix(".json")
+    own = folders == [page.parent] and page.name == PAGE_FILE and not (page.parent / "config.json").exists()
+    check_result_file(page, force=force or own, begins=PAGE)
+    check_result_file(figures, force=force or own)
+    COMPARISON.check_replaceable(figures)
 
 
 def _compared(folders: list[Path], settings: ComparisonSettings) -> list[MethodFigures]:

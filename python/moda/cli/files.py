@@ -13,9 +13,9 @@ from moda.cli.commands import example, group
 from moda.cli.options import takes
 from moda.cli.printing import percent, say, show, table
 from moda.composition.compose import compose
+from moda.composition.export import FORMATS, provenance_of, read_provenance
 from moda.composition.export import export as write
-from moda.composition.export import provenance_of
-from moda.files import check_result_file
+from moda.files import FormatError, check_result_file
 from moda.hints import command_line
 from moda.runs.config import TrainingConfig
 from moda.runs.finished import FinishedRun, decompose_run
@@ -23,8 +23,6 @@ from moda.runs.published import agreement, described, import_run, load_published
 from moda.study.reuse import TestSet
 
 commands = group()
-BEGINS = {".pt2": b"PK", ".onnx": b"\x08"}
-"""What files begin with that `moda export` writes: an archive's mark, and the tag of ONNX's first field."""
 
 
 @commands.command(
@@ -47,9 +45,11 @@ def export(
     The file takes batches of any size. It is read back and must give the same logits on test images; its classes and
     the hashes of what it was made from are inside.
     """
-    check_result_file(output, force=force, begins=BEGINS.get(output.suffix, b""))
-    if output.suffix not in BEGINS:
-        raise ValueError(f"output: expected a name that ends in {' or '.join(BEGINS)}, got {output.name!r}")
+    check_result_file(output, force=force)
+    if output.suffix not in FORMATS:
+        raise ValueError(f"output: expected a name that ends in {' or '.join(FORMATS)}, got {output.name!r}")
+    if output.exists():
+        _check_exported(output)
     finished = FinishedRun.open(folder, "cpu")
     chosen = parse_classes(classes, finished.data.class_names)
     model = compose(finished.model, finished.decomposition(), chosen, class_names=finished.data.class_names)
@@ -58,6 +58,14 @@ def export(
     few = [finished.data.test[index] for index in range(min(16, len(finished.data.test)))]  # type: ignore[arg-type]
     difference = write(model, TestSet.of(few).images, output, origin)
     say(f"{output}: {', '.join(names)}; its logits differ from the model's by at most {difference:.1e}")
+
+
+def _check_exported(path: Path) -> None:
+    """Raise ValueError unless a file is one that `moda export` wrote."""
+    try:
+        read_provenance(path)
+    except FormatError:
+        raise ValueError(f"{path}: holds something else than such a result; choose another name") from None
 
 
 @commands.command(

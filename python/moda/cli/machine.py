@@ -14,6 +14,7 @@ from rich.text import Text
 
 from moda.bench.command import bench as measure
 from moda.bench.plan import SUITES
+from moda.cli.arguments import ForceOption
 from moda.cli.commands import example, group
 from moda.cli.doctor import build, examine
 
@@ -65,11 +66,12 @@ def bench(
             show_default="benchmarks/results in a checkout, else here, for a full run; none for any other",
         ),
     ] = None,
+    force: ForceOption = False,
 ) -> None:
     """Measure this machine: training steps, losses, pooling, counting and decomposition, ours beside PyTorch's.
 
     Results are checked first, contenders take turns, and one table comes last. A full run takes a quarter of an hour on
     two cores. The exit status is 1 if a contender computed something wrong.
     """
-    if not measure(quick=quick, device=device, suites=suite or (), folder=output):
+    if not measure(quick=quick, device=device, suites=suite or (), folder=output, force=force):
         raise typer.Exit(1)

@@ -13,8 +13,13 @@ from moda.cli.printing import say
 from moda.files import check_result_file, write_bytes
 
 commands = group()
-PAGE = b"<!DOCTYPE html"
-"""What every page begins with."""
+PAGE = b"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="generator" content="moda-kernels">
+"""
+"""What every page of ours begins with."""
 
 
 @commands.command(

@@ -5,7 +5,9 @@ The description holds the graphs as lists of operations of ATen, each of which i
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +23,17 @@ from moda.decomposition.container import check_classes
 from moda.decomposition.files import HEADS_FILE, check_num_classes, check_sites, described_sites
 from moda.decomposition.heads import HEAD_TENSORS, check_heads
 from moda.files import (
+    NEXT,
     Format,
     FormatError,
     check_own_folder,
     check_tensors,
     format_errors,
+    meant,
     read_tensors,
     sha256_of,
     sha256_of_bytes,
     tensor_bytes,
-    write_tensors,
 )
 from moda.structure import Structure
 
@@ -150,27 +153,78 @@ def save_composed(
 def _save_ensemble(ensemble: Ensemble, folder: Path, metadata: dict[str, Any]) -> None:
     check_own_folder(folder, ENSEMBLE_FILE)
     folder.mkdir(parents=True, exist_ok=True)
-    digests = []
-    for number, member in zip(ensemble.classes, ensemble.members, strict=True):
-        assert isinstance(member, ComposedModel)
-        save_composed(member, _member(folder, number))
-        digests.append(sha256_of(_member(folder, number) / DESCRIPTION_FILE))
-    description = {
+    description: dict[str, Any] = {
         "classes": list(ensemble.classes),
         "num_classes": ensemble.num_classes,
         "combine": "probability" if len(ensemble.heads) else "logit",
-        "members_sha256": digests,
+        "members_sha256": [],
         "metadata": metadata,
     }
+    files = {}
     if len(ensemble.heads):
         states = [head.state_dict() for head in ensemble.heads]
-        stacked = {name: torch.stack([state[name] for state in states]) for name in HEAD_TENSORS}
-        description["heads_sha256"] = write_tensors(folder / HEADS_FILE, stacked)
-    ENSEMBLE.write(folder / ENSEMBLE_FILE, description)
+        files[HEADS_FILE] = tensor_bytes({name: torch.stack([one[name] for one in states]) for name in HEAD_TENSORS})
+        description["heads_sha256"] = sha256_of_bytes(files[HEADS_FILE])
+    _place_members(folder)
+    try:
+        for number, member in zip(ensemble.classes, ensemble.members, strict=True):
+            assert isinstance(member, ComposedModel)
+            with meant(_waiting(folder, number), _member(folder, number)):
+                save_composed(member, _waiting(folder, number))
+            description["members_sha256"].append(sha256_of(_waiting(folder, number) / DESCRIPTION_FILE))
+        ENSEMBLE.write_with(folder / ENSEMBLE_FILE, description, files)
+    finally:
+        _place_members(folder)
+    if not files:
+        (folder / HEADS_FILE).unlink(missing_ok=True)
+
+
+def _place_members(folder: Path) -> None:
+    """Put the members in their places that wait and are what the description is of; drop all others.
+
+    From the moment at which a description is written its members hold, wherever they are: `_found` looks for them.
+    """
+    with suppress(FormatError):  # of no description, or of a damaged one, there are no members
+        described = ENSEMBLE.read(folder / ENSEMBLE_FILE)
+        for number, expected in zip(described["classes"], described["members_sha256"], strict=False):
+            place, waiting = _member(folder, number), _waiting(folder, number)
+            if _holds(waiting, expected) and not _holds(place, expected):
+                shutil.rmtree(place, ignore_errors=True)
+                with meant(waiting, place):
+                    waiting.rename(place)
+        kept = [_member(folder, number) for number in described["classes"]]
+        for place in folder.glob("module-*"):
+            if place not in kept and (place / DESCRIPTION_FILE).is_file():
+                shutil.rmtree(place)
+    for waiting in folder.glob(_waiting(folder, "*").name):
+        shutil.rmtree(waiting)
 
 
 def _member(folder: Path, number: int) -> Path:
     return folder / f"module-{number}"
+
+
+def _waiting(folder: Path, number: int | str) -> Path:
+    """Where a member is until the description is written."""
+    return folder / f".module-{number}{NEXT}"
+
+
+def _found(folder: Path, number: int, expected: str) -> Path:
+    """The folder of a member, in its place or waiting for it.
+
+    Raises:
+        FormatError: neither is there that the description is of.
+    """
+    for place in (_member(folder, number), _waiting(folder, number)):
+        if _holds(place, expected):
+            return place
+    inner = _member(folder, number) / DESCRIPTION_FILE
+    raise FormatError(f"{inner}: is not the module that {folder / ENSEMBLE_FILE} describes")
+
+
+def _holds(folder: Path, expected: str) -> bool:
+    """Whether a folder holds the composed model whose description has this SHA-256."""
+    return (folder / DESCRIPTION_FILE).is_file() and sha256_of(folder / DESCRIPTION_FILE) == expected
 
 
 def _load_ensemble(folder: Path) -> Ensemble:
@@ -184,10 +238,7 @@ def _load_ensemble(folder: Path) -> Ensemble:
             raise ValueError(f"heads_sha256: does not go with outputs that combine by {description['combine']!r}")
     members = []
     for number, expected in zip(classes, description["members_sha256"], strict=True):
-        inner = _member(folder, number) / DESCRIPTION_FILE
-        if not inner.is_file() or sha256_of(inner) != expected:
-            raise FormatError(f"{inner}: is not the module that {path} describes")
-        members.append(load_composed(inner.parent))
+        members.append(load_composed(_found(folder, number, expected)))
     heads: list[nn.Module] = []
     if "heads_sha256" in description:
         tensors = read_tensors(folder / HEADS_FILE, description["heads_sha256"])

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from moda.composition.composed import ComposedModel, Route, parameters_of
 from moda.composition.graphs import code_of
-from moda.files import write_bytes, write_tensors
+from moda.files import check_own_folder, write_bytes, write_tensors
 from moda.structure import Structure
 
 __all__ = ["to_source"]
@@ -116,8 +116,8 @@ def to_source(composed: ComposedModel, folder: str | Path) -> Path:
 
     Raises:
         TypeError: `composed` was not made by `moda.compose`.
-        ValueError: its inputs are not plain arguments (tensors in lists or dicts), or it calls an operation that
-            PyTorch alone does not have.
+        ValueError: its inputs are not plain arguments (tensors in lists or dicts), it calls an operation that PyTorch
+            alone does not have, or the folder is of another kind: a run, ...
     """
     if not isinstance(composed, ComposedModel):
         raise TypeError(f"composed: expected a model made by moda.compose, got {type(composed).__name__}")
@@ -139,6 +139,7 @@ def to_source(composed: ComposedModel, folder: str | Path) -> Path:
         _function(composed.routes.get(mode), name, tensors) for mode, name in (("eval", "evaluate"), ("train", "train"))
     ]
     folder = Path(folder)
+    check_own_folder(folder, CODE_FILE)
     folder.mkdir(parents=True, exist_ok=True)
     write_tensors(folder / WEIGHTS_FILE, {name: tensors[name] for name in first.values()})
     write_bytes(folder / CODE_FILE, (header + "\n\n".join(parts)).encode())

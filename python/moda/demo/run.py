@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import random
-import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -22,11 +21,12 @@ from moda.decomposition.attribution import attribute
 from moda.decomposition.container import Decomposition
 from moda.decomposition.counting import count_firings
 from moda.decomposition.rule import decompose
+from moda.demo.folder import PAGE, PICTURE, RESULTS, RUNS, check_demo_folder, replaced
 from moda.demo.page import demo_page
 from moda.demo.results import SHARES, DemoResult, SeedResult, SubTasks, Trained, to_json
 from moda.demo.settings import DemoSettings
 from moda.demo.tables import comparison, print_tables
-from moda.files import is_temporary, remove_partial_files, write_bytes, write_json
+from moda.files import write_bytes, write_json
 from moda.hints import command_line
 from moda.observation.taps import observe
 from moda.runs.config import TrainingConfig
@@ -36,49 +36,39 @@ from moda.training.loop import train
 from moda.training.progress import TrainingProgress
 from moda_kernels import class_similarity, modular_losses
 
-RUNS, PAGE, PICTURE, RESULTS = "runs", "demo.html", "demo.png", "results.json"
-
 
 def run_demo(folder: Path, settings: DemoSettings, console: Console) -> DemoResult:
     """Run everything; print tables; write the figure page, the numbers and the run folders to `folder`.
 
-    A folder of an earlier demo is written over.
+    A folder of an earlier demo takes this one in its place, whole or not at all.
 
     Raises:
         ValueError: `folder` holds something else.
         ImportError: an optional package is missing; the message says which.
     """
-    data = load_data(_config(settings.seeds[0], settings))  # before anything is removed or made
-    _clear(folder)
-    start = time.perf_counter()
-    seeds = [_run_seed(folder / RUNS / f"seed-{seed}", seed, settings, console) for seed in settings.seeds]
-    parameters = _parameters(create_model(_config(settings.seeds[0], settings), data))
-    result = DemoResult(settings, data.class_names, parameters, seeds, time.perf_counter() - start)
-    print_tables(result, console)
-    write_json(folder / RESULTS, to_json(result))
-    modular = folder / RUNS / f"seed-{settings.seeds[0]}" / "modular"
-    picture, page = demo_page(result, comparison(result), command_line("compose", modular, "--classes", "1,7"))
-    write_bytes(folder / PICTURE, picture)
-    write_bytes(folder / PAGE, page.encode())
+    check_demo_folder(folder, force=True)
+    data = load_data(_config(settings.seeds[0], settings))  # before anything is made
+    with replaced(folder) as making:
+        result = _made(making, settings, data, console)
+        modular = folder / RUNS / f"seed-{settings.seeds[0]}" / "modular"
+        picture, page = demo_page(result, comparison(result), command_line("compose", modular, "--classes", "1,7"))
+        write_json(making / RESULTS, to_json(result))
+        write_bytes(making / PICTURE, picture)
+        write_bytes(making / PAGE, page.encode())
     console.print(
         f"\nFigures: [bold]{folder / PAGE}[/bold] and {folder / PICTURE}; runs: {folder / RUNS}/", highlight=False
     )
     return result
 
 
-def _clear(folder: Path) -> None:
-    """Make the folder, or empty it of an earlier demo's files and of nothing else."""
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder}: expected a folder, found a file")
-    folder.mkdir(parents=True, exist_ok=True)
-    own = (RUNS, PAGE, PICTURE, RESULTS)
-    strangers = sorted(path.name for path in folder.iterdir() if path.name not in own and not is_temporary(path))
-    if strangers:
-        raise ValueError(f"{folder}: holds {strangers[0]!r}, which no demo made; choose another folder")
-    remove_partial_files(folder)
-    shutil.rmtree(folder / RUNS, ignore_errors=True)
-    for name in (PAGE, PICTURE, RESULTS):
-        (folder / name).unlink(missing_ok=True)
+def _made(folder: Path, settings: DemoSettings, data: DataSplits, console: Console) -> DemoResult:
+    """Train and measure with every seed, the runs in `folder`, and print tables."""
+    start = time.perf_counter()
+    seeds = [_run_seed(folder / RUNS / f"seed-{seed}", seed, settings, console) for seed in settings.seeds]
+    parameters = _parameters(create_model(_config(settings.seeds[0], settings), data))
+    result = DemoResult(settings, data.class_names, parameters, seeds, time.perf_counter() - start)
+    print_tables(result, console)
+    return result
 
 
 def _config(seed: int, settings: DemoSettings) -> TrainingConfig:

@@ -79,8 +79,14 @@ def _taken(lock: Path, target: Path) -> int:
         except BaseException:
             os.close(handle)
             raise
-        os.ftruncate(handle, 0)
-        os.pwrite(handle, HELD_BY.to_bytes({"host": socket.gethostname(), "pid": os.getpid()}), 0)
+        try:
+            with write_errors(target):
+                os.ftruncate(handle, 0)
+                os.pwrite(handle, HELD_BY.to_bytes({"host": socket.gethostname(), "pid": os.getpid()}), 0)
+        except BaseException:
+            lock.unlink(missing_ok=True)
+            os.close(handle)
+            raise
         return handle
 
 

@@ -51,8 +51,9 @@ class MetricsFile:
     def close(self) -> None:
         """Close the file, if it is open."""
         if self._file is not None:
-            self._file.close()
-            self._file = None
+            file, self._file = self._file, None
+            with write_errors(self.path):  # where the disk was full, it tries once more
+                file.close()
 
 
 def read_metrics(path: str | Path) -> list[dict[str, float]]:

@@ -27,23 +27,25 @@ from moda.composition.replace import replace as replaced_by
 from moda.data.batches import BatchLoader, EpochOrder, Passes
 from moda.decomposition.container import Decomposition
 from moda.decomposition.files import METADATA_FILE
-from moda.files import Format
+from moda.files import Format, check_study_folder
 from moda.inference import device_of, evaluating
 from moda.methods import CNNSplitter, FineTuning, GradSplitter, fine_tune
 from moda.methods.union import union_module
 from moda.runs.config import GATED, METHODS, DataOptions, TrainingConfig
 from moda.runs.finished import FinishedRun, decompose_run, kept_apart
-from moda.runs.folder import create_model, load_data
+from moda.runs.folder import RunFolder, create_model, load_data
 from moda.runs.lock import locked
 from moda.runs.metrics import read_metrics
 from moda.settings import Settings, setting
 from moda.study.reuse import TestSet
 from moda.study.searching import SEARCHING, SearchSettings, search_run
 from moda.study.subtasks import choose
-from moda.study.trainings import trained
+from moda.study.trainings import check_same, trained
 
 __all__ = [
     "ALL",
+    "COMPARISON",
+    "COMPARISON_FILE",
     "ComparisonSettings",
     "MethodFigures",
     "SizeFigures",
@@ -261,6 +263,9 @@ FIGURES = Format(
         "sizes": items(record(_size)),
     },
 )
+COMPARISON = Format("moda-comparison", {"methods": items(record(FIGURES.fields))})
+COMPARISON_FILE = "comparison.json"
+"""The figures that a page shows, beside it."""
 
 
 # ---- all methods --------------------------------------------------------------------------------------------------
@@ -275,10 +280,11 @@ def compare_methods(out: Path, settings: ComparisonSettings, *, progress: bool =
         progress: whether to show progress bars.
 
     Raises:
-        ValueError: a method does not fit a model, or the folder holds runs with other settings.
+        ValueError: a method does not fit a model, or the folder holds runs with other settings, or something else.
         KeyboardInterrupt: Ctrl-C was pressed; the same call goes on from there.
     """
     found = []
+    check_study_folder(out, COMPARISON_FILE, "*/seed-*")
     with locked(_made(out)):
         for model in settings.models:
             config = settings.config(model, settings.seeds[0], "standard")
@@ -300,6 +306,7 @@ def _of_method(
 ) -> MethodFigures:
     path = folder / f"{method}.json"
     if path.exists():
+        _check_run(folder, settings.config(model, seed, method), method)
         return MethodFigures.of(FIGURES.read(path))
     standard = trained(folder / "standard", settings.config(model, seed, "standard"), "cpu", progress=progress)
     if method in METHODS:
@@ -319,6 +326,13 @@ def _of_method(
     figures = replace(figures, modularize_seconds=seconds)
     FIGURES.write(path, asdict(figures))
     return figures
+
+
+def _check_run(folder: Path, wanted: TrainingConfig, method: str) -> None:
+    """Raise ValueError if the figures that are there are of a run with other settings."""
+    run = folder / (method if method in METHODS else "standard")
+    if (run / "config.json").exists():
+        check_same(run, RunFolder.open(run).config, wanted)
 
 
 def _weak(settings: ComparisonSettings, model: str, seed: int) -> TrainingConfig:

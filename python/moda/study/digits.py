@@ -21,7 +21,7 @@ import torch
 from rich.console import Console
 
 from moda.checks import flag, integer, items, optional, record, relative_path, text
-from moda.files import Format, check_own_folder
+from moda.files import Format, check_study_folder
 from moda.requirements import check_lightning
 from moda.runs.config import TERMS, TrainingConfig
 from moda.runs.finished import FinishedRun, decompose_run
@@ -130,7 +130,7 @@ def run_study(out: Path, settings: StudySettings, *, jobs: int = 1, force: bool 
     """
     check_lightning()
     load_data(settings.config(settings.models[0], settings.seeds[0], modular=True))
-    check_own_folder(out, DESCRIPTION)
+    check_study_folder(out, DESCRIPTION)
     if not force:
         _check_same(out, settings)
     out.mkdir(parents=True, exist_ok=True)

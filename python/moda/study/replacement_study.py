@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from moda.composition.replace import Calibration
-from moda.files import check_own_folder
+from moda.files import check_study_folder
 from moda.runs.config import DataOptions, DecompositionSettings, TrainingConfig
 from moda.runs.finished import FinishedRun, decompose_run
 from moda.settings import Settings, setting
@@ -228,7 +228,7 @@ def _there(folder: Path) -> list[ReplacementResult]:
     path = results_file(folder)
     if path.exists():
         return read_replacements(path)
-    check_own_folder(folder, RESULTS)
+    check_study_folder(folder, RESULTS, "strong", "weak-*")
     return []
 
 

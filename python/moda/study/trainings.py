@@ -8,7 +8,7 @@ from moda.runs.config import RUNTIME_SETTINGS, TrainingConfig
 from moda.runs.finished import FinishedRun
 from moda.runs.folder import RunFolder
 
-__all__ = ["trained"]
+__all__ = ["check_same", "trained"]
 
 
 def trained(folder: Path, config: TrainingConfig, device: str = "auto", *, progress: bool = True) -> FinishedRun:
@@ -25,11 +25,12 @@ def trained(folder: Path, config: TrainingConfig, device: str = "auto", *, progr
         label = f"{folder.parent.name}/{folder.name}"
         train(config, folder, resume=started, progress=TrainingProgress(label, shown=progress))
     else:
-        _check_same(folder, RunFolder.open(folder).config, config)
+        check_same(folder, RunFolder.open(folder).config, config)
     return FinishedRun.open(folder, device)
 
 
-def _check_same(folder: Path, there: TrainingConfig, wanted: TrainingConfig) -> None:
+def check_same(folder: Path, there: TrainingConfig, wanted: TrainingConfig) -> None:
+    """Raise ValueError if the run in a folder has other settings than those that are wanted."""
     for name, value in wanted.to_dict().items():
         found = there.to_dict()[name]
         if found != value and name not in RUNTIME_SETTINGS:

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -122,3 +127,42 @@ def test_another_output_than_logits_is_named(images: Tensor):
     masked = moda.mask(Two().double().eval(), modules, [0])
     with pytest.raises(TypeError, match=r"model: expected logits \(N, classes\) as its one output, .*, got dict"):
         masked(images)
+
+
+@pytest.mark.parametrize("killed_at", range(1, 13))
+def test_a_kill_leaves_the_old_ensemble_or_the_new_one(
+    model: nn.Module, images: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed_at: int
+):
+    """At any rename or removal, with nothing done behind it; one of fewer modules leaves none of the others."""
+    old, new = (
+        moda.compose(
+            model, moda.Decomposition(masks(seed), method="cnnsplitter", combine="logit"), classes, example=images
+        )
+        for seed, classes in ((0, [2, 0]), (1, [1]))
+    )
+    moda.save_composed(old, tmp_path)
+    count, killed = 0, False
+
+    def stopping(act: Callable[..., object]) -> Callable[..., object]:
+        def acted(*given: object, **options: object) -> object:
+            nonlocal count, killed
+            count += 1
+            if killed or count == killed_at:
+                killed = True
+                raise KeyboardInterrupt
+            return act(*given, **options)
+
+        return acted
+
+    for owner, name in ((Path, "replace"), (Path, "rename"), (Path, "unlink"), (shutil, "rmtree")):
+        monkeypatch.setattr(owner, name, stopping(getattr(owner, name)))
+    with suppress(KeyboardInterrupt):
+        moda.save_composed(new, tmp_path)
+    monkeypatch.undo()
+    left = moda.load_composed(tmp_path)
+    whole = new if left.classes == (1,) else old
+    torch.testing.assert_close(left(images), whole(images))
+    moda.save_composed(new, tmp_path)
+    torch.testing.assert_close(moda.load_composed(tmp_path)(images), new(images))
+    assert {path.name for path in tmp_path.iterdir()} == {"ensemble.json", "module-1"}
+    assert killed == (killed_at <= count)

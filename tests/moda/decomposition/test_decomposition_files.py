@@ -316,30 +316,41 @@ def test_metadata_must_be_an_object(finished, tmp_path):
         rates_metadata(tmp_path)
 
 
-@pytest.mark.parametrize("killed_at", range(1, 8))
-def test_a_kill_leaves_the_old_decomposition_or_the_new_one(tmp_path, monkeypatch, killed_at):
-    """At any of its renames, files and description; what is left is whole, and the next save is good."""
+@pytest.mark.parametrize("again_at", [1, 2, 3, 9])
+@pytest.mark.parametrize("killed_at", range(1, 5))
+def test_a_kill_leaves_the_old_decomposition_or_the_new_one(tmp_path, monkeypatch, killed_at, again_at):
+    """At any of its renames, files and description; what is left is whole, also by a second kill, and the next save is good."""
     old = Decomposition({"a": torch.tensor([[True, False], [True, True]])})
-    new = Decomposition({"a": torch.tensor([[False, True], [True, True]])}, settings={"x": 1})
+    new = Decomposition({"a": torch.tensor([[False, True], [True, True]])}, settings={"name": "new"})
+    third = Decomposition({"a": torch.tensor([[False, True], [False, True]])}, settings={"name": "third"})
     last = Decomposition({"a": torch.tensor([[True, True], [True, True]])})
     old.save(tmp_path)
-    rename, count = Path.replace, 0
+    replace, unlink = Path.replace, Path.unlink
+    left = 0  # renames until the kill, behind which nothing is tidied up either
 
-    def kill(self: Path, target: Path) -> Path:
-        nonlocal count
-        count += 1
-        if count == killed_at:
+    def renamed(self: Path, target: Path) -> Path:
+        nonlocal left
+        left -= 1
+        if left <= 0:
             raise KeyboardInterrupt
-        return rename(self, target)
+        return replace(self, target)
 
-    monkeypatch.setattr(Path, "replace", kill)
-    with suppress(KeyboardInterrupt):
-        new.save(tmp_path)
-    monkeypatch.undo()
-    left = Decomposition.load(tmp_path)
-    whole = new if left.settings else old
-    assert torch.equal(left.masks["a"], whole.masks["a"])
-    assert (whole is new) == (killed_at > 2)  # the second rename puts the description in its place
+    def removed(self: Path, **options: bool) -> None:
+        if left > 0:
+            unlink(self, **options)
+
+    for saved, at in ((new, killed_at), (third, again_at)):
+        left = at
+        monkeypatch.setattr(Path, "replace", renamed)
+        monkeypatch.setattr(Path, "unlink", removed)
+        with suppress(KeyboardInterrupt):
+            saved.save(tmp_path)
+        monkeypatch.undo()
+        found = Decomposition.load(tmp_path)
+        whole = {"": old, "new": new, "third": third}[found.settings.get("name", "")]
+        assert torch.equal(found.masks["a"], whole.masks["a"])
+        if saved is new:
+            assert (whole is new) == (at > 2)  # the second rename puts the description in its place
     last.save(tmp_path)
     assert torch.equal(Decomposition.load(tmp_path).masks["a"], last.masks["a"])
     assert not [path for path in tmp_path.iterdir() if path.name.endswith(".moda-next")]
