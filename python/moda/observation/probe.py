@@ -531,9 +531,7 @@ def _of_torch(module: nn.Module) -> bool:
 
 def tensors_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
     """All tensors that a model is given."""
-    if not kwargs and all(
-        isinstance(value, Tensor) for value in args
-    ):  # so at most forward passes
+    if not kwargs and all(isinstance(value, Tensor) for value in args):  # so at most forward passes
         return list(args)
     return [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
 
