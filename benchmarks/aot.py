@@ -45,7 +45,7 @@ class Case:
 
     name: str
     kernel: Any
-    signature: dict[str, str]
+    signature: dict[str, Any]
     constants: dict[str, Any] = field(default_factory=dict)
     warps: int = 4
     registers: int | None = None  # the launch's cap
@@ -59,7 +59,7 @@ def cases() -> list[Case]:
     return [*_pooling_cases(), *_loss_cases(), *_relu_pool_cases(), *_norm_cases(), *_attribution_cases()]
 
 
-def _signature(kernel: Any, pointers: dict[str, str], constants: dict[str, Any]) -> dict[str, str]:
+def _signature(kernel: Any, pointers: dict[str, Any], constants: dict[str, Any]) -> dict[str, Any]:
     """Types of the arguments in order: constants, 64-bit integers, and pointers (8-byte integers unless given)."""
     types = {}
     for parameter in kernel.params:
@@ -75,7 +75,7 @@ def _signature(kernel: Any, pointers: dict[str, str], constants: dict[str, Any])
     return types
 
 
-def _case(name: str, kernel: Any, pointers: dict[str, str], constants: dict[str, Any], **rest: Any) -> Case:
+def _case(name: str, kernel: Any, pointers: dict[str, Any], constants: dict[str, Any], **rest: Any) -> Case:
     return Case(name, kernel, _signature(kernel, pointers, constants), constants, **rest)
 
 
@@ -92,14 +92,16 @@ def _pooling_cases() -> Iterator[Case]:
         "add_splits_kernel", pool_forward.add_splits_kernel, {}, {"BLOCK": pool_forward.SPLIT_BLOCK},
         wide_loads=False, wide_stores=False,
     )  # fmt: skip
-    yield _case("write_kernel", tables._write_kernel, {}, {}, wide_loads=False, wide_stores=False)
+    for size in tables._ENTRIES:
+        narrow = {"wide_loads": False, "wide_stores": False}
+        yield _case(f"write_kernel/{size}", tables._write_kernel, {"entries": ("i64",) * size}, {}, warps=1, **narrow)
 
 
 def _loss_cases() -> Iterator[Case]:
-    from moda_kernels.triton_kernels import losses_backward, pair_terms, row_norms, segment_sums
+    from moda_kernels.triton_kernels import label_segments, losses_backward, pair_terms, row_norms, segment_sums
 
     floats = dict.fromkeys(
-        ("inverse", "same", "different", "partials", "affinity", "dispersion", "compactness"), "*fp32"
+        ("inverse", "terms", "partials", "weighted", "affinity", "dispersion", "compactness"), "*fp32"
     )
     floats |= dict.fromkeys(("upstream_affinity", "upstream_dispersion", "upstream_compactness"), "*fp32")
     floats |= dict.fromkeys(("totals", "heads", "tails", "total", "crossing"), "*fp64")
@@ -108,6 +110,11 @@ def _loss_cases() -> Iterator[Case]:
         names = {parameter.name for parameter in kernel.params}
         return _case(name, kernel, {key: value for key, value in floats.items() if key in names}, constants, **rest)
 
+    for size in (128, label_segments.MOST_SAMPLES):
+        constants = {"SIZE": size, "ROWS": label_segments.COMPARED // size}
+        yield case(
+            f"segments_kernel/{size}", label_segments.segments_kernel, constants, wide_loads=False, wide_stores=False
+        )
     shape = {"ROWS": row_norms.ROWS, "WIDTH": row_norms.WIDTH}
     yield case("row_norms_kernel", row_norms.row_norms_kernel, shape, wide_stores=False)
     for variant, per_class, normalize in (("losses", False, True), ("class_sums", True, True), ("means", True, False)):
@@ -294,7 +301,8 @@ def compile_case(case: Case, capability: int) -> Resources:
     # PyTorch's allocator aligns to 512 bytes, so every pointer argument is 16-byte aligned, or the launch disregards
     # its alignment. relu_pool's narrow variants are for pointers that are not aligned.
     loose = {parameter.name for parameter in case.kernel.params if parameter.do_not_specialize_on_alignment}
-    aligned = [name for name, kind in case.signature.items() if kind.startswith("*") and name not in loose]
+    pointers = [name for name, kind in case.signature.items() if isinstance(kind, str) and kind.startswith("*")]
+    aligned = [name for name in pointers if name not in loose]
     attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned if "narrow" not in case.name}
     options = {"num_warps": case.warps} | ({"maxnreg": case.registers} if case.registers else {})
     source = ASTSource(case.kernel, case.signature, constexprs=case.constants, attrs=attributes)

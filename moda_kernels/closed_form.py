@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -34,11 +35,22 @@ from moda_kernels.tally import Tally
 _FLOATS = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 
 OPS = frozenset(
-    {"grouped_losses", "pool", "relu_pool", "norm_relu_pool", "class_sums", "count_firings", "add_attributions"}
+    {
+        "grouped_losses",
+        "weighted_losses",
+        "pool",
+        "relu_pool",
+        "norm_relu_pool",
+        "class_sums",
+        "count_firings",
+        "add_attributions",
+    }
 )
 DTYPES: Mapping[str, frozenset[torch.dtype]] = dict.fromkeys(OPS, _FLOATS)
 READS_MEMORY = False
 DEVICES: Mapping[str, frozenset[str]] | None = None  # any
+
+Weights: TypeAlias = tuple[float, float, float]  # of affinity, dispersion and compactness
 
 EPS = 1e-12  # the published floor of a row's norm
 
@@ -159,6 +171,9 @@ def mean_over_pairs(pair_sum: Tensor, pairs: Tensor) -> Tensor:
     return torch.where(pairs > 0, pair_sum / pairs.clamp_min(1), 0)
 
 
+segments = Segments.from_labels
+
+
 def grouped_losses(activations: Sequence[Tensor], segments: Segments) -> tuple[Tensor, Tensor, Tensor]:
     """(affinity, dispersion, compactness) over all layers; 0-d, in the accumulation dtype of the widest layer."""
     pooled = [apart(rows) if _is_compiled_for_cpu(rows) else rows for rows in pool(activations)]
@@ -167,6 +182,24 @@ def grouped_losses(activations: Sequence[Tensor], segments: Segments) -> tuple[T
     different = torch.stack([different for _, different in sums]).mean()
     affinity = torch.where(segments.same_pairs > 0, 1 - mean_over_pairs(same, segments.same_pairs), 0)
     return affinity, mean_over_pairs(different, segments.diff_pairs), mean_magnitude(pooled)
+
+
+def weighted_losses(
+    activations: Sequence[Tensor], segments: Segments, weights: Weights
+) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+    """The weighted sum of these losses, and the losses, detached."""
+    return summed(grouped_losses(activations, segments), weights)
+
+
+def summed(losses: tuple[Tensor, Tensor, Tensor], weights: Weights) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+    """The sum of losses times weights, and the losses, detached.
+
+    A term of weight 0 is left out of the sum, because 0 * inf would make it NaN.
+    """
+    affinity, dispersion, compactness = losses
+    terms = [weight * loss for weight, loss in zip(weights, losses, strict=True) if weight != 0]
+    total = torch.stack(terms).sum() if terms else torch.zeros_like(affinity)
+    return total, (affinity.detach(), dispersion.detach(), compactness.detach())
 
 
 @torch.no_grad()

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from moda_kernels import distributed
-from moda_kernels.backends import select
+from moda_kernels.backends import Backend, select
+from moda_kernels.closed_form import summed
 from moda_kernels.distributed import Group
 from moda_kernels.plain import is_traced, is_transformed
-from moda_kernels.segments import Segments
 from moda_kernels.validation import check_batch, check_label_range, check_magnitude, check_num_classes
 
 
@@ -94,9 +94,13 @@ def _losses(
 ) -> ModularLosses:
     if group is not None:
         return _global_losses(activations, labels, backend, group, num_classes)
+    layers, implementation = _chosen(activations, labels, backend)
+    return ModularLosses(*implementation.grouped_losses(layers, implementation.segments(labels)))
+
+
+def _chosen(activations: Sequence[Tensor], labels: Tensor, backend: str) -> tuple[tuple[Tensor, ...], Backend]:
     layers = check_batch(activations, labels)
-    implementation = select("grouped_losses", backend, layers, (labels,))
-    return ModularLosses(*implementation.grouped_losses(layers, Segments.from_labels(labels)))
+    return layers, select("grouped_losses", backend, layers, (labels,))
 
 
 def _why_useless(labels: Tensor) -> str | None:
@@ -178,14 +182,25 @@ class ModularLoss(nn.Module):
 
     def forward(self, activations: Sequence[Tensor], labels: Tensor) -> Tensor:
         """The weighted sum, a 0-d tensor. Arguments, errors and warnings (once) as in `modular_losses`."""
-        losses = _losses(activations, labels, self.backend, self.group, self.num_classes)
+        total, self.last = self._weighted(activations, labels)
         if self.group is None and not self._warned and (useless := _why_useless(labels)):
             self._warned = True
             warnings.warn(useless, stacklevel=2)
-        self.last = ModularLosses(*(term.detach() for term in losses))
-        # A term of weight 0 is left out of the sum, because 0 * inf would make it NaN.
-        terms = [weight * term for weight, term in zip(self.weights, losses, strict=True) if weight != 0]
-        return torch.stack(terms).sum() if terms else torch.zeros_like(losses.affinity)
+        return total
+
+    def _weighted(self, activations: Sequence[Tensor], labels: Tensor) -> tuple[Tensor, ModularLosses]:
+        """The weighted sum, and the terms, detached."""
+        if self.group is None:
+            layers, backend = _chosen(activations, labels, self.backend)
+            segments = backend.segments(labels)
+            if "weighted_losses" in backend.OPS and any(self.weights):
+                total, terms = backend.weighted_losses(layers, segments, self.weights)
+            else:
+                total, terms = summed(backend.grouped_losses(layers, segments), self.weights)
+        else:
+            losses = _global_losses(activations, labels, self.backend, self.group, self.num_classes)
+            total, terms = summed(losses, self.weights)
+        return total, ModularLosses(*terms)
 
     def extra_repr(self) -> str:
         """Weights, backend and group, for printing."""

@@ -60,6 +60,9 @@ def published_losses(activations: Sequence[Tensor], labels: Tensor) -> tuple[Ten
     return affinity, torch.stack(dispersions).mean(), closed_form.mean_magnitude(pools)
 
 
+segments = Segments.from_labels
+
+
 def grouped_losses(activations: Sequence[Tensor], segments: Segments) -> tuple[Tensor, Tensor, Tensor]:
     """The published losses with our edge rules: a term without a pair is 0."""
     affinity, dispersion, compactness = published_losses(activations, segments.segment)

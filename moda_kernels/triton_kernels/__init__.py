@@ -16,6 +16,7 @@ from torch import Tensor
 
 from moda_kernels import _norm_ops
 from moda_kernels.batch_norm import BatchNorm
+from moda_kernels.closed_form import Weights
 from moda_kernels.segments import Segments
 from moda_kernels.tally import Tally
 
@@ -23,7 +24,9 @@ _INSTALLED = find_spec("triton") is not None  # looked up at import, because tor
 _FLOATS = frozenset({torch.float16, torch.bfloat16, torch.float32})
 _OLDEST = (8, 0)  # older GPUs have no bfloat16 arithmetic, and the tests do not compile for them
 
-OPS = frozenset({"grouped_losses", "pool", "relu_pool", "norm_relu_pool", "class_sums", "add_attributions"})
+OPS = frozenset(
+    {"grouped_losses", "weighted_losses", "pool", "relu_pool", "norm_relu_pool", "class_sums", "add_attributions"}
+)
 DTYPES: Mapping[str, frozenset[torch.dtype]] = dict.fromkeys(OPS, _FLOATS)
 READS_MEMORY = True
 DEVICES: Mapping[str, frozenset[str]] | None = dict.fromkeys(OPS, frozenset({"cuda"}))
@@ -50,11 +53,27 @@ def _too_old(index: int | None) -> str | None:
     return f"needs compute capability {_OLDEST[0]}.{_OLDEST[1]}, the device has {capability[0]}.{capability[1]}"
 
 
+def segments(labels: Tensor) -> Segments:
+    """The segments of a batch, which the losses take."""
+    from moda_kernels.triton_kernels import label_segments
+
+    return label_segments.segments_of(labels)
+
+
 def grouped_losses(activations: Sequence[Tensor], segments: Segments) -> tuple[Tensor, Tensor, Tensor]:
     """(affinity, dispersion, compactness) over all layers, 0-d float32; differentiable once."""
     from moda_kernels.triton_kernels import ops
 
     return ops.grouped_losses(activations, segments)
+
+
+def weighted_losses(
+    activations: Sequence[Tensor], segments: Segments, weights: Weights
+) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+    """The weighted sum of the losses, differentiable once, and the losses, which are not differentiable."""
+    from moda_kernels.triton_kernels import ops
+
+    return ops.weighted_losses(activations, segments, weights)
 
 
 def pool(activations: Sequence[Tensor]) -> list[Tensor]:

@@ -3,9 +3,13 @@
     forward     pool (spatial and half-precision layers) - row norms - block sums - combine - pair terms - losses
     backward    gradient of the pooled rows - gradient of the activations
 
-Seven launches and two, whatever the number of layers: one more pooling launch each for a second and a third dtype, and
-one for long channels_last maps. A float32 (N, C) layer is read where it lies, and its gradient comes straight out of
-the first backward launch. Everything here works on plain tensors; autograd is in ops.py.
+Six launches and one or two, whatever the number of layers: one more pooling launch each for a second and a third dtype,
+and one for long channels_last maps. A float32 (N, C) layer is read where it lies, and its gradient comes straight out
+of the first backward launch. Everything here works on plain tensors; autograd is in ops.py.
+
+The gradient of what a ReLU put out is not written in its size: it is the gradient of the pooled rows over the number of
+positions, a view that says so for every position. Where |y| has another derivative, at 0, the ReLU that is next in the
+backward pass masks it. So there is no second backward launch for such layers, and no memory for it.
 """
 
 from __future__ import annotations
@@ -16,6 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from moda_kernels.closed_form import Weights
 from moda_kernels.segments import Segments
 from moda_kernels.triton_kernels import layouts
 from moda_kernels.triton_kernels.layouts import Layout, address_after, arrange, gradient_like
@@ -27,6 +32,8 @@ from moda_kernels.triton_kernels.row_norms import launch_row_norms
 from moda_kernels.triton_kernels.rows import BLOCK_SAMPLES, TILE_NEURONS, Rows
 from moda_kernels.triton_kernels.segment_sums import launch_class_sums
 from moda_kernels.triton_kernels.tables import on_device_of
+
+UNWEIGHTED = (1.0, 1.0, 1.0)
 
 
 class Saved(NamedTuple):
@@ -42,6 +49,13 @@ class Saved(NamedTuple):
 def needs_pooling(activation: Tensor) -> bool:
     """Whether a layer's pooled rows are another tensor than the layer: it is spatial or not float32."""
     return activation.dim() != 2 or activation.dtype != torch.float32
+
+
+def is_rectified(activation: Tensor) -> bool:
+    """Whether a gradient of the activation goes to a ReLU's backward pass, and to nobody who looks at it before."""
+    node = activation.grad_fn
+    rectified = node is not None and activation.dim() > 2 and node.name() == "ReluBackward0"
+    return rectified and not (activation._backward_hooks or activation.retains_grad)
 
 
 def pooled_offsets(activations: Sequence[Tensor]) -> tuple[list[int], int]:
@@ -65,8 +79,10 @@ def saved_shapes(samples: int, neurons: Sequence[int], pooled: int) -> tuple[tup
     return (pooled,), (len(neurons), samples), (width,), (blocks, width), (2, tiles, samples)
 
 
-def losses_forward(activations: Sequence[Tensor], segments: Segments) -> tuple[tuple[Tensor, Tensor, Tensor], Saved]:
-    """(affinity, dispersion, compactness), 0-d float32, and what backward needs."""
+def losses_forward(
+    activations: Sequence[Tensor], segments: Segments, weights: Weights = UNWEIGHTED
+) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], Saved]:
+    """(weighted sum, affinity, dispersion, compactness), 0-d float32, and what backward needs."""
     arranged, device = [arrange(activation) for activation in activations], activations[0].device
     offsets, size = pooled_offsets(activations)
     pooled = torch.empty(size, dtype=torch.float32, device=device)
@@ -77,7 +93,7 @@ def losses_forward(activations: Sequence[Tensor], segments: Segments) -> tuple[t
         inverse = torch.empty(len(arranged), rows.samples, dtype=torch.float32, device=device)
         launch_row_norms(rows, table, inverse)
         total, crossing = launch_class_sums(rows, table, inverse, segments)
-        losses, terms = launch_pair_terms(rows, table, inverse, segments, (total, crossing))
+        losses, terms = launch_pair_terms(rows, table, inverse, segments, (total, crossing), weights)
     return losses, Saved(pooled, inverse, total, crossing, terms)
 
 
@@ -87,22 +103,35 @@ def losses_backward(
     saved: Saved,
     upstream: tuple[Tensor, Tensor, Tensor],
     wanted: Sequence[bool],
+    weights: Weights = UNWEIGHTED,
+    rectified: Sequence[bool] | None = None,
 ) -> list[Tensor | None]:
-    """Gradient of each wanted layer, in its dtype and layout."""
+    """Gradient of each wanted layer, in its dtype and layout; of those that `is_rectified` says, as a view."""
     arranged = [arrange(activation) for activation in activations]
     offsets, size = pooled_offsets(activations)
-    pooling = [i for i, (x, _) in enumerate(arranged) if wanted[i] and needs_pooling(x)]
-    gradients = [gradient_like(x) if want else None for (x, _), want in zip(arranged, wanted, strict=True)]
-    dpooled = torch.empty(size if pooling else 0, dtype=torch.float32, device=saved.pooled.device)
+    spread = [want and of_relu for want, of_relu in zip(wanted, rectified or [False] * len(wanted), strict=True)]
+    pooling = [i for i, (x, _) in enumerate(arranged) if wanted[i] and needs_pooling(x) and not spread[i]]
+    gradients = [
+        gradient_like(x) if want and not expanded else None
+        for (x, _), want, expanded in zip(arranged, wanted, spread, strict=True)
+    ]
+    dpooled = torch.empty(size if pooling or any(spread) else 0, dtype=torch.float32, device=saved.pooled.device)
     targets = [0 if gradient is None else gradient.data_ptr() for gradient in gradients]
     activation_targets = [targets[i] for i in pooling]
-    for i in pooling:
-        targets[i] = address_after(dpooled, offsets[i])
+    for i, (x, _) in enumerate(arranged):
+        if wanted[i] and needs_pooling(x):
+            targets[i] = address_after(dpooled, offsets[i])
+    divisors = [layout.positions if expanded else 1 for (_, layout), expanded in zip(arranged, spread, strict=True)]
     rows = _rows(arranged, saved.pooled, offsets)
     with on_device_of(saved.pooled):
         kept = (saved.inverse, saved.total, saved.crossing, saved.terms)
-        launch_losses_backward(rows, rows.table(targets), segments, kept, upstream)
+        launch_losses_backward(rows, rows.table(targets, divisors), segments, kept, upstream, weights)
         launch_pool_backward(_poolings(arranged, dpooled, offsets, pooling), activation_targets)
+    rounded = {dtype: dpooled.to(dtype) for dtype in {activations[i].dtype for i, of in enumerate(spread) if of}}
+    for i, x in enumerate(activations):
+        if spread[i]:
+            strides = (x.shape[1], 1, *[0] * (x.dim() - 2))
+            gradients[i] = rounded[x.dtype].as_strided(x.shape, strides, offsets[i])
     return gradients
 
 

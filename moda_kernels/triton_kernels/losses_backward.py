@@ -1,6 +1,6 @@
 """Gradient of the three modular losses with respect to the pooled rows of all layers, in one launch.
 
-With upstream gradients u_a, u_d, u_c of affinity, dispersion and compactness, read on the device:
+With upstream gradients u_a, u_d, u_c of affinity, dispersion and compactness, read on the device and times weights:
 
     g_i     = -u_a / (L P_same) (s_k - n_i)  +  u_d / (L P_diff) (s - s_k)
     dL/da_i = ( g_i - (g_i . n_i) n_i ) / |a_i|  +  u_c / (L N C) sign(a_i)
@@ -8,6 +8,8 @@ With upstream gradients u_a, u_d, u_c of affinity, dispersion and compactness, r
 g_i . n_i comes from the terms that forward kept (pair_terms.py), so nothing is reduced here. A kind of pair that does
 not occur has coefficient 0; an all-zero row gets 0; a row with 0 < |a_i| < 1e-12 gets g_i * 1e12 (its norm is
 floored, so there is no projection).
+
+The gradient of a layer whose mean over positions is spread over them (grouped.py) is divided by their number.
 
 Shapes: gradient (N, C) per layer; layers with address 0 in the table are left out. Dtypes: float32, s - s_k in float64.
 Determinism: each element written once; no atomics.
@@ -19,6 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moda_kernels.closed_form import Weights
 from moda_kernels.segments import Segments
 from moda_kernels.triton_kernels.pair_terms import segment_sum
 from moda_kernels.triton_kernels.rows import BLOCK, NEURONS, Rows, load_rows, segment_bounds
@@ -26,10 +29,16 @@ from moda_kernels.triton_kernels.tables import find_layer
 
 
 @triton.jit
-def _per_pair(upstream, pairs, layers):
-    """The upstream gradient over L P; 0 without a pair."""
+def _times(upstream, weight):
+    """The upstream gradient times its weight; 0 for weight 0, whatever lies there."""
+    return tl.where(weight == 0.0, 0.0, tl.load(upstream) * weight)
+
+
+@triton.jit
+def _per_pair(upstream, weight, pairs, layers):
+    """The weighted upstream gradient over L P; 0 without a pair."""
     count = tl.load(pairs)
-    return tl.where(count > 0, tl.load(upstream) / (1.0 * layers * tl.maximum(count, 1)), 0.0)
+    return tl.where(count > 0, _times(upstream, weight) / (1.0 * layers * tl.maximum(count, 1)), 0.0)
 
 
 @triton.jit
@@ -51,14 +60,15 @@ def _store(target, sample, inside, neurons, neuron, values, VEC: tl.constexpr):
     tl.store(pointers, values, mask=mask)
 
 
-# Scalars and columns of terms lie anywhere; a variant for each of their alignments would be compiled for nothing.
-_ANY_ALIGNMENT = ["same", "different", "upstream_affinity", "upstream_dispersion", "upstream_compactness"]
+# Scalars lie anywhere; a variant for each of their alignments would be compiled for nothing.
+_ANY_ALIGNMENT = ["upstream_affinity", "upstream_dispersion", "upstream_compactness"]
 
 
 @triton.jit(do_not_specialize=["layers", "samples", "width"], do_not_specialize_on_alignment=_ANY_ALIGNMENT)
 def losses_backward_kernel(
-    table, inverse, order, offsets, segment, total, crossing, same, different,
+    table, inverse, order, offsets, segment, total, crossing, terms,
     same_pairs, diff_pairs, upstream_affinity, upstream_dispersion, upstream_compactness,
+    weight_affinity: tl.float32, weight_dispersion: tl.float32, weight_compactness: tl.float32,
     layers: tl.int64, samples: tl.int64, width: tl.int64,
 ):  # fmt: skip
     """One block of 32 samples x one tile of 128 neurons."""
@@ -82,11 +92,12 @@ def losses_backward_kernel(
     of_segment = tl.load(segment + sample, mask=inside, other=-1)
     first, last, _, _ = segment_bounds(order, offsets, segment, block, samples)
 
-    of_same = -_per_pair(upstream_affinity, same_pairs, layers)
-    of_different = _per_pair(upstream_dispersion, diff_pairs, layers)
-    of_magnitude = tl.load(upstream_compactness) / (1.0 * layers * samples * neurons)
+    of_same = -_per_pair(upstream_affinity, weight_affinity, same_pairs, layers)
+    of_different = _per_pair(upstream_dispersion, weight_dispersion, diff_pairs, layers)
+    of_magnitude = _times(upstream_compactness, weight_compactness) / (1.0 * layers * samples * neurons)
+    different = terms + (width // NEURONS) * samples
     tiles = tl.cdiv(neurons, NEURONS)
-    projection = of_same * _terms_of_layer(same, first_tile, tiles, position, inside, samples)
+    projection = of_same * _terms_of_layer(terms, first_tile, tiles, position, inside, samples)
     projection += of_different * _terms_of_layer(different, first_tile, tiles, position, inside, samples)
 
     scale = tl.load(inverse + layer * samples + sample, mask=inside, other=0.0)
@@ -103,6 +114,7 @@ def losses_backward_kernel(
     floored = scale >= 1e12
     gradient -= tl.where(floored, 0.0, projection)[:, None] * values
     gradient = gradient * scale[:, None] + of_magnitude * sign
+    gradient /= tl.load(table + 5 * layers + layer).to(tl.float32)
     if aligned != 0:
         _store(target, sample, inside, neurons, neuron, gradient, 4)
     else:
@@ -120,11 +132,15 @@ def launch_losses_backward(
     segments: Segments,
     saved: tuple[Tensor, Tensor, Tensor, Tensor],
     upstream: tuple[Tensor, Tensor, Tensor],
+    weights: Weights,
 ) -> None:
-    """Write the gradients to the addresses in `table`; `saved` is (inverse, total, crossing, terms)."""
+    """Write the gradients to the addresses in `table`; `saved` is (inverse, total, crossing, terms).
+
+    The upstream gradients are times weights; where a weight is 0 the tensor is not looked at.
+    """
     inverse, total, crossing, terms = saved
     losses_backward_kernel[(rows.blocks, rows.tiles)](
-        table, inverse, segments.order, segments.offsets, segments.segment, total, crossing, terms[0], terms[1],
-        segments.same_pairs, segments.diff_pairs, *upstream, len(rows.neurons), rows.samples, rows.width,
+        table, inverse, segments.order, segments.offsets, segments.segment, total, crossing, terms,
+        segments.same_pairs, segments.diff_pairs, *upstream, *weights, len(rows.neurons), rows.samples, rows.width,
         num_warps=WARPS,
     )  # fmt: skip

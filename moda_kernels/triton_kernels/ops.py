@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from moda_kernels.closed_form import Weights, summed
 from moda_kernels.once import once_only, refuse_second_backward, relu_pool_gradient
 from moda_kernels.plain import is_traced, resolved
 from moda_kernels.segments import Segments
@@ -34,6 +35,16 @@ def grouped_losses(activations: Sequence[Tensor], segments: Segments) -> tuple[T
         return outputs[0], outputs[1], outputs[2]
     losses: tuple[Tensor, Tensor, Tensor] = _GroupedLosses.apply(segments, *activations)  # type: ignore[no-untyped-call]
     return losses
+
+
+def weighted_losses(
+    activations: Sequence[Tensor], segments: Segments, weights: Weights
+) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+    """The weighted sum of the losses, and the losses, not differentiable."""
+    if is_traced():
+        return summed(grouped_losses(activations, segments), weights)
+    total, affinity, dispersion, compactness = _WeightedLosses.apply(segments, weights, *activations)  # type: ignore[no-untyped-call]
+    return total, (affinity, dispersion, compactness)
 
 
 def pool(activations: Sequence[Tensor]) -> list[Tensor]:
@@ -75,19 +86,52 @@ class _SavedLosses(NamedTuple):
 
 class _GroupedLosses(Function):
     @staticmethod
-    def forward(ctx: Any, segments: Segments, *activations: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        losses, saved = grouped.losses_forward(activations, segments)
-        ctx.save_for_backward(*saved, *segments, *activations)
+    def forward(ctx: Any, segments: Segments, *activations: Tensor) -> tuple[Tensor, ...]:
+        return _forward(ctx, segments, grouped.UNWEIGHTED, activations)[1:]
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+        affinity, dispersion, compactness = (0.0 if gradient is None else 1.0 for gradient in upstream)
+        given = [gradient for gradient in upstream if gradient is not None]
+        if not given:
+            return (None,) * len(ctx.needs_input_grad)
+        scalars = [given[0] if gradient is None else gradient for gradient in upstream]
+        weights = affinity, dispersion, compactness
+        return None, *_backward(ctx, ctx.needs_input_grad[1:], scalars, weights)
+
+
+class _WeightedLosses(Function):
+    @staticmethod
+    def forward(ctx: Any, segments: Segments, weights: Weights, *activations: Tensor) -> tuple[Tensor, ...]:
+        losses = _forward(ctx, segments, weights, activations)
+        ctx.mark_non_differentiable(*losses[1:])
+        ctx.weights = weights
         return losses
 
     @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        saved, segments, activations = _SavedLosses.of(ctx.saved_tensors)
-        with torch.no_grad():
-            gradients = grouped.losses_backward(
-                activations, segments, saved, _scalars(upstream), ctx.needs_input_grad[1:]
-            )
-        return None, *once_only(gradients, [*activations, *upstream])
+    def backward(ctx: Any, upstream: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+        if upstream is None:
+            return (None,) * len(ctx.needs_input_grad)
+        return None, None, *_backward(ctx, ctx.needs_input_grad[2:], [upstream] * 3, ctx.weights)
+
+
+def _forward(ctx: Any, segments: Segments, weights: Weights, activations: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    losses, saved = grouped.losses_forward(activations, segments, weights)
+    ctx.save_for_backward(*saved, *segments, *activations)
+    ctx.set_materialize_grads(False)
+    ctx.rectified = [grouped.is_rectified(activation) for activation in activations]
+    return losses
+
+
+def _backward(
+    ctx: Any, wanted: Sequence[bool], upstream: Sequence[Tensor], weights: Weights
+) -> tuple[Tensor | None, ...]:
+    saved, segments, activations = _SavedLosses.of(ctx.saved_tensors)
+    with torch.no_grad():
+        gradients = grouped.losses_backward(
+            activations, segments, saved, _scalars(upstream), wanted, weights, ctx.rectified
+        )
+    return once_only(gradients, [*activations, *upstream])
 
 
 def _scalars(upstream: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
@@ -161,7 +205,7 @@ def _relu_pool_backward(y: Tensor, dy: Tensor | None, dpooled: Tensor | None) ->
 def modular_losses_op(activations: Sequence[Tensor], segments: Sequence[Tensor]) -> list[Tensor]:
     """[affinity, dispersion, compactness, *Saved]; segments are (order, offsets, segment, same_pairs, diff_pairs)."""
     losses, saved = grouped.losses_forward(activations, Segments(*segments))
-    return [*losses, *saved]
+    return [*losses[1:], *saved]
 
 
 @modular_losses_op.register_fake

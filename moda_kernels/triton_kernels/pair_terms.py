@@ -25,6 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moda_kernels.closed_form import Weights
 from moda_kernels.segments import Segments
 from moda_kernels.triton_kernels.layouts import LARGEST
 from moda_kernels.triton_kernels.rows import BLOCK, NEURONS, WARPS, Rows, load_rows, segment_bounds
@@ -43,9 +44,9 @@ def segment_sum(values, of_segment, index, offsets, crossing, block, width, colu
     return total
 
 
-@triton.jit(do_not_specialize=["layers", "samples", "width"], do_not_specialize_on_alignment=["same", "different"])
+@triton.jit(do_not_specialize=["layers", "samples", "width"])
 def pair_terms_kernel(
-    table, inverse, order, offsets, segment, total, crossing, same, different, partials,
+    table, inverse, order, offsets, segment, total, crossing, terms, partials,
     layers: tl.int64, samples: tl.int64, width: tl.int64,
 ):  # fmt: skip
     """One block of 32 samples x one tile of 128 neurons."""
@@ -81,7 +82,8 @@ def pair_terms_kernel(
     same_term = tl.sum(values * (own - values), 1)
     different_term = tl.sum(values * others, 1)
 
-    tl.store(same + tile * samples + position, same_term, mask=inside)
+    tl.store(terms + tile * samples + position, same_term, mask=inside)
+    different = terms + (width // NEURONS) * samples
     tl.store(different + tile * samples + position, different_term, mask=inside)
     programs = tl.num_programs(0).to(tl.int64) * tl.num_programs(1)
     slot = partials + tile * tl.num_programs(0) + block
@@ -96,12 +98,19 @@ def _mean_over_pairs(pair_sum, pairs, layers):
     return tl.where(pairs > 0, pair_sum / (2.0 * layers * tl.maximum(pairs, 1)), 0.0)
 
 
+@triton.jit
+def _weighted(value, weight):
+    """The product; a term of weight 0 is left out, because 0 * inf would make the sum NaN."""
+    return tl.where(weight == 0.0, 0.0, value * weight)
+
+
 @triton.jit(do_not_specialize=["count", "layers"])
 def losses_kernel(
-    partials, same_pairs, diff_pairs, affinity, dispersion, compactness,
+    partials, same_pairs, diff_pairs, weighted, affinity, dispersion, compactness,
+    weight_affinity: tl.float32, weight_dispersion: tl.float32, weight_compactness: tl.float32,
     count: tl.int64, layers: tl.int64, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """One program: adds `count` partial sums of each kind, writes the three losses."""
+    """One program: adds `count` partial sums of each kind, writes the three losses and their weighted sum."""
     same = tl.zeros([WIDTH], tl.float64)
     different = tl.zeros([WIDTH], tl.float64)
     magnitude = tl.zeros([WIDTH], tl.float64)
@@ -113,10 +122,15 @@ def losses_kernel(
         magnitude += tl.load(partials + 2 * count + index, mask=inside, other=0.0)
     pairs = tl.load(same_pairs)
     similar = _mean_over_pairs(tl.sum(same, 0), pairs, layers)
-    tl.store(affinity, tl.where(pairs > 0, 1.0 - similar, 0.0))
-    tl.store(dispersion, _mean_over_pairs(tl.sum(different, 0), tl.load(diff_pairs), layers))
+    of_affinity = tl.where(pairs > 0, 1.0 - similar, 0.0).to(tl.float32)
+    of_dispersion = _mean_over_pairs(tl.sum(different, 0), tl.load(diff_pairs), layers).to(tl.float32)
     mean = 2.0 * tl.sum(magnitude, 0) / layers
-    tl.store(compactness, tl.where((mean > LARGEST) & (mean < float("inf")), LARGEST, mean))
+    of_compactness = tl.where((mean > LARGEST) & (mean < float("inf")), LARGEST, mean).to(tl.float32)
+    tl.store(affinity, of_affinity)
+    tl.store(dispersion, of_dispersion)
+    tl.store(compactness, of_compactness)
+    total = _weighted(of_affinity, weight_affinity) + _weighted(of_dispersion, weight_dispersion)
+    tl.store(weighted, total + _weighted(of_compactness, weight_compactness))
 
 
 # Block, tile and warps of the first launch and their reasons: rows.py. The second is one program, or its order would
@@ -125,20 +139,27 @@ PARTIALS = 1024
 
 
 def launch_pair_terms(
-    rows: Rows, table: Tensor, inverse: Tensor, segments: Segments, sums: tuple[Tensor, Tensor]
-) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
-    """(affinity, dispersion, compactness), float32 0-d, and the terms (2, tiles, N) that backward reads."""
+    rows: Rows,
+    table: Tensor,
+    inverse: Tensor,
+    segments: Segments,
+    sums: tuple[Tensor, Tensor],
+    weights: Weights,
+) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    """The weighted sum, affinity, dispersion and compactness, float32 0-d, and the terms (2, tiles, N) that backward
+    reads.
+    """
     total, crossing = sums
     layers, programs = len(rows.neurons), rows.blocks * rows.tiles
     terms = torch.empty(2, rows.tiles, rows.samples, dtype=torch.float32, device=rows.device)
     partials = torch.empty(3, programs, dtype=torch.float32, device=rows.device)
-    losses = tuple(torch.empty((), dtype=torch.float32, device=rows.device) for _ in range(3))
+    losses = tuple(torch.empty((), dtype=torch.float32, device=rows.device) for _ in range(4))
     pair_terms_kernel[(rows.blocks, rows.tiles)](
-        table, inverse, segments.order, segments.offsets, segments.segment, total, crossing, terms[0], terms[1],
-        partials, layers, rows.samples, rows.width, num_warps=WARPS,
+        table, inverse, segments.order, segments.offsets, segments.segment, total, crossing, terms, partials,
+        layers, rows.samples, rows.width, num_warps=WARPS,
     )  # fmt: skip
     losses_kernel[(1,)](
-        partials, segments.same_pairs, segments.diff_pairs, *losses, programs, layers, PARTIALS,
+        partials, segments.same_pairs, segments.diff_pairs, *losses, *weights, programs, layers, PARTIALS,
         num_warps=WARPS,
     )  # fmt: skip
     return losses, terms  # type: ignore[return-value]

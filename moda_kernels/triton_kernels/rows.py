@@ -8,7 +8,7 @@ the slot of the block it starts in, and at most one segment starts in a block an
 as many classes as samples is slower than another.
 
 The table's fields, one column of `layers` entries each: first tile, address of the rows ((N, C) float32), C, whether
-16-byte accesses are aligned, and an address for what the kernel writes per layer (0: nothing).
+16-byte accesses are aligned, an address for what the kernel writes per layer (0: nothing), and what that is divided by.
 """
 
 from __future__ import annotations
@@ -85,8 +85,10 @@ class Rows:
         """The number of neurons of all layers, each layer rounded up to whole tiles."""
         return self.tiles * TILE_NEURONS
 
-    def table(self, targets: Sequence[int]) -> torch.Tensor:
-        """The device table; `targets` gives the address per layer that the kernel writes to."""
+    def table(self, targets: Sequence[int], divisors: Sequence[int] | None = None) -> torch.Tensor:
+        """The device table; `targets` gives the address per layer that the kernel writes to, `divisors` what it divides
+        by.
+        """
         first, starts = 0, []
         for neurons in self.neurons:
             starts.append(first)
@@ -95,4 +97,5 @@ class Rows:
             int((neurons * 4) % VECTOR_BYTES == 0 and address % VECTOR_BYTES == 0 and target % VECTOR_BYTES == 0)
             for neurons, address, target in zip(self.neurons, self.addresses, targets, strict=True)
         ]
-        return device_table([starts, self.addresses, self.neurons, aligned, list(targets)], self.device)
+        columns = [starts, self.addresses, self.neurons, aligned, targets, divisors or [1] * len(starts)]
+        return device_table(columns, self.device)

@@ -27,6 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moda_kernels.segments import Segments
+from moda_kernels.triton_kernels.label_segments import segments_of
 from moda_kernels.triton_kernels.row_norms import launch_row_norms
 from moda_kernels.triton_kernels.rows import (
     BLOCK,
@@ -173,5 +174,5 @@ def class_sums(pooled: Sequence[Tensor], labels: Tensor, num_classes: int, *, no
         if normalize:
             launch_row_norms(rows, table, inverse)
         labelling = Labelling(labels.long().contiguous(), num_classes, normalize)
-        launch_class_sums(rows, table, inverse, Segments.from_labels(labels), labelling)
+        launch_class_sums(rows, table, inverse, segments_of(labels), labelling)
     return sums

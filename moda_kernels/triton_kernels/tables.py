@@ -38,35 +38,18 @@ def find_layer(first, layers, program):
     return started - 1
 
 
-_ENTRIES = 16  # table entries one launch of _write_kernel takes
+# Table entries that one launch of _write_kernel takes; arguments of a kernel may have 4096 bytes together.
+_ENTRIES = (64, 256)
+# Integers in a tuple are compiled in by their size and divisibility; odd ones of 63 bits are all alike.
+_ODD = tl.constexpr((1 << 62) + 1)
 
 
-@triton.jit(do_not_specialize=["count", *(f"e{i}" for i in range(_ENTRIES))])
-def _write_kernel(
-    table,
-    count: tl.int64,
-    e0: tl.int64,
-    e1: tl.int64,
-    e2: tl.int64,
-    e3: tl.int64,
-    e4: tl.int64,
-    e5: tl.int64,
-    e6: tl.int64,
-    e7: tl.int64,
-    e8: tl.int64,
-    e9: tl.int64,
-    e10: tl.int64,
-    e11: tl.int64,
-    e12: tl.int64,
-    e13: tl.int64,
-    e14: tl.int64,
-    e15: tl.int64,
-):
-    """table[:count] = the first `count` of the 16 entries."""
-    entries = (e0, e1, e2, e3, e4, e5, e6, e7, e8, e9, e10, e11, e12, e13, e14, e15)
-    for index in tl.static_range(16):
+@triton.jit(do_not_specialize=["count"])
+def _write_kernel(table, count: tl.int64, entries):
+    """table[:count] = the first `count` entries, each of which is its double plus _ODD."""
+    for index in tl.static_range(len(entries)):
         if index < count:
-            tl.store(table + index, entries[index].to(tl.int64))
+            tl.store(table + index, (entries[index] - _ODD) >> 1)
 
 
 def device_table(columns: Sequence[Sequence[int]], device: torch.device) -> Tensor:
@@ -92,15 +75,19 @@ def device_table(columns: Sequence[Sequence[int]], device: torch.device) -> Tens
 
 @lru_cache
 def _make_capturable(device: torch.device) -> None:
-    """Compile and load the kernel that a later capture needs: neither can be done while capturing."""
-    _written_by_kernels((0,) * _ENTRIES, device)
+    """Compile and load the kernels that a later capture needs: neither can be done while capturing."""
+    for size in _ENTRIES:
+        _written_by_kernels((0,) * size, device)
 
 
 def _written_by_kernels(entries: Sequence[int], device: torch.device) -> Tensor:
     table = torch.empty(len(entries), dtype=torch.int64, device=device)
-    for base in range(0, len(entries), _ENTRIES):
-        chunk = entries[base : base + _ENTRIES]
-        _write_kernel[(1,)](table[base:], len(chunk), *chunk, *(0,) * (_ENTRIES - len(chunk)))
+    most = _ENTRIES[-1]
+    for base in range(0, len(entries), most):
+        chunk = [2 * entry + _ODD.value for entry in entries[base : base + most]]
+        size = next(size for size in _ENTRIES if len(chunk) <= size)
+        given = (*chunk, *[_ODD.value] * (size - len(chunk)))
+        _write_kernel[(1,)](table[base:], len(chunk), given, num_warps=1)
     return table
 
 
