@@ -5,11 +5,15 @@ from __future__ import annotations
 import os
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+Moda = Callable[..., "tuple[int, str, str]"]
+"""Runs the command with these arguments: exit status, stdout, stderr."""
 
 
 def assert_same_weights(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:

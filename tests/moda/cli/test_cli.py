@@ -10,7 +10,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -24,26 +23,7 @@ from moda.composition import measure
 from moda.decomposition.container import Decomposition
 from moda.runs.folder import RunFolder, load_data
 from moda.runs.metrics import read_metrics
-from tests.moda._helpers.processes import assert_same_weights, environment, wait_for
-
-Moda = Callable[..., "tuple[int, str, str]"]
-
-
-@pytest.fixture
-def moda(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Moda:
-    """Runs the command in this process: exit status, stdout, stderr."""
-    monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setenv("NO_COLOR", "1")
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["moda", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        output = capsys.readouterr()
-        return int(ended.value.code or 0), output.out, output.err
-
-    return run
+from tests.moda._helpers.processes import Moda, assert_same_weights, environment, wait_for
 
 
 def command(*arguments: object) -> list[str]:

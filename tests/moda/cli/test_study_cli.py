@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import sys
 
 import pytest
 import torch
 
-from moda.cli import app as cli
 from moda.composition.export import read_provenance
 from moda.files import FormatError
 from moda.methods.cnnsplitter import Search
@@ -19,23 +17,6 @@ from moda.study.replacement import read_replacements
 from moda.study.reuse import read_results
 from moda.study.sweep import read_sweep
 from tests.moda._helpers.studying import make_run
-
-
-@pytest.fixture
-def moda(monkeypatch, capsys):
-    """Runs the command in this process: exit status, stdout, stderr."""
-    monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setenv("NO_COLOR", "1")
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["moda", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        output = capsys.readouterr()
-        return int(ended.value.code or 0), output.out, output.err
-
-    return run
 
 
 @pytest.fixture(scope="module")

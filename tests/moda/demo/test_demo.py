@@ -8,7 +8,6 @@ import random
 import re
 import shlex
 import xml.etree.ElementTree as ET
-from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -28,7 +27,7 @@ from moda.demo.settings import DemoSettings
 from moda.demo.tables import reading
 from moda.observation.taps import observe
 from moda.runs.folder import RunFolder, load_data
-from tests.moda._helpers.browser import HIDDEN_WITHOUT_HINT, OFF_SCREEN, SHADOWS, Browser, why_no_browser
+from tests.moda._helpers.browser import HIDDEN_WITHOUT_HINT, OFF_SCREEN, SHADOWS, Browser
 
 SETTINGS = DemoSettings(seeds=(0, 1), epochs=3, subtask_sizes=(2, 10), samples=3)
 
@@ -258,15 +257,6 @@ def test_sentences_follow_the_numbers(made: tuple[Path, DemoResult, str]) -> Non
     sentences = reading(made[1])
     size = 100 * made[1].mean("modular", "module_size")
     assert f"takes {size:.0f} % of the parameters" in sentences[0]
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    if (reason := why_no_browser()) is not None:
-        pytest.skip(reason)
-    opened = Browser.open()
-    yield opened
-    opened.close()
 
 
 @pytest.mark.parametrize(("width", "scheme"), [(400, "light"), (400, "dark"), (800, "dark"), (1400, "light")])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,13 +21,6 @@ def figures(method: str, model: str, data: str, seed: int) -> MethodFigures:
     return MethodFigures(
         method, model, data, seed, 0.9931, 0.2, 0.3, 0.1, 0.15, 0.2, 0.25, 0.1, 0.2, 1234.5, 67.8, sizes
     )  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    opened = Browser.open()
-    yield opened
-    opened.close()
 
 
 @pytest.fixture(scope="module")

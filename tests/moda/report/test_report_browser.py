@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -40,13 +39,6 @@ for (const e of document.querySelectorAll('section *, header *'))
   if (e.getBoundingClientRect().right > innerWidth + 0.5 && !e.closest('svg') && !e.closest('.scroll')) wide.push(e.tagName);
 for (const e of document.querySelectorAll('svg, table')) if (e.getBoundingClientRect().right > innerWidth + 0.5) wide.push(e.tagName);
 return wide"""
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    opened = Browser.open()
-    yield opened
-    opened.close()
 
 
 @pytest.fixture(scope="module")
