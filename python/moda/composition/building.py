@@ -92,12 +92,44 @@ class GraphBuilder:
         for node in reader.graph.nodes:
             if node in reader.sizes:
                 self._sizes[node] = self._size(node)
-            elif node in reader.rules and node.op != "placeholder" and self.plan.is_used(node):
-                self._made[node] = self._leaf(node) if node.op == "get_attr" else reader.rules[node].build(self)
+            elif node in reader.rules and node.op != "placeholder" and self._is_built(node):
+                self._made[node] = self._build(node)
         self.graph.output([self._output(place, value) for place, value in enumerate(output_of(reader.graph))])
         _remove_dead(self.graph)
         self.graph.lint()
         return self.graph
+
+    def _is_built(self, node: fx.Node) -> bool:
+        return self.plan.is_used(node) or self.plan.is_empty(node)
+
+    def _build(self, node: fx.Node) -> Made:
+        if node.op == "get_attr":
+            return self._leaf(node)
+        if self.plan.is_empty(node):
+            grid = self.plan.layout(node)
+            return Made(self.zeros(node, grid), grid, np.zeros_like(self.plan.wanted[node]))
+        return self.plan.reader.rules[node].build(self)
+
+    def zeros(self, node: fx.Node, grid: Grid) -> Any:
+        """Zeros in place of these positions of a node, for inputs of any size."""
+        value = node.meta["val"]
+        sizes = [
+            self._of_inputs(size) if positions is None else len(positions)
+            for size, positions in zip(value.shape, grid, strict=True)
+        ]
+        like = self._of_dtype(value.dtype)
+        if like is not None:
+            return self.graph.call_function(aten.new_zeros.default, (like, sizes))
+        first = next(node for node in self.graph.nodes if node.op == "placeholder")
+        return self.graph.call_function(aten.new_zeros.default, (first, sizes), {"dtype": value.dtype})
+
+    def _of_dtype(self, dtype: torch.dtype) -> Any:
+        """An input, else a parameter, of this precision: what is made like it follows a cast of the model."""
+        for op in ("placeholder", "get_attr"):
+            for node, made in self._made.items():
+                if node.op == op and is_tensor(node) and node.meta["val"].dtype == dtype:
+                    return made.node
+        return None
 
     def _leaf(self, node: fx.Node) -> Made:
         kept = self.kept[str(node.target)]
@@ -120,8 +152,9 @@ class GraphBuilder:
         """A size that follows the input."""
         if node.target is aten.sym_size.int:
             source, dim = node.args
-            made = self._made.get(source) if isinstance(source, fx.Node) else None
-            if made is None:
+            assert isinstance(source, fx.Node)
+            made = self._made.get(source)
+            if made is None or self.plan.is_empty(source):
                 return self._of_inputs(node.meta["val"])
             return self.graph.call_function(aten.sym_size.int, (made.node, dim))
         return self.graph.create_node("call_function", node.target, self._plain(node.args, {}), dict(node.kwargs))
@@ -152,6 +185,8 @@ class GraphBuilder:
 
     def take(self, source: fx.Node, grid: Grid) -> Any:
         """A value with exactly these positions of a source; what the source lacks is 0."""
+        if self.plan.is_empty(source):
+            return self.zeros(source, grid)
         made = self._made[source]
         masked = self._lacking(source, made, grid)
         key = (

@@ -26,6 +26,7 @@ from torch import Tensor, fx, nn
 
 from moda.composition.composed import parameters_of
 from moda.composition.conditions import is_readable, leaves_free
+from moda.composition.einsum import write_out
 from moda.composition.functional import UnfollowedError, make_functional, writes
 from moda.composition.sizes import set_sizes
 from moda.composition.values import is_free, shape_of
@@ -176,6 +177,7 @@ def _captured(flat: _Flat, tensors: Sequence[Tensor], freedom: int) -> Captured 
     _remove_unused(graph)
     _check(graph, model, set_sizes(graph, {**parameters_of(model), **constants}, tensors, conditions))
     make_functional(graph)
+    write_out(graph)
     return Captured(graph, flat.inputs, outputs, constants, model.training, _fixed_sizes(graph), conditions, freedom)
 
 

@@ -32,6 +32,7 @@ def compose(
     example: Any = None,
     output: Output = None,
     class_names: Sequence[str] | None = None,
+    published: bool = True,
 ) -> ComposedModel | Ensemble:
     """The smaller model that holds the classes' modules and puts out only their logits.
 
@@ -51,6 +52,8 @@ def compose(
         output: which of several outputs are logits, by key or place; by default those called "logits", or those with a
             column for each class.
         class_names: names of all classes of the whole model, for the composed model to know those of its own.
+        published: keep what the published composition keeps: the filter of every neuron of a depthwise convolution,
+            also where nothing but zeros comes in to it, what it gives being a constant. With False such filters go.
 
     Raises:
         TypeError: `model` is no module, `decomposition` is none, or `classes` is no sequence of integers.
@@ -65,11 +68,13 @@ def compose(
         return ensemble(
             decomposition,
             chosen,
-            lambda rows, wanted: compose(model, rows, wanted, example=example, output=output, class_names=names),
+            lambda rows, wanted: compose(
+                model, rows, wanted, example=example, output=output, class_names=names, published=published
+            ),
         )
     with observed(model, decomposition.sites) as taps:
         composer = composer_of(taps, decomposition, example, output)
-        return composer.compose(taps, decomposition.select(chosen), chosen, names)
+        return composer.compose(taps, decomposition.select(chosen), chosen, names, published=published)
 
 
 def plan(
@@ -79,6 +84,7 @@ def plan(
     *,
     example: Any = None,
     output: Output = None,
+    published: bool = True,
 ) -> Plan:
     """What `compose` keeps of the model; nothing is built.
 
@@ -87,7 +93,8 @@ def plan(
     """
     chosen = chosen_classes(decomposition, classes)
     with observed(model, decomposition.sites) as taps:
-        return composer_of(taps, decomposition, example, output).plan(decomposition.select(chosen), chosen)
+        composer = composer_of(taps, decomposition, example, output)
+        return composer.plan(decomposition.select(chosen), chosen, published=published)
 
 
 def _class_names(given: Sequence[str] | None, decomposition: Decomposition) -> tuple[str, ...] | None:

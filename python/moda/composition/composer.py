@@ -131,6 +131,7 @@ class Composer:
         """
         modules = dict(self.model.named_modules())
         before = {name: (plain_attributes(module), dict(module._buffers)) for name, module in modules.items()}
+        held = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
         with untouched(self.model):
             state = torch.random.get_rng_state()
             first = self.model(*example.args, **example.kwargs)
@@ -138,6 +139,8 @@ class Composer:
             if not changed:
                 return
             torch.random.set_rng_state(state)
+            for buffer, value in held:  # what is overwritten in place is followed
+                buffer.copy_(value)
             if agree(first, self.model(*example.args, **example.kwargs)):
                 return
         raise CaptureError(
@@ -171,12 +174,13 @@ class Composer:
 
     # -- planning
 
-    def plan(self, masks: Mapping[str, Tensor], classes: Sequence[int]) -> Plan:
+    def plan(self, masks: Mapping[str, Tensor], classes: Sequence[int], *, published: bool = True) -> Plan:
         """The composition that keeps these neurons and classes.
 
         Args:
             masks: per site (C,) bool; taps that are no site keep all neurons.
             classes: class indices, each once, in the order the outputs are to have.
+            published: see `moda.compose`.
         """
         chosen = check_classes(classes, self.num_classes)
         masks = {
@@ -187,7 +191,7 @@ class Composer:
         while True:
             graphs = {
                 mode: GraphPlan(
-                    reader,
+                    reader if published else reader.lean,
                     [masks[name].numpy() for name in self.names[mode]],
                     Pick(self.places[mode], np.asarray(chosen, dtype=np.int64), self.num_classes),
                     extra[mode],
@@ -234,13 +238,15 @@ class Composer:
         masks: Mapping[str, Tensor],
         classes: Iterable[int],
         class_names: Sequence[str] | None = None,
+        *,
+        published: bool = True,
     ) -> ComposedModel:
         """Plan, build and check; a model that does not keep the law is not handed out.
 
         Raises:
             RuntimeError: it does not keep the law.
         """
-        composed = self.build(self.plan(masks, list(classes)), class_names)
+        composed = self.build(self.plan(masks, list(classes), published=published), class_names)
         check(composed, taps, self.example, self.names, self.output)
         left = sum(parameter.numel() for parameter in composed.parameters())
         whole = composed.facts.parameters

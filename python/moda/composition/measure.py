@@ -38,9 +38,14 @@ Counting = Literal["published", "parameters"]
 
 
 def size(
-    model: nn.Module | Taps, decomposition: Decomposition, classes: Iterable[int], *, example: Any = None
+    model: nn.Module | Taps,
+    decomposition: Decomposition,
+    classes: Iterable[int],
+    *,
+    example: Any = None,
+    published: bool = True,
 ) -> float:
-    """Parameters of `moda.compose(model, decomposition, classes)` over those of the whole model.
+    """Parameters of `moda.compose(model, decomposition, classes, published=...)` over those of the whole model.
 
     Weights, biases and affine parameters of norms count, buffers do not (MODA, "composed model size"; of one class it
     is the "module size"). Of an ensemble all modules count in full, heads included, as published: what two of them
@@ -51,12 +56,14 @@ def size(
     """
     check_decomposition(decomposition)
     if decomposition.combine == "rows":
-        return plan_size(_module(model), plan(model, decomposition, classes, example=example))
+        return plan_size(_module(model), plan(model, decomposition, classes, example=example, published=published))
     chosen = chosen_classes(decomposition, classes)
-    return float(module_sizes(model, decomposition, example=example)[chosen].sum())
+    return float(module_sizes(model, decomposition, example=example, published=published)[chosen].sum())
 
 
-def module_sizes(model: nn.Module | Taps, decomposition: Decomposition, *, example: Any = None) -> Tensor:
+def module_sizes(
+    model: nn.Module | Taps, decomposition: Decomposition, *, example: Any = None, published: bool = True
+) -> Tensor:
     """(K,) float64: the `size` of every class's module.
 
     Raises:
@@ -64,14 +71,14 @@ def module_sizes(model: nn.Module | Taps, decomposition: Decomposition, *, examp
     """
     composer = _composer(model, decomposition, example)
     heads = head_parameters(decomposition.heads) / _whole(_module(model))
-    plans = [_module_plan(composer, decomposition, k) for k in range(decomposition.num_classes)]
+    plans = [_module_plan(composer, decomposition, k, published) for k in range(decomposition.num_classes)]
     return torch.tensor([plan_size(_module(model), each) + heads for each in plans], dtype=torch.float64)
 
 
-def _module_plan(composer: Composer, decomposition: Decomposition, number: int) -> Plan:
+def _module_plan(composer: Composer, decomposition: Decomposition, number: int, published: bool = True) -> Plan:
     """One class's module; under a head it keeps the logits of all classes."""
     rows = range(decomposition.num_classes) if decomposition.heads else [number]
-    return composer.plan(decomposition.select([number]), list(rows))
+    return composer.plan(decomposition.select([number]), list(rows), published=published)
 
 
 def neurons_kept(decomposition: Decomposition, classes: Iterable[int]) -> float:

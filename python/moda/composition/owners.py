@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from torch import fx
 
 from moda.composition.rules import Builder, Made, Needs, Rule, Whole, Zeros, rank_of, whole
@@ -17,6 +18,17 @@ __all__ = ["Bilinear", "Contraction", "Convolution", "Lookup", "Recurrent"]
 def at(grid: Grid, dim: int) -> Grid:
     """Only what the grid says of one axis."""
     return tuple(positions if place == dim else None for place, positions in enumerate(grid))
+
+
+def constant(builder: Builder, node: fx.Node, grid: Grid, bias: Any, dim: int) -> Any:
+    """What a layer gives for nothing but zeros: its bias, along axis `dim`, everywhere."""
+    value = builder.zeros(node, grid)
+    if bias is None:
+        return value
+    behind = rank_of(node) - 1 - dim % rank_of(node)
+    if behind:
+        bias = builder.emit(torch.ops.aten.reshape.default, bias, [-1, *[1] * behind])
+    return builder.emit(torch.ops.aten.add.Tensor, value, bias)
 
 
 @dataclass(frozen=True)
@@ -41,6 +53,12 @@ class Contraction(Rule):
     rows: int = 0
     columns: int = 1
 
+    def zero(self, zeros: Zeros) -> Bools:
+        """Where all that is summed over is 0, if nothing is added."""
+        if self.bias is not None:
+            return np.zeros(self.units, dtype=np.bool_)
+        return np.array(np.broadcast_to(all_over(zeros[self.x], self.dim, keep=True), self.units))
+
     def need(self, wanted: Bools, needs: Needs) -> None:
         """All inputs of the outputs that are wanted (other axes are those of the input)."""
         asked = any_over(wanted, self.out_dim % wanted.ndim, keep=True)
@@ -63,7 +81,8 @@ class Contraction(Rule):
     def weights(self, needs: Needs) -> None:
         """Rows of the outputs, columns of the inputs."""
         rows, columns = self._parts(needs)
-        needs.ask_weight(self.weight, self._weight(rows, columns))
+        if not needs.is_empty(self.x):
+            needs.ask_weight(self.weight, self._weight(rows, columns))
         if self.bias is not None:
             needs.ask_weight(self.bias, self._bias(rows))
 
@@ -74,15 +93,20 @@ class Contraction(Rule):
     def build(self, builder: Builder) -> Made:
         """Of the inputs that are there."""
         rows, columns = self._parts(builder.plan)
+        given: list[Indices | None] = [None] * rank_of(self.node)
+        if given:
+            given[self.out_dim] = rows
+        if builder.plan.is_empty(self.x):
+            bias = None if self.bias is None else builder.take(self.bias, self._bias(rows))
+            return Made(
+                constant(builder, self.node, tuple(given), bias, self.out_dim), tuple(given), self._real(builder)
+            )
         taken: list[Indices | None] = [None] * rank_of(self.x)
         taken[self.dim] = columns
         swap = {self.x: builder.take(self.x, tuple(taken))}
         swap[self.weight] = builder.take(self.weight, self._weight(rows, columns))
         if self.bias is not None:
             swap[self.bias] = builder.take(self.bias, self._bias(rows))
-        given: list[Indices | None] = [None] * rank_of(self.node)
-        if given:
-            given[self.out_dim] = rows
         return Made(builder.call(self.node, swap), tuple(given), self._real(builder))
 
     def _real(self, builder: Builder) -> Bools:
@@ -97,7 +121,8 @@ class Convolution(Rule):
     """A convolution, transposed or not, in any number of groups (a depthwise one has as many as channels).
 
     A kept neuron keeps its filter even where nothing but zeros comes in, as published for MobileNet; outputs that are
-    no neurons, of a depthwise convolution before another layer, are 0 then, if there is no bias. Within
+    no neurons, of a depthwise convolution before another layer, are 0 then, if there is no bias. Where nothing at all
+    comes in, neurons of groups are given one channel of zeros; any other convolution is its bias. Within
     groups the weight is one block of rows times one block of columns, so every kept group has the same number of rows
     and the same columns; where masks differ between groups the smaller ones are filled up.
 
@@ -131,8 +156,8 @@ class Convolution(Rule):
         return shape_of(self.node)[self.dim]
 
     def zero(self, zeros: Zeros) -> Bools:
-        """Outputs of groups into which nothing but zeros comes, unless they are neurons or have a bias."""
-        if self.neurons or self.bias is not None:
+        """Outputs of groups into which nothing but zeros comes, unless they have a bias or are neurons of groups."""
+        if (self.neurons and self.groups > 1) or self.bias is not None:
             return np.zeros(self.units, dtype=np.bool_)
         given = all_over(zeros[self.x], tuple(dim for dim in range(zeros[self.x].ndim) if dim != self.dim))
         empty = np.broadcast_to(given, (self.inputs,)).reshape(self.groups, -1).all(1)
@@ -140,6 +165,8 @@ class Convolution(Rule):
 
     def need(self, wanted: Bools, needs: Needs) -> None:
         """All channels of the groups that hold a wanted one."""
+        if self.groups > 1 and self.neurons:
+            needs.hold(self.x)
         other = tuple(dim for dim in range(wanted.ndim) if dim != self.dim)
         used = any_over(wanted, other).reshape(self.groups, -1).any(1)
         needs.ask(self.x, on_axis(np.repeat(used, self.inputs // self.groups), self.dim, rank_of(self.x)))
@@ -186,13 +213,20 @@ class Convolution(Rule):
     def weights(self, needs: Needs) -> None:
         """Filters of the outputs, columns of the inputs."""
         grid, rows, _ = self._cut(needs)
-        needs.ask_weight(self.weight, grid)
+        if not self._is_constant(needs):
+            needs.ask_weight(self.weight, grid)
         if self.bias is not None:
             needs.ask_weight(self.bias, (rows,))
 
     def build(self, builder: Builder) -> Made:
         """With the channels that are there."""
         grid, rows, taken = self._cut(builder.plan)
+        given: list[Indices | None] = [None] * rank_of(self.node)
+        given[self.dim] = rows
+        wanted = builder.plan.wanted[self.node]
+        if self._is_constant(builder.plan):
+            bias = None if self.bias is None else builder.take(self.bias, (rows,))
+            return Made(constant(builder, self.node, tuple(given), bias, self.dim), tuple(given), wanted)
         channels: list[Indices | None] = [None] * rank_of(self.x)
         channels[self.dim] = taken
         swap = {self.x: builder.take(self.x, tuple(channels)), self.weight: builder.take(self.weight, grid)}
@@ -201,9 +235,11 @@ class Convolution(Rule):
         changed: dict[str, Any] = {}
         if self.groups > 1 and taken is not None:
             changed["groups"] = len(np.unique(taken // (self.inputs // self.groups)))
-        given: list[Indices | None] = [None] * rank_of(self.node)
-        given[self.dim] = rows
-        return Made(builder.call(self.node, swap, **changed), tuple(given), builder.plan.wanted[self.node])
+        return Made(builder.call(self.node, swap, **changed), tuple(given), wanted)
+
+    def _is_constant(self, needs: Needs) -> bool:
+        """Whether it is given nothing but zeros."""
+        return needs.is_empty(self.x)
 
 
 def _equal_rows(wanted: Indices, used: Indices, height: int) -> Indices:

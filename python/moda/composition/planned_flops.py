@@ -67,7 +67,8 @@ class PlannedFlops:
             if graph.is_used(rule.node):
                 asked = _Asked(graph)
                 rule.weights(asked)
-                total += price * Kept(asked.grids[rule.weight]).count(shape)  # type: ignore[attr-defined]
+                grid = asked.grids.get(rule.weight)  # type: ignore[attr-defined]
+                total += 0 if grid is None else price * Kept(grid).count(shape)
         return int(total)
 
 
@@ -78,11 +79,15 @@ class _Asked:
         self.zeros: Mapping[fx.Node, Bools] = plan.zeros
         self.wanted: Mapping[fx.Node, Bools] = plan.wanted
         self.is_activation = plan.is_activation
+        self.is_empty = plan.is_empty
         self.layout = plan.layout
         self.needed_grid = plan.needed_grid
         self.grids: dict[fx.Node, Grid] = {}
 
     def ask(self, source: fx.Node, units: Bools) -> None:
+        """Activations are of no interest."""
+
+    def hold(self, source: fx.Node) -> None:
         """Activations are of no interest."""
 
     def ask_weight(self, source: fx.Node, grid: Grid) -> None:

@@ -2,7 +2,8 @@
 
 1. Forwards: which units are exactly 0 in the masked model. Source: a tap's mask.
 2. Backwards: which units anybody needs. Source: the chosen outputs.
-3. A value holds the units that are needed and not 0; parameters keep what these take.
+3. A value holds the units that are needed and not 0; parameters keep what these take. A value of which nothing is left
+   is *empty*: zeros stand for it, and nothing is computed.
 
 Both graphs of a model, of evaluation and of training, are planned; a parameter keeps what either needs. Planning reads
 no weight and builds nothing, so that sizes and overlaps of many modules are cheap.
@@ -74,6 +75,9 @@ class GraphPlan:
         self.needed: dict[fx.Node, Bools] = {}
         self.wanted: dict[fx.Node, Bools] = {}
         self.asked: dict[fx.Node, list[Grid]] = {}
+        self.empty: set[fx.Node] = set()
+        self.held: set[fx.Node] = {value for value in output_of(reader.graph) if isinstance(value, fx.Node)}
+        self._known_sizes = symbols_of_inputs(reader.graph)
         self._layouts: dict[fx.Node, Grid] = {}
         self._orders: dict[fx.Node, int] = {}
         self._find_zeros(masks)
@@ -96,6 +100,14 @@ class GraphPlan:
     def ask_weight(self, source: fx.Node, grid: Grid) -> None:
         """Say that this part of a parameter is needed."""
         self.asked.setdefault(source, []).append(grid)
+
+    def hold(self, source: fx.Node) -> None:
+        """Say that an activation is to be computed even where all that is needed of it is 0."""
+        self.held.add(source)
+
+    def is_empty(self, node: fx.Node) -> bool:
+        """Whether an activation is 0 wherever it is needed, so that zeros stand for it."""
+        return node in self.empty
 
     def layout(self, node: fx.Node) -> Grid:
         """The smallest grid that holds the wanted units; classes in their order."""
@@ -124,7 +136,9 @@ class GraphPlan:
         return merged(self.asked.get(node, []), shape_of(node) if is_tensor(node) else ())
 
     def is_used(self, node: fx.Node) -> bool:
-        """Whether anybody needs anything of a node."""
+        """Whether a node is to be computed: anybody needs anything of it, and it is not empty."""
+        if node in self.empty:
+            return False
         return node in self.asked or bool(self.needed.get(node, _NOTHING).any())
 
     # -- the three passes
@@ -144,9 +158,8 @@ class GraphPlan:
         for place, value in enumerate(output_of(self.reader.graph)):
             if isinstance(value, fx.Node) and value in self.zeros:
                 self.ask(value, self._chosen(value) if place in self.pick.places else _ALL)
-        known = symbols_of_inputs(self.reader.graph)
         for node in self.reader.sizes:
-            if node.target is _SIZE and symbols_of(node.meta["val"]) <= known:
+            if node.target is _SIZE and symbols_of(node.meta["val"]) <= self._known_sizes:
                 continue  # computed of the sizes of inputs
             for source in node.all_input_nodes:
                 if source in self.zeros and source.op != "placeholder":
@@ -161,10 +174,21 @@ class GraphPlan:
                 self.wanted[node] = np.zeros(self.zeros[node].shape, dtype=np.bool_)
                 continue
             self.wanted[node] = _some(need, self.zeros[node])
-            if node.op == "get_attr":
+            if self._is_nothing(node, need):
+                self.empty.add(node)
+            elif node.op == "get_attr":
                 self.ask_weight(node, (None,) * rank_of(node))
             elif node.op != "placeholder":
                 self.reader.rules[node].need(self.wanted[node], self)
+
+    def _is_nothing(self, node: fx.Node, need: Bools) -> bool:
+        """Whether zeros can stand for a node: nothing else is needed of it, and their sizes can be told."""
+        if node.op != "call_function" or node in self.held or not is_tensor(node) or (need & ~self.zeros[node]).any():
+            return False
+        rule = self.reader.rules[node]
+        if isinstance(rule, Norm) and rule.updates:
+            return False
+        return all(symbols_of(size) <= self._known_sizes for size in node.meta["val"].shape)
 
     def _chosen(self, value: fx.Node) -> Bools:
         chosen = np.zeros(self.pick.num_classes, dtype=np.bool_)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping, Sequence
+from copy import copy
+from dataclasses import replace
+from functools import cached_property
 from itertools import pairwise
 from typing import Any, cast
 
@@ -34,6 +37,7 @@ _POINTWISE = frozenset((
     "_prelu_kernel", "conj", "resolve_conj", "resolve_neg",
 ))  # fmt: skip
 _PRODUCTS = frozenset(("mul", "multiply"))
+_QUOTIENTS = frozenset(("div", "divide", "true_divide"))
 _MOVERS = frozenset((
     "_reshape_alias", "_unsafe_view", "as_strided", "broadcast_to", "channel_shuffle", "chunk", "constant_pad_nd",
     "diagonal", "expand", "flatten", "flip", "index_select", "movedim", "moveaxis", "narrow", "native_channel_shuffle",
@@ -85,6 +89,16 @@ class Reader:
         for node in graph.nodes:
             if node.op != "output":
                 self._read(node)
+
+    @cached_property
+    def lean(self) -> Reader:
+        """The same, but no filter is kept that nothing comes in to, as the published composition does."""
+        other = copy(self)
+        other.rules = {
+            node: replace(rule, neurons=False) if isinstance(rule, Convolution) else rule
+            for node, rule in self.rules.items()
+        }
+        return other
 
     def units(self, node: fx.Node) -> Shape:
         """Of an activation."""
@@ -354,12 +368,13 @@ class Reader:
             if source in self.activations:
                 for dim, unit in enumerate(self.units(source), len(shape) - rank_of(source)):
                     units[dim] = max(units[dim], unit)
-        product = packet in _PRODUCTS and len(sources) == 2
-        product &= all(source in self.activations for source in sources)
+        two = len(sources) == 2 and all(source in self.activations for source in sources)
+        product, quotient = two and packet in _PRODUCTS, two and packet in _QUOTIENTS
         keeps_zero = self._keeps_zero(node, sources)
         alone = len(node.all_input_nodes) == 1 and shape_of(sources[0]) == shape and len(sources) == 1
         kind = Unary if alone else Elementwise
-        return kind(node, tuple(units), product=product, keeps_zero=keeps_zero)
+        divided = cast(fx.Node, node.args[0]) if quotient else None
+        return kind(node, tuple(units), product=product, keeps_zero=keeps_zero, divided=divided)
 
     def _keeps_zero(self, node: fx.Node, sources: Sequence[fx.Node]) -> bool:
         """Whether the call gives 0 where the activations are 0, by trying."""

@@ -44,8 +44,14 @@ class Needs(Protocol):
     def ask_weight(self, source: fx.Node, grid: Grid) -> None:
         """Say that this part of a parameter, or of what is computed of parameters, is needed."""
 
+    def hold(self, source: fx.Node) -> None:
+        """Say that an activation is to be computed even where all that is needed of it is 0."""
+
     def is_activation(self, node: fx.Node) -> bool:
         """Whether a node depends on the input."""
+
+    def is_empty(self, node: fx.Node) -> bool:
+        """Whether an activation is 0 wherever it is needed, so that zeros stand for it."""
 
     def layout(self, node: fx.Node) -> Grid:
         """The smallest grid that holds the wanted units of an activation."""
@@ -82,6 +88,9 @@ class Builder(Protocol):
 
     def take(self, source: fx.Node, grid: Grid) -> Any:
         """A value with exactly these positions of a source; what the source lacks is 0."""
+
+    def zeros(self, node: fx.Node, grid: Grid) -> Any:
+        """Zeros in place of these positions of a node."""
 
     def call(self, node: fx.Node, swap: Mapping[fx.Node, Any], **changed: Any) -> Any:
         """Call what `node` calls with arguments replaced: nodes by `swap`, arguments by their names."""
@@ -217,11 +226,12 @@ class Elementwise(Rule):
     Attributes:
         product: the output is 0 where any operand is.
         keeps_zero: the output is 0 where all operands that are activations are.
-        ignores: operands of which only the shape counts.
+        divided: the operand that is divided by the other one, if they are a quotient of activations.
     """
 
     product: bool = False
     keeps_zero: bool = False
+    divided: fx.Node | None = None
 
     def zero(self, zeros: Zeros) -> Bools:
         """By what it does with zeros."""
@@ -230,7 +240,17 @@ class Elementwise(Rule):
             return np.asarray(np.logical_or.reduce(sets))
         if self.keeps_zero:
             return np.asarray(np.logical_and.reduce(sets))
+        if self.divided is not None:
+            return self._quotient(zeros, self.divided)
         return np.zeros(self.units, dtype=np.bool_)
+
+    def _quotient(self, zeros: Zeros, divided: fx.Node) -> Bools:
+        """0 by anything that is not: where all is divided that there is, by a norm of it, 0 / 0 may be meant."""
+        if zeros[divided].all():
+            return np.zeros(self.units, dtype=np.bool_)
+        sets = {s: np.broadcast_to(_padded(zeros[s], len(self.units)), self.units) for s in self.sources}
+        (divisor,) = (sets[source] for source in self.sources if source is not divided)
+        return np.asarray(sets[divided] & ~divisor)
 
     def need(self, wanted: Bools, needs: Needs) -> None:
         """The same units of every operand."""

@@ -5,14 +5,19 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
+from math import prod
 from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 from torch.utils.checkpoint import CheckpointError
 
 import moda
+from moda.composition.compose import plan
 from moda.composition.composed import ComposedModel
+from moda.composition.composer import Plan
 from moda.composition.law import SLACK, is_random, nudge
 from moda.decomposition.container import Decomposition
 from moda.observation.taps import Taps
@@ -35,12 +40,16 @@ class Left:
     Attributes:
         whole: in the whole model.
         composed: in the composed one.
+        lean: in the one composed with `published=False`.
         ideal: what the gradient says has to stay.
+        even: the same, but for convolutions in groups, all of whose groups have one shape.
     """
 
     whole: int
     composed: int
+    lean: int
     ideal: int
+    even: int
 
 
 @dataclass(frozen=True)
@@ -120,6 +129,7 @@ def verdict(
 ) -> Verdict:
     """Compose the model for each class subset and compare with the masked one, on samples that it has not seen.
 
+    For the first subset it is composed with `published=False`.
     With `cast` the last composed model and the masked one are compared in float32, too, after a cast of both: one
     export serves both precisions.
 
@@ -138,14 +148,18 @@ def verdict(
         decomposition = random_modules(dict(zip(taps.names, taps.widths, strict=True)), entry.num_classes, SHARE)
         entry = replace(entry, output=_output(entry, model, dtype))
         for classes in reversed(subsets):
-            composed = moda.compose(taps, decomposition, classes, output=entry.output)
+            published = classes != SUBSETS[0]
+            composed = moda.compose(taps, decomposition, classes, output=entry.output, published=published)
             for mode in _steady(composed):
                 error, own, any_batch = _error(entry, taps, decomposition, composed, mode == "train", dtype)
                 errors[mode] = max(errors.get(mode, 0.0), error)
                 if error > TOLERANCE[dtype] and error <= SLACK * own:
                     shaky.add(mode)
         assert composed is not None
-        left = _left(entry, model, composed, decomposition, dtype) if measure else None
+        left = None
+        if measure:
+            plans = [plan(taps, decomposition, SUBSETS[0], output=entry.output, published=p) for p in (True, False)]
+            left = _left(entry, model, plans, decomposition, dtype)
         if cast:
             model.float(), composed.float()
             for mode in _steady(composed):
@@ -240,30 +254,44 @@ def relative_error(got: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
 
 
 def _left(
-    entry: Entry, model: nn.Module, composed: ComposedModel, decomposition: Decomposition, dtype: torch.dtype
+    entry: Entry, model: nn.Module, plans: Sequence[Plan], decomposition: Decomposition, dtype: torch.dtype
 ) -> Left | None:
     """Parameters left over the ideal structured cut.
 
     An entry of a parameter is *alive* if a derivative of an output by it is not exactly 0, for random inputs and random
-    values of all parameters, several times. Entries that are alive in the whole model and not in the masked one can go;
-    the ideal cut is without them. What is alive in neither goes with its rows and columns: corners of a kernel that
-    only ever meet padding, say. Parameters that are not alive at all in the whole model, being unused or used without
+    values of all parameters, several times, in evaluation or in training: a composed model does both. Entries that are
+    alive in the whole model and not in the masked one can go; the ideal cut is without them. What is alive in neither
+    goes with its rows and columns: corners of a kernel that only ever meet padding, say. Parameters that are not alive at all in the whole model, being unused or used without
     gradients, are left out. None where the taps do not go with the model's own recomputation in the backward pass.
     """
-    mode = "train" if "train" in composed.routes else "eval"
     try:
-        before, after = _alive(entry, decomposition, mode, dtype)
+        alive, stays = _alive(entry, decomposition, list(plans[0].graphs), dtype)
     except CheckpointError:
         return None
-    sizes = {name: parameter.numel() for name, parameter in composed.named_parameters(remove_duplicate=False)}
-    whole = left = ideal = 0
+    groups = {
+        f"{name}.weight": m.groups for name, m in model.named_modules() if isinstance(m, _ConvNd) and not m.transposed
+    }
+    whole = ideal = even = 0
+    left = [0] * len(plans)
     for name, parameter in model.named_parameters():
-        if not before[name].any():
+        before, after = alive[name], stays[name]
+        if not before.any():
             continue
         whole += parameter.numel()
-        left += sizes.get(name, 0)
-        ideal += _ideal(before[name], after[name])
-    return Left(whole, left, ideal)
+        for place, each in enumerate(plans):
+            left[place] += each.kept[name].count(parameter.shape) if name in each.kept else 0
+        ideal += (least := _ideal(before, after))
+        even += max(least, _even(after, groups.get(name, 1)))
+    return Left(whole, *left, ideal, even)
+
+
+def _even(alive: Tensor, groups: int) -> int:
+    """Entries of a convolution's weight if all groups that stay have one shape, as in a tensor they must."""
+    if groups == 1 or not alive.any():
+        return 0
+    blocks = alive.reshape(groups, alive.shape[0] // groups, alive.shape[1], -1)
+    rows, columns = blocks.any(-1).any(-1).sum(1), blocks.any(-1).any(1).sum(1)
+    return int((rows > 0).sum() * rows.max() * columns.max()) * prod(alive.shape[2:])
 
 
 def _ideal(before: Tensor, after: Tensor) -> int:
@@ -277,7 +305,7 @@ def _ideal(before: Tensor, after: Tensor) -> int:
 
 
 def _alive(
-    entry: Entry, decomposition: Decomposition, mode: str, dtype: torch.dtype
+    entry: Entry, decomposition: Decomposition, modes: Sequence[str], dtype: torch.dtype
 ) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
     """Per parameter the entries whose derivative is not 0: in the whole model, and in the masked one."""
     whole, masked = dict[str, Tensor](), dict[str, Tensor]()
@@ -292,9 +320,10 @@ def _alive(
                 module.memory_efficient = False
         with moda.observe(model) as taps:
             _run(model, *inputs_of(entry, EXAMPLE_BATCH, 1, dtype), training=False)
-            model.train(mode == "train")  # where batch norms see to it that hardly an activation is 0 for all samples
             buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-            for found, chosen, classes in ((whole, kept, range(entry.num_classes)), (masked, masks, SUBSETS[0])):
+            cases = ((whole, kept, range(entry.num_classes)), (masked, masks, SUBSETS[0]))
+            for mode, (found, chosen, classes) in product(modes, cases):
+                model.train(mode == "train")  # where batch norms see to it that hardly an activation is always 0
                 for buffer, value in buffers:
                     buffer.copy_(value)
                 args, kwargs = inputs_of(entry, MANY, seed, dtype)
