@@ -42,7 +42,7 @@ def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
 def untouched(*models: nn.Module) -> Iterator[None]:
     """Afterwards buffers, plain attributes and random state are as before."""
     modules = [module for model in models for module in model.modules()]
-    buffers = [(module._buffers, dict(module._buffers)) for module in modules]
+    buffers = [(module._buffers, dict(module._buffers)) for module in modules if isinstance(module._buffers, dict)]
     held = [(buffer, buffer.clone()) for model in models for buffer in model.buffers()]
     attributes = [(module, plain_attributes(module)) for module in modules]
     with torch.no_grad(), torch.random.fork_rng(devices=[]):

@@ -835,8 +835,9 @@ def _undone(model: nn.Module) -> Iterator[None]:
         for module, (attributes, buffers) in before.items():
             module.__dict__.clear()
             module.__dict__.update(attributes)
-            module._buffers.clear()
-            module._buffers.update(buffers)
+            if isinstance(module._buffers, dict):  # those of a scripted module are never others
+                module._buffers.clear()
+                module._buffers.update(buffers)
             if parts[module] is not None:
                 module.__dict__["_moda_part"] = parts[module]
         with torch.no_grad():

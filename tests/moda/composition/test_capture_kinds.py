@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 from moda.composition.building import _folds
 from moda.composition.compose import compose
@@ -426,3 +427,42 @@ def test_masks_of_folded_axes_are_read_off_a_number_of_samples_that_shares_no_fa
     small = values.reshape(before, -1, after)[:, :1]
     grown = folded(shape[0], 2 * shape[1], shape[2])
     np.testing.assert_array_equal(np.repeat(small, grown.size // (before * after), axis=1).reshape(1, -1), grown)
+
+
+class Parametrized(nn.Module):
+    """Spectral norm, which overwrites a buffer in training, and pruning, which assigns a weight before each call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.utils.parametrizations.spectral_norm(nn.Linear(6, 16))
+        self.middle, self.last = nn.Linear(16, 12), nn.Linear(12, 5)
+        prune.random_unstructured(self.middle, "weight", 0.3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(F.relu(self.middle(F.gelu(self.first(x)))))
+
+
+class Scripted(nn.Module):
+    """A part of it is compiled by TorchScript."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 16), nn.Linear(8, 5)
+        self.middle = torch.jit.script(nn.Sequential(nn.Linear(16, 8), nn.BatchNorm1d(8), nn.Tanh()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.middle(F.relu(self.first(x))))
+
+
+@pytest.mark.parametrize("kind", [Parametrized, Scripted])
+def test_weights_that_a_module_computes_or_hides_are_cut_in_both_modes(kind):
+    model, x = kind().double().eval(), torch.randn(4, 6, dtype=torch.float64)
+    with observe(model, example=x) as taps:
+        decomposition = random_modules(dict(zip(taps.names, taps.widths, strict=True)), 5, 0.5)
+        composed = compose(taps, decomposition, [3, 0])
+        assert sum(p.numel() for p in composed.parameters()) < 0.9 * sum(p.numel() for p in model.parameters())
+        state = {name: value.clone() for name, value in model.state_dict().items()}
+        for training in (False, True):
+            expected = mask(taps, decomposition, [3, 0]).train(training)(x)
+            model.load_state_dict(state)
+            torch.testing.assert_close(composed.train(training)(x), expected, rtol=1e-9, atol=1e-9)
