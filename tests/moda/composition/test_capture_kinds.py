@@ -456,7 +456,7 @@ class Scripted(nn.Module):
 
 @pytest.mark.parametrize("kind", [Parametrized, Scripted])
 def test_weights_that_a_module_computes_or_hides_are_cut_in_both_modes(kind):
-    model, x = kind().double().eval(), torch.randn(4, 6, dtype=torch.float64)
+    model, x = kind().double().eval(), torch.randn(2, 6, dtype=torch.float64)
     with observe(model, example=x) as taps:
         decomposition = random_modules(dict(zip(taps.names, taps.widths, strict=True)), 5, 0.5)
         composed = compose(taps, decomposition, [3, 0])
