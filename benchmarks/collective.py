@@ -2,6 +2,7 @@
 
     python -m benchmarks.collective             # writes the tables of docs/distributed.md and its appendix
     python -m benchmarks.collective measure     # times local processes, writes benchmarks/results/collective/, and both
+    python -m benchmarks.collective agreement   # times what it costs that ranks tell each other of changed layers
 
 The model of time is latency and bandwidth: a message of b bytes over a link takes latency + b / bandwidth, where links
 may differ: fast inside a node, slow between nodes.
@@ -13,11 +14,14 @@ import json
 import math
 import os
 import platform
+import statistics
+import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,6 +29,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
+from torch import Tensor
 
 from moda_kernels import modular_losses
 from moda_kernels.distributed import owners_pay
@@ -81,8 +86,8 @@ NETWORKS = (_vgg16(), _resnet50(), Network("ViT-B/16", ((3072, 197),) * 12, 86_5
 
 
 def buffer_bytes(classes: float, neurons: int) -> float:
-    """Bytes of the buffer that is all-reduced: class sums, sums of squares, class sizes and one number."""
-    return FLOAT * (classes * (neurons + 2) + 1)
+    """Bytes of the buffer that is all-reduced: class sums, sums of squares, class sizes and two numbers."""
+    return FLOAT * (classes * (neurons + 2) + 2)
 
 
 def present_classes(classes: int, samples: float) -> float:
@@ -224,6 +229,7 @@ def crossover(cluster: Cluster, network: Network, ranks: int) -> int:
 MEASURED_RANKS = (2, 4)
 SIZES = tuple(1 << power for power in range(6, 25, 2))  # bytes
 REPEATS = 50
+ROUNDS = 100
 # Class sums of CIFAR's VGG16 (width 1: 13 convolutions, two hidden layers) as one buffer.
 STEP_WIDTHS = (64, 64, 128, 128, 256, 256, 256, 512, 512, 512, 512, 512, 512, 512, 512)
 STEP_CLASSES, STEP_SAMPLES = 10, 32
@@ -273,17 +279,86 @@ def _best_seconds(run: Callable[[], object]) -> float:
 
 def _step_seconds() -> dict[str, float]:
     """Forward and backward of the losses on pooled rows, without a group, and with one in both ways."""
-    rows = [torch.rand(STEP_SAMPLES, width, requires_grad=True) for width in STEP_WIDTHS]
-    labels = torch.randint(STEP_CLASSES, (STEP_SAMPLES,))
-
-    def step(**options: Any) -> Callable[[], object]:
-        return lambda: sum(modular_losses(rows, labels, **options)).backward()
-
+    rows = _rows()
     return {
-        "local": _best_seconds(step()),
-        "dense": _best_seconds(step(group="world", num_classes=STEP_CLASSES)),
-        "present": _best_seconds(step(group="world")),
+        "local": _best_seconds(_step(rows, None, None)),
+        "dense": _best_seconds(_step(rows, "world", STEP_CLASSES)),
+        "present": _best_seconds(_step(rows, "world", None)),
     }
+
+
+def _rows() -> list[Tensor]:
+    return [torch.rand(STEP_SAMPLES, width, requires_grad=True) for width in STEP_WIDTHS]
+
+
+def _step(rows: list[Tensor], group: str | None, num_classes: int | None) -> Callable[[], object]:
+    labels = torch.randint(STEP_CLASSES, (STEP_SAMPLES,))
+    return lambda: sum(modular_losses(rows, labels, group=group, num_classes=num_classes)).backward()
+
+
+# ---- What the number costs by which ranks agree ------------------------------------------------------------------
+
+
+def agreement() -> dict[str, Any]:
+    """Seconds of an all-reduce with and without the number that says that a rank's layers are others than before."""
+    load, ranks = os.getloadavg()[0], {}
+    for count in MEASURED_RANKS:
+        with tempfile.TemporaryDirectory() as folder:
+            torch.multiprocessing.spawn(_agreeing_rank, (count, folder), nprocs=count)
+            ranks[str(count)] = json.loads((Path(folder) / "times.json").read_text())
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    date = datetime.now(timezone.utc).date().isoformat()
+    return {"date": date, "commit": commit.strip(), "load": load, "rounds": ROUNDS, "ranks": ranks}
+
+
+def _agreeing_rank(rank: int, ranks: int, folder: str) -> None:
+    """Take turns: a buffer without the number; one with it, which is read; a whole step of the losses."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=ranks)
+    with_number = torch.zeros(int(buffer_bytes(STEP_CLASSES, sum(STEP_WIDTHS))) // FLOAT)
+    without = torch.zeros(len(with_number) - 1)
+
+    def agreed() -> Tensor:
+        dist.all_reduce(with_number)
+        magnitude, changed = with_number[-2:].split(1)
+        if float(changed) > 0:
+            raise RuntimeError("expected ranks that agree")
+        return torch.where(changed > 0, torch.nan, magnitude)
+
+    runs = {"without": partial(dist.all_reduce, without), "with": agreed, "step": _step(_rows(), "world", STEP_CLASSES)}
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for turn in range(ROUNDS):
+        for name in sorted(runs, reverse=bool(turn % 2)):
+            dist.barrier()
+            start = time.perf_counter()
+            runs[name]()
+            seconds[name].append(time.perf_counter() - start)
+    if rank == 0:
+        times = {name: statistics.quantiles(values, n=4)[:2] for name, values in seconds.items()}
+        entries = {name: {"q1": q1, "median": median} for name, (q1, median) in times.items()}
+        entries["difference"] = {
+            "median": statistics.median(a - b for a, b in zip(seconds["with"], seconds["without"], strict=True))
+        }
+        (Path(folder) / "times.json").write_text(json.dumps(entries))
+    dist.destroy_process_group()
+
+
+def agreement_table(measured: dict[str, Any]) -> str:
+    """The table of `agreement`; the share is that of a step of the losses."""
+    ranks = measured["agreement"]["ranks"]
+    head = ["", *(f"{count} processes" for count in ranks)]
+    names = {
+        "without": "all-reduce without the number",
+        "with": "with it, and read",
+        "step": "losses, forward and backward",
+    }
+    rows = [[text, *(human_seconds(run[key]["median"]) for run in ranks.values())] for key, text in names.items()]
+    costs = [run["difference"]["median"] for run in ranks.values()]
+    shares = [cost / run["step"]["median"] for cost, run in zip(costs, ranks.values(), strict=True)]
+    rows.append(
+        ["difference, round by round", *(f"{human_seconds(c)} ({s:.1%})" for c, s in zip(costs, shares, strict=True))]
+    )
+    return table(head, rows)
 
 
 def fit(times: dict[str, float], ranks: int) -> Link:
@@ -391,6 +466,8 @@ def tables() -> dict[str, str]:
     made |= {f"seconds-{index}": seconds_table(cluster) for index, cluster in enumerate(CLUSTERS)}
     for path in sorted(RESULTS.glob("*.json")):
         measured = json.loads(path.read_text())
+        if "agreement" in measured:
+            made[f"agreement-{path.stem}"] = agreement_table(measured)
         made |= {f"measured-{path.stem}": measured_table(measured), f"step-{path.stem}": step_table(measured)}
     return made
 
@@ -408,7 +485,9 @@ def main(arguments: Sequence[str]) -> None:
     if arguments:
         RESULTS.mkdir(parents=True, exist_ok=True)
         path = RESULTS / f"cpu-{os.cpu_count()}-cores.json"
-        path.write_text(json.dumps(measure(), indent=1) + "\n")
+        known = json.loads(path.read_text()) if path.exists() else {}
+        made = {"agreement": agreement()} if arguments == ["agreement"] else measure()
+        path.write_text(json.dumps({**known, **made}, indent=1) + "\n")
         print(f"written to {path}")
     for page in PAGES:
         page.write_text(filled(page.read_text()))
