@@ -29,6 +29,7 @@ from moda_kernels import __version__
 __all__ = [
     "Format",
     "FormatError",
+    "as_path",
     "check_own_folder",
     "check_result_file",
     "check_result_folder",
@@ -91,6 +92,17 @@ def format_errors(path: Path | str) -> Iterator[None]:
         raise FormatError(f"{path}: entry {error} is missing") from None
     except (TypeError, ValueError, OverflowError) as error:
         raise FormatError(f"{path}: {error}") from None
+
+
+def as_path(name: str, value: Any) -> Path:
+    """Give the path that a value is.
+
+    Raises:
+        TypeError: it is no path; the message begins with `name`.
+    """
+    if not isinstance(value, str | os.PathLike):
+        raise TypeError(f"{name}: expected a path, got {type(value).__name__}")
+    return Path(value)
 
 
 # ---- where results may go ----------------------------------------------------------------------------------------

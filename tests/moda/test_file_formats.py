@@ -12,7 +12,7 @@ import torch
 from moda.composition import files as composed_files
 from moda.composition.compose import compose
 from moda.decomposition.container import Decomposition
-from moda.decomposition.files import DECOMPOSITION
+from moda.decomposition.files import DECOMPOSITION, load_rates
 from moda.files import Format, FormatError, read_tensors, write_bytes, write_json, write_tensors
 from moda.models import small_vgg
 from moda.observation.taps import observe
@@ -112,3 +112,17 @@ def test_files_get_the_permissions_that_new_files_get(tmp_path):
     write_bytes(tmp_path / "ours", b"1")
     (tmp_path / "plain").write_bytes(b"1")
     assert (tmp_path / "ours").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+@pytest.mark.parametrize("given", [None, 3, True, [], b"x"], ids=repr)
+def test_what_is_no_path_is_named(given):
+    readers = (
+        Decomposition.load,
+        composed_files.load_composed,
+        runs.RunFolder.open,
+        load_rates,
+        composed_files.metadata_of,
+    )
+    for read in readers:
+        with pytest.raises(TypeError, match=rf"^(folder|path): expected a path, got {type(given).__name__}$"):
+            read(given)

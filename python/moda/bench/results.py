@@ -10,7 +10,7 @@ from typing import Any
 
 from moda.bench.clock import Quartiles
 from moda.checks import flag, items, json_value, mapping
-from moda.files import Format, check_result_file, format_errors
+from moda.files import Format, as_path, check_result_file, format_errors
 
 BENCHMARKS = Format(
     "moda-benchmark",
@@ -115,7 +115,7 @@ def read(path: str | Path) -> Results:
     Raises:
         FormatError: the file is missing, malformed or of another version.
     """
-    path = Path(path)
+    path = as_path("path", path)
     stored = BENCHMARKS.read(path)
     with format_errors(path):
         rows = tuple(_row(row) for row in stored["rows"])

@@ -22,7 +22,7 @@ from moda.checks import integer, items, json_value, mapping, text
 from moda.composition.composed import ComposedModel
 from moda.composition.ensemble import Ensemble
 from moda.composition.source import to_source
-from moda.files import Format, FormatError, write_bytes
+from moda.files import Format, FormatError, as_path, write_bytes
 from moda.inference import device_of, evaluating
 from moda.structure import flatten_output
 
@@ -66,7 +66,7 @@ def export(
         ValueError: the name ends in neither, there are fewer than two images, or the check fails.
         ImportError: ONNX was asked for and a package is missing; the message says how to install it.
     """
-    path = Path(path)
+    path = as_path("path", path)
     if path.suffix not in FORMATS:
         raise ValueError(f"path: expected a name that ends in {' or '.join(FORMATS)}, got {path.name!r}")
     if len(images) < 2:
@@ -128,7 +128,7 @@ def read_provenance(path: str | Path) -> dict[str, Any]:
         FormatError (a ValueError): it is missing, no such file, or was not written by `moda export`.
         ImportError: an .onnx file, and the package onnx is missing.
     """
-    path = Path(path)
+    path = as_path("path", path)
     if not path.is_file():
         raise FormatError(f"{path}: no such file")
     try:

@@ -26,6 +26,7 @@ from moda.files import (
     NEXT,
     Format,
     FormatError,
+    as_path,
     check_own_folder,
     check_tensors,
     format_errors,
@@ -111,7 +112,7 @@ def save_composed(
     if not isinstance(composed, ComposedModel):
         raise TypeError(f"composed: expected a model made by moda.compose, got {type(composed).__name__}")
     routes = {mode: _described(route) for mode, route in composed.routes.items()}
-    folder = Path(folder)
+    folder = as_path("folder", folder)
     check_own_folder(folder, DESCRIPTION_FILE)
     tensors = parameters_of(composed)
     first: dict[int, str] = {}
@@ -254,7 +255,7 @@ def metadata_of(folder: str | Path) -> dict[str, Any]:
     Raises:
         FormatError (a ValueError): the description is missing or malformed.
     """
-    folder = Path(folder)
+    folder = as_path("folder", folder)
     ensemble = (folder / ENSEMBLE_FILE).exists()
     described = ENSEMBLE.read(folder / ENSEMBLE_FILE) if ensemble else COMPOSED.read(folder / DESCRIPTION_FILE)
     metadata: dict[str, Any] = described["metadata"]
@@ -281,7 +282,7 @@ def load_composed(folder: str | Path) -> ComposedModel | Ensemble:
         FormatError (a ValueError): a file is missing, malformed or of another version; the message names the file and
             says what is wrong.
     """
-    folder = Path(folder)
+    folder = as_path("folder", folder)
     if (folder / ENSEMBLE_FILE).exists():
         return _load_ensemble(folder)
     path = folder / DESCRIPTION_FILE

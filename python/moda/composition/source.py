@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from moda.composition.composed import ComposedModel, Route, parameters_of
 from moda.composition.graphs import code_of
-from moda.files import check_own_folder, write_bytes, write_tensors
+from moda.files import as_path, check_own_folder, write_bytes, write_tensors
 from moda.structure import Structure
 
 __all__ = ["to_source"]
@@ -138,7 +138,7 @@ def to_source(composed: ComposedModel, folder: str | Path) -> Path:
     parts = [
         _function(composed.routes.get(mode), name, tensors) for mode, name in (("eval", "evaluate"), ("train", "train"))
     ]
-    folder = Path(folder)
+    folder = as_path("folder", folder)
     check_own_folder(folder, CODE_FILE)
     folder.mkdir(parents=True, exist_ok=True)
     write_tensors(folder / WEIGHTS_FILE, {name: tensors[name] for name in first.values()})

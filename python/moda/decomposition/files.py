@@ -15,6 +15,7 @@ from moda.decomposition.scores import ActivationShares, Attributions, NeuronScor
 from moda.files import (
     Format,
     FormatError,
+    as_path,
     check_own_folder,
     check_tensors,
     format_errors,
@@ -106,7 +107,7 @@ def write_decomposition(
     folder: str | Path, masks: Mapping[str, Tensor], entries: Mapping[str, Any], heads: Mapping[str, Tensor]
 ) -> None:
     """Write masks, heads if there are any, and with the entries what describes them, to a folder, made if need be."""
-    folder = Path(folder)
+    folder = as_path("folder", folder)
     check_own_folder(folder, METADATA_FILE)
     files = {MASKS_FILE: tensor_bytes(masks)}
     described = {
@@ -129,7 +130,7 @@ def read_decomposition(folder: str | Path) -> tuple[dict[str, Tensor], dict[str,
     Raises:
         FormatError: a file is missing, malformed, of an unknown version, or does not match the other.
     """
-    folder = Path(folder)
+    folder = as_path("folder", folder)
     described = DECOMPOSITION.read(folder / METADATA_FILE)
     shapes = {site["name"]: (described["num_classes"], site["neurons"]) for site in described["sites"]}
     masks = read_tensors(folder / MASKS_FILE, described["masks_sha256"], shapes)
@@ -158,7 +159,7 @@ def save_rates(rates: FiringRates, folder: str | Path, metadata: Mapping[str, An
         folder: where to.
         metadata: what else is worth keeping, anything that JSON can hold.
     """
-    folder = Path(folder)
+    folder = as_path("folder", folder)
     check_own_folder(folder, RATES_FILE)
     counts = tensor_bytes(rates.counts)
     described = {
@@ -178,7 +179,7 @@ def load_rates(folder: str | Path) -> FiringRates:
     Raises:
         FormatError (a ValueError): a file is missing, malformed, of another version, or does not match the other.
     """
-    folder = Path(folder)
+    folder = as_path("folder", folder)
     described = RATES.read(folder / RATES_FILE)
     num_classes, class_sizes = described["num_classes"], torch.tensor(described["class_sizes"], dtype=torch.int64)
     with format_errors(folder / RATES_FILE):
@@ -220,7 +221,7 @@ def save_scores(scores: NeuronScores, folder: str | Path, metadata: Mapping[str,
         folder: where to.
         metadata: what else is worth keeping, anything that JSON can hold.
     """
-    folder = Path(folder)
+    folder = as_path("folder", folder)
     check_own_folder(folder, SCORES_DESCRIPTION_FILE)
     stored = tensor_bytes(scores.scores)
     described = {
@@ -241,7 +242,7 @@ def load_scores(folder: str | Path, rule: str) -> tuple[NeuronScores, dict[str, 
         FormatError (a ValueError): a file is missing, malformed, of another kind or version, or does not match the
             other.
     """
-    folder = Path(folder)
+    folder = as_path("folder", folder)
     described = SCORES[rule].read(folder / SCORES_DESCRIPTION_FILE)
     num_classes, class_sizes = described["num_classes"], torch.tensor(described["class_sizes"], dtype=torch.int64)
     with format_errors(folder / SCORES_DESCRIPTION_FILE):

@@ -25,7 +25,7 @@ from moda import data as datasets
 from moda import models
 from moda.checks import json_value, one_of
 from moda.data import DataSplits
-from moda.files import Format, FormatError, format_errors, is_temporary, parse_tensors, tensor_bytes
+from moda.files import Format, FormatError, as_path, format_errors, is_temporary, parse_tensors, tensor_bytes
 from moda.hints import command_line
 from moda.methods.mwt import PreparedGates
 from moda.runs.checksums import read_checked, write_checked
@@ -49,7 +49,7 @@ class RunFolder:
         Raises:
             ValueError: `path` is a file, or a folder that holds anything already.
         """
-        folder = Path(path)
+        folder = as_path("path", path)
         if folder.exists() and not folder.is_dir():
             raise ValueError(f"{folder}: expected a folder, found a file")
         if (folder / "config.json").exists():
@@ -67,7 +67,7 @@ class RunFolder:
         Raises:
             FormatError (a ValueError): there is no such folder, or its config.json is missing or malformed.
         """
-        folder = Path(path)
+        folder = as_path("path", path)
         if not folder.is_dir():
             raise FormatError(f"{folder}: no such folder")
         if not (folder / "config.json").exists():

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TextIO
 
-from moda.files import FormatError, read_csv, write_bytes, write_errors
+from moda.files import FormatError, as_path, read_csv, write_bytes, write_errors
 
 
 class MetricsFile:
@@ -62,7 +62,7 @@ def read_metrics(path: str | Path) -> list[dict[str, float]]:
     Raises:
         FormatError: it is missing, or a cell is no number.
     """
-    path = Path(path)
+    path = as_path("path", path)
     rows = read_csv(path)[1]
     try:
         return [{name: float(cell) for name, cell in row.items() if cell} for row in rows]

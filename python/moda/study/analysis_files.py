@@ -7,7 +7,7 @@ from typing import Any
 
 from moda.checks import integer, items, json_value, mapping, number, record, text
 from moda.composition.measure import mean_over_pairs, overlap_matrix
-from moda.files import Format
+from moda.files import Format, as_path
 from moda.runs.finished import FinishedRun
 from moda.study.analysis import analyze, class_similarities
 
@@ -88,5 +88,5 @@ def read_analysis(path: str | Path) -> dict[str, Any]:
     Raises:
         FormatError (a ValueError): the file is missing, malformed or of another version.
     """
-    path = Path(path)
+    path = as_path("path", path)
     return ANALYSIS.read(path)

@@ -27,7 +27,7 @@ from moda.composition.replace import replace as replaced_by
 from moda.data.batches import BatchLoader, EpochOrder, Passes
 from moda.decomposition.container import Decomposition
 from moda.decomposition.files import METADATA_FILE
-from moda.files import Format, check_study_folder
+from moda.files import Format, as_path, check_study_folder
 from moda.inference import device_of, evaluating
 from moda.methods import CNNSplitter, FineTuning, GradSplitter, fine_tune
 from moda.methods.union import union_module
@@ -376,7 +376,7 @@ def read_comparison(folder: str | Path) -> list[MethodFigures]:
     Raises:
         FormatError (a ValueError): a file is malformed.
     """
-    folder = Path(folder)
+    folder = as_path("folder", folder)
     paths = [path for method in ALL for path in folder.glob(f"*/seed-*/{method}.json")]
     found = [MethodFigures.of(FIGURES.read(path)) for path in paths]
     return sorted(found, key=lambda figures: (figures.model, figures.seed, ALL.index(figures.method)))

@@ -14,7 +14,7 @@ from moda.checks import Check, digest, integer, items, number, one_of, record, t
 from moda.composition.compose import compose
 from moda.composition.replace import Calibration, normalize, replace
 from moda.data.batches import BatchLoader, EpochOrder
-from moda.files import Format, FormatError, format_errors, sha256_of
+from moda.files import Format, FormatError, as_path, format_errors, sha256_of
 from moda.inference import device_of, evaluating
 from moda.runs.finished import FinishedRun
 
@@ -250,7 +250,7 @@ def read_replacements(path: str | Path) -> list[ReplacementResult]:
     Raises:
         FormatError: the file is missing or malformed.
     """
-    path = Path(path)
+    path = as_path("path", path)
     entries = [{name: entry[name] for name in _RESULT} for entry in REPLACEMENTS.read(path)["results"]]
     with format_errors(path):
         return [_result(entry) for entry in entries]

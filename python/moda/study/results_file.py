@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from moda.checks import flag, json_value, mapping
-from moda.files import Format, FormatError, read_csv, write_bytes, write_errors
+from moda.files import Format, FormatError, as_path, read_csv, write_bytes, write_errors
 from moda.runs.lock import locked
 
 __all__ = ["ResultsFile", "read_note", "read_rows"]
@@ -125,7 +125,7 @@ def read_note(path: str | Path, kind: str) -> dict[str, Any]:
     Raises:
         FormatError: it is missing or malformed.
     """
-    path = Path(path)
+    path = as_path("path", path)
     return Format(kind, _NOTE).read(path.with_suffix(".json"))
 
 

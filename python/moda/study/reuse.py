@@ -28,7 +28,7 @@ from moda.composition.measure import flops, plan_size
 from moda.composition.observed import observed
 from moda.composition.planned_flops import PlannedFlops
 from moda.decomposition.container import Decomposition, check_classes
-from moda.files import FormatError, format_errors, write_bytes
+from moda.files import FormatError, as_path, format_errors, write_bytes
 from moda.hints import command_line
 from moda.inference import device_of, evaluating
 from moda.study.results_file import read_rows
@@ -258,7 +258,7 @@ def read_results(path: str | Path) -> list[ReuseResult]:
     Raises:
         FormatError: the file is missing or not such a file.
     """
-    path = Path(path)
+    path = as_path("path", path)
     if not path.is_file():
         raise FormatError(f"{path}: no such file; make it with: {command_line('reuse', path.parent)}")
     with format_errors(path):

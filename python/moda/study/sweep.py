@@ -14,7 +14,7 @@ from moda.composition.measure import accuracy, mean_over_pairs, module_sizes, ov
 from moda.decomposition.container import Decomposition
 from moda.decomposition.rule import decompose
 from moda.decomposition.settings import BudgetRule, FiringRule, rule_of
-from moda.files import format_errors
+from moda.files import as_path, format_errors
 from moda.runs.config import TERMS
 from moda.runs.finished import FinishedRun, decompose_run, run_scores
 from moda.runs.metrics import read_metrics
@@ -298,7 +298,7 @@ def read_sweep(path: str | Path) -> list[SweepPoint]:
     Raises:
         FormatError: the file is missing or malformed.
     """
-    path = Path(path)
+    path = as_path("path", path)
     with format_errors(path):
         return [SweepPoint(**_numbers(row)) for row in read_rows(path, COLUMNS)]
 
