@@ -63,7 +63,7 @@ _NONE_OF_TRANSFORMERS = ("LinearActivation", "ClassInstantier", "XIELUActivation
 # functions are watched: they are left alone, whole.
 FUSED_ROADS = (nn.MultiheadAttention, nn.TransformerEncoder, nn.TransformerEncoderLayer)
 
-PLAIN = "_moda_plain"
+PLAIN = "moda plain"
 """Where a class of an observed model keeps the class that it was made of."""
 
 

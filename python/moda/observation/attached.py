@@ -19,7 +19,7 @@ from moda.observation.activations import PLAIN, plain_class
 from moda.observation.handle import Handle
 from moda.observation.plan import Tap
 
-PART = "_moda_part"
+PART = "moda part"  # which no name in code can be, so that no attribute or submodule of the user's is
 
 
 class Part:
@@ -166,7 +166,7 @@ class _Attached:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not isinstance(self, _Attached):  # a method bound before remove(), which torch.compile keeps
             return type(self).__call__(self, *args, **kwargs)
-        return self._moda_part.call(self, super().__call__, args, kwargs)  # type: ignore[attr-defined, misc]
+        return self.__dict__[PART].call(self, super().__call__, args, kwargs)  # type: ignore[misc]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         reduced = super().__reduce_ex__(protocol)
@@ -200,7 +200,7 @@ class _AttachedSite(_Attached):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not isinstance(self, _AttachedSite) or torch.compiler.is_dynamo_compiling():
             return _Attached.__call__(self, *args, **kwargs)
-        site = self._moda_part  # type: ignore[attr-defined]
+        site = self.__dict__[PART]
         run = site.taps._run
         if run is None or type(site) is not Site or run.inside:
             return super().__call__(*args, **kwargs)

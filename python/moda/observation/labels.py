@@ -198,6 +198,8 @@ def _follow(node: Node, kind: Kind) -> Along | None:
         return _of_mover(node, kind)
     if node.name == "fold":
         return _of_fold(node, kind)
+    if node.name in ("view_as_complex", "view_as_real"):  # an axis behind the others goes, or comes
+        return next((label for _, label in _labelled(node.refs(), kind) if label.axis < len(node.shape)), None)
     if kind == "samples" and node.name in ("embedding", "one_hot"):
         return _of_lookup(node)
     if node.name in _REDUCTIONS:

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch._C import _functorch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
-from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -29,7 +28,8 @@ from moda.observation.labels import SEQUENCES, Node, Ref, fold_of, map_refs
 from moda.observation.layout import Layout
 from moda.observation.names import unique_name
 from moda.observation.plan import Plan, Tap
-from moda.observation.run import NEVER, Call, Run, any_global_hooks, has_hooks
+from moda.observation.record import version_of
+from moda.observation.run import NEVER, Call, QuietMode, Run, any_global_hooks, has_hooks
 
 _INDEX_ELEMENTS = 1 << 20  # tensors of integers up to this size are kept, for operations that index with them
 # Producers of new memory: what only a ReLU reads of them, it may overwrite.
@@ -75,6 +75,15 @@ class _NormResult:
         return x is None or x._version == self._version
 
 
+@dataclass
+class _Watched:
+    """Memory that activations lie in, and how often it was overwritten so far, where that is known."""
+
+    reference: StorageWeakRef
+    version: int
+    activations: list[_Found]
+
+
 @dataclass(frozen=True)
 class _NormedReLU:
     """A ReLU behind a batch norm: the norm, axes of the activation, and what must have one reader each."""
@@ -99,7 +108,7 @@ class Probe(Run):
         self._calls: dict[Site, list[_Found | None]] = {}
         self._stack: list[nn.Module] = [taps.model]
         self._nodes = WeakTensorKeyDictionary()
-        self._memory: dict[int, tuple[StorageWeakRef, list[_Found]]] = {}
+        self._memory: dict[int, _Watched] = {}
         self._spares: dict[int, tuple[StorageWeakRef, _Found]] = {}
         self._norms: dict[Node, _NormResult] = {}
         self._reads: dict[Node, int] = {}  # of results of norms, and of sums with them
@@ -147,7 +156,7 @@ class Probe(Run):
 
     def whole(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """A module that is left whole has run: a layer with neurons, to the rest of the model."""
-        self._adopt("multi_head_attention_forward", args, kwargs, output)
+        self._adopt("multi_head_attention_forward", args, kwargs, output, anew=True)
         if isinstance(module, nn.TransformerEncoderLayer):
             name = unique_name(f"{self.paths.get(module, '')}.activation".lstrip("."), self._names)
             self.skipped[name] = (
@@ -266,9 +275,10 @@ class Probe(Run):
         """Notice from here on when the memory of an activation is overwritten."""
         key, reference = _memory(value)
         known = self._memory.get(key)
-        if known is None or known[0].expired():
-            known = self._memory[key] = (reference, [])
-        known[1].append(found)
+        if known is None or known.reference.expired():
+            known = self._memory[key] = _Watched(reference, 0, [])
+        known.version = version_of(value)
+        known.activations.append(found)
 
     @contextmanager
     def _resting(self) -> Iterator[None]:
@@ -342,20 +352,34 @@ class Probe(Run):
 
     def _note_uses(self, tensors: list[Tensor]) -> None:
         for tensor in tensors:
-            self._spares.pop(_memory_key(tensor), None)
+            key = _memory_key(tensor)
+            if key is not None:
+                self._spares.pop(key, None)
 
     def _note_overwritten(self, tensor: Tensor, but: _Found | None = None) -> None:
-        known = self._memory.get(_memory_key(tensor))
-        if known is not None and not known[0].expired():
-            for found in known[1]:
+        known = self._watched(tensor)
+        if known is not None and not known.reference.expired():
+            known.version = max(known.version, version_of(tensor))
+            for found in known.activations:
                 found.overwritten = found.overwritten or found is not but
+
+    def _note_version(self, tensor: Tensor, version: int) -> None:
+        """An operation is given a tensor: one that nobody saw may have overwritten it before."""
+        known = self._watched(tensor)
+        if known is not None and version > known.version:
+            self._note_overwritten(tensor)
+
+    def _watched(self, tensor: Tensor) -> _Watched | None:
+        key = _memory_key(tensor)
+        return None if key is None else self._memory.get(key)
 
     # ---- norms that feed a ReLU ---
 
     def _note_norm(self, node: Node, args: tuple[Any, ...]) -> None:
         """A batch norm gave the result that `node` stands for."""
         module = self._stack[-1]
-        if plain_class(type(module)) in NORMS and args and isinstance(args[0], Tensor) and not self._blind:
+        known = plain_class(type(module)) in NORMS and args and isinstance(args[0], Tensor)
+        if known and not args[0].is_inference():
             self._norms[node] = _NormResult(module, args[0])
             self._reads[node] = 0
 
@@ -407,6 +431,8 @@ class Probe(Run):
         asked = name in _METADATA or name in _PROPERTIES
         tensors = list(_tensors(args)) + (list(_tensors(tuple(kwargs.values()))) if kwargs else [])
         before = [] if asked else [(tensor, tensor._version) for tensor in tensors if not tensor.is_inference()]
+        for tensor, version in before if self._memory else ():
+            self._note_version(tensor, version)
         output = function(*args, **kwargs)
         if asked and not isinstance(output, Tensor):
             return output
@@ -439,10 +465,10 @@ class Probe(Run):
         indexing = not tensor.is_floating_point() and tensor.numel() <= _INDEX_ELEMENTS
         return Ref(self._nodes.get(tensor), tuple(tensor.shape), tensor.detach() if indexing else None)
 
-    def _adopt(self, name: str, args: Any, kwargs: Any, output: Any) -> None:
-        """Take results that came about unseen for those of an operation."""
+    def _adopt(self, name: str, args: Any, kwargs: Any, output: Any, *, anew: bool = False) -> None:
+        """Take results that came about unseen for those of an operation; `anew` also those of other ones inside it."""
         for index, item in enumerate(output if isinstance(output, tuple | list) else (output,)):
-            if isinstance(item, Tensor) and item not in self._nodes:
+            if isinstance(item, Tensor) and (anew or item not in self._nodes):
                 node = Node(_unseen, name, self._refs(tuple(args)), self._refs(kwargs), tuple(item.shape), index)
                 self._nodes[item] = node
 
@@ -452,6 +478,8 @@ class Probe(Run):
         """Make the plan of what was found."""
         for found in self.found if self._blind else ():
             found.overwritten = True
+        for tensor in tensors_of((output,), {}):
+            self._note_version(tensor, version_of(tensor))
         for reference, found in self._spares.values():
             found.spare = reference.expired()
         if self.training and self.taps.fuse_norms:
@@ -464,7 +492,7 @@ class Probe(Run):
         self.taps._learn(self.training, Plan(taps, dict(self.skipped), repeated, self.samples, folded, self.largest))
 
 
-class _ProbeMode(TorchFunctionMode):
+class _ProbeMode(QuietMode):
     def __init__(self, probe: Probe) -> None:
         self.probe = weakref.proxy(probe)
 
@@ -506,9 +534,9 @@ def _tensors(value: Any) -> Iterator[Tensor]:
             yield from _tensors(item)
 
 
-def _memory_key(tensor: Tensor) -> int:
-    key: int = tensor.untyped_storage()._cdata
-    return key
+def _memory_key(tensor: Tensor) -> int | None:
+    """What tells the tensor's memory from others'; None for a tensor, as sparse ones are, that has several."""
+    return tensor.untyped_storage()._cdata if torch._C._has_storage(tensor) else None
 
 
 def _memory(tensor: Tensor) -> tuple[int, StorageWeakRef]:

@@ -9,10 +9,13 @@ from contextvars import ContextVar
 from typing import Any, TypeAlias
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._C import _functorch
 from torch.nn.modules import module as nn_module
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
+from torch.utils._device import DeviceContext
 from torch.utils.checkpoint import CheckpointFunction
 
 from moda.observation.activations import FUNCTIONS, ActivationFunction
@@ -106,8 +109,10 @@ class Run:
         self.gradients = torch.is_grad_enabled()
         self.plainly = not (self.changes or receiver is not None)
         self.only_records = self.plainly and fuse_from == norms_from == NEVER and not overwriting
+        compiling = torch.compiler.is_compiling()
+        self.untouched = compiling or is_untouched()  # whether modules of PyTorch do what PyTorch wrote
         # The short ways, for the sake of what a call of an activation costs.
-        eager = plan is not None and record is not None and self.plainly and not torch.compiler.is_compiling()
+        eager = plan is not None and record is not None and self.plainly and not compiling
         self.notes = eager and self.only_records
         self.relu_pool = compiled_relu_pool() if eager and fuse_from <= 0 else None
         self.pooling: dict[tuple[torch.dtype, torch.device], Any] = {}  # backends that pool, found once a pass
@@ -138,7 +143,7 @@ class Run:
         self, tap: Tap | None, module: nn.Module, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         inplace = bool(getattr(module, "inplace", False))
-        hooked = has_hooks(module) or any_global_hooks()
+        hooked = not self.untouched or has_hooks(module) or any_global_hooks()
         if self.norms and args and type(args[0]) is Deferred:
             y = None if tap is None or hooked else self._rectified(tap, args[0], inplace)
             if y is not None:
@@ -165,7 +170,7 @@ class Run:
             return function(*args, **kwargs)
         inplace = known.overwrites(args, kwargs)
         if self.relu_pool is not None and args and tap.fusible and not torch.compiler.is_dynamo_compiling():
-            y = self.fused(tap, args[0], inplace)
+            y = self.fused(tap, args[0], inplace, 0)
             if y is not None:
                 return y
         if self.norms and args and type(args[0]) is Deferred:
@@ -207,8 +212,9 @@ class Run:
         x = args[0] if len(args) == 1 and not kwargs else None
         if type(x) is not Tensor or x.dim() != site.dims or x.numel() * x.element_size() < self.norms_from:
             return call(*args, **kwargs)
-        others = torch._C._len_torch_function_stack() > int(self.watching)  # modes of the user's look at each call
-        if others or not torch.is_grad_enabled() or has_hooks(module) or any_global_hooks():
+        if not (torch.is_grad_enabled() and self.untouched) or has_hooks(module) or any_global_hooks():
+            return call(*args, **kwargs)
+        if watched_by_others():
             return call(*args, **kwargs)
         deferred = defer(module, x)
         if deferred is None:
@@ -221,7 +227,7 @@ class Run:
 
     def noted_module(self, tap: Tap, module: nn.Module, x: Any) -> Tensor | None:
         """A module that is a plain ReLU, in an eager pass that only records; None where more than that is asked."""
-        if not tap.relu or has_hooks(module) or any_global_hooks():
+        if not (tap.relu and self.untouched) or has_hooks(module) or any_global_hooks():
             return None
         if type(x) is not Tensor or torch._C._len_torch_function_stack() > self.watching:
             return None
@@ -245,13 +251,15 @@ class Run:
 
     def fused_module(self, tap: Tap, module: nn.Module, x: Any) -> Tensor | None:
         """An activation module and the pooling of what it gives, as one function of C++; None where that cannot be."""
-        if not tap.fusible or has_hooks(module) or any_global_hooks():
+        if not (tap.fusible and self.untouched) or has_hooks(module) or any_global_hooks():
             return None
-        return self.fused(tap, x, bool(module.inplace))
+        return self.fused(tap, x, bool(module.inplace), self.watching)
 
-    def fused(self, tap: Tap, x: Any, inplace: bool) -> Tensor | None:
-        """The same for a function."""
+    def fused(self, tap: Tap, x: Any, inplace: bool, modes: int) -> Tensor | None:
+        """The same for a function, which our own mode, if it has seen it, has already left to others."""
         assert self.relu_pool is not None
+        if torch._C._len_torch_function_stack() > modes and watched_by_others():
+            return None
         results = self.relu_pool(x, inplace, tap.layout.dims)
         if results is None:
             return None
@@ -320,7 +328,10 @@ class Run:
                 f"activation {tap.name!r} was computed inside torch.utils.checkpoint with use_reentrant=True, which "
                 "gives it no gradient; checkpoint with use_reentrant=False"
             )
-        return value.clone() if value.is_inference() and not tap.overwritten else value  # tells no version
+        if not value.is_inference():
+            return value
+        with torch.inference_mode(False):  # such a tensor tells no version, and no loss may keep it for its gradient
+            return value.clone()
 
     # ---- one pass instead of two ---
 
@@ -334,7 +345,9 @@ class Run:
             return False
         dense = x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last))
         plain = torch.compiler.is_compiling() or not x.is_neg()  # a compiler's tensors are plain, and cannot be asked
-        return dense and plain and torch.is_grad_enabled() and type(x) is Tensor
+        if not (dense and plain and torch.is_grad_enabled() and type(x) is Tensor):
+            return False
+        return torch.compiler.is_compiling() or not watched_by_others()
 
     def _fused(self, tap: Tap, x: Tensor, inplace: bool) -> Tensor:
         record = self.record
@@ -362,7 +375,7 @@ class Run:
 
     def _rectified(self, tap: Tap, value: Deferred, inplace: bool) -> Tensor | None:
         """A ReLU of a deferred batch norm, in one operation with it; None where that cannot be."""
-        if not tap.relu or value.dim() != tap.layout.dims:
+        if not tap.relu or value.dim() != tap.layout.dims or watched_by_others():
             return None
         results = value.rectified(inplace)
         if results is None:
@@ -420,7 +433,11 @@ def _alike(planned: tuple[Tap | None, ...]) -> bool:
     return first is not None and all(tap is not None and tap.layout == first.layout for tap in planned)
 
 
-class FunctionMode(TorchFunctionMode):
+class QuietMode(TorchFunctionMode):
+    """A mode of ours: it changes nothing that the model computes."""
+
+
+class FunctionMode(QuietMode):
     """Sees the calls of activation functions."""
 
     def __init__(self, taps: Handle) -> None:
@@ -455,6 +472,24 @@ def has_hooks(module: nn.Module) -> bool:
         or module._backward_pre_hooks
         or "forward" in module.__dict__
     )
+
+
+def is_untouched() -> bool:
+    """Whether nobody has put something else in the place of what ReLUs and batch norms call, for all of them."""
+    now = (nn.ReLU.forward, F.relu, _BatchNorm.forward, F.batch_norm)
+    return now == _WRITTEN and nn.Module.__call__ is nn.Module._wrapped_call_impl
+
+
+_WRITTEN = (nn.ReLU.forward, F.relu, _BatchNorm.forward, F.batch_norm)
+
+
+def watched_by_others() -> bool:
+    """Whether a function mode of the user's looks at each call; one that gives tensors a device does not."""
+    modes = map(torch._C._get_function_stack_at, range(torch._C._len_torch_function_stack()))
+    return any(not isinstance(mode, _QUIET) for mode in modes)
+
+
+_QUIET = (QuietMode, DeviceContext)
 
 
 def any_global_hooks() -> bool:

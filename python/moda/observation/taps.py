@@ -29,11 +29,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch._C import _functorch
+from torch._dynamo import OptimizedModule
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_map
 
 from moda.observation.activations import Known
-from moda.observation.attached import Caller, Norm, Part, Root, Site, Whole, attach, detach, part_of
+from moda.observation.attached import PART, Caller, Norm, Part, Root, Site, Whole, attach, detach, part_of
 from moda.observation.names import nothing_tapped
 from moda.observation.own import look_at, look_away
 from moda.observation.plan import Plan
@@ -484,7 +485,8 @@ def _first_samples(
     def first(value: Any) -> Any:
         if not isinstance(value, Tensor):
             return value
-        part = value[:2] if value.dim() > 0 and value.shape[0] == samples else value
+        divisible = value.layout == torch.strided and value.dim() > 0
+        part = value[:2] if divisible and value.shape[0] == samples else value
         return part.detach().clone()
 
     first_args, first_kwargs = tree_map(first, (args, kwargs))
@@ -729,6 +731,9 @@ def observing(
             present._resume()
 
 
+_WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, OptimizedModule)
+
+
 def _inside(model: Any) -> nn.Module:
     """The module that taps are attached to."""
     if isinstance(model, Taps):
@@ -736,8 +741,8 @@ def _inside(model: Any) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     inner: Any = model
-    while isinstance(inner, nn.parallel.DistributedDataParallel | nn.DataParallel) or hasattr(inner, "_orig_mod"):
-        inner = inner._orig_mod if hasattr(inner, "_orig_mod") else inner.module
+    while isinstance(inner, _WRAPPERS):
+        inner = inner._orig_mod if isinstance(inner, OptimizedModule) else inner.module
     found: nn.Module = inner
     return found
 
@@ -754,7 +759,7 @@ def _module_sites(model: nn.Module, names: tuple[str, ...], present: Taps | None
 def _check_model(model: nn.Module) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel) or hasattr(model, "_orig_mod"):
+    if isinstance(model, _WRAPPERS):
         raise TypeError(
             f"model: is wrapped in {type(model).__name__}; observe the model inside it (before it is wrapped)"
         )
@@ -839,7 +844,7 @@ def _undone(model: nn.Module) -> Iterator[None]:
                 module._buffers.clear()
                 module._buffers.update(buffers)
             if parts[module] is not None:
-                module.__dict__["_moda_part"] = parts[module]
+                module.__dict__[PART] = parts[module]
         with torch.no_grad():
             for buffer, value in values.values():
                 buffer.copy_(value)

@@ -117,6 +117,27 @@ class OwnMetaclass(Base, metaclass=Meta):
 Kind = TypeVar("Kind")
 
 
+@model
+class AnswersToEverything(Base):
+    """Has every attribute that it is asked for, also those by which wrappers are told."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return None
+
+
+@model
+class NamedAsWeNameThings(Base):
+    def __init__(self) -> None:
+        super().__init__()
+        self._moda_part, self._moda_plain, self._run = nn.ReLU(), nn.GELU(), nn.SiLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self._run(self._moda_plain(self._moda_part(self.a(x)))))
+
+
 class Generically(Base, Generic[Kind]):
     pass
 
@@ -351,6 +372,65 @@ class DefaultDtypeAndDevice(Base):
         with torch.device("cpu"):
             h = self.act(self.a(x)) + torch.ones(8)
         return self.b(F.relu(h))
+
+
+class Rectified(torch.autograd.Function):
+    """Overwrites its input, and says so when PyTorch's functions are no longer looked at."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.mark_dirty(x)
+        ctx.save_for_backward(x.relu_())
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient * (ctx.saved_tensors[0] > 0)
+
+
+@model
+class OverwrittenByAFunctionOfItsOwn(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.act(self.a(x)) + Rectified.apply(self.a(-x) * 1))
+
+
+@model
+class WithoutGradientsForGood(Base):
+    """Part of it runs in inference mode, whose tensors no backward pass may keep."""
+
+    @torch.inference_mode()
+    def target(self, x: Tensor) -> Tensor:
+        return F.gelu(self.act(self.a(x)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.act(self.a(x)) + self.target(x).clone())
+
+
+@model
+class NormsWithoutGradients(Base):
+    """A teacher's norms run in inference mode, before the student's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.inference_mode():
+            target = self.act(self.norm(self.a(x)))
+        return self.b(self.act(self.norm(self.a(x))) + target.clone())
+
+
+@model
+class SparseNeighbours(Base):
+    """A graph network, whose neighbours are sparse: a tensor that has no memory of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.neighbours = torch.eye(4).roll(1, 0).to_sparse()
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.act(torch.sparse.mm(self.neighbours, self.a(x)))
+        return self.b(F.gelu(self.neighbours @ h))
 
 
 @model

@@ -338,15 +338,60 @@ class Calls(TorchFunctionMode):
         return result * 2 if func is F.relu else result
 
 
-def test_modes_of_the_users_see_every_call_on_the_grouped_route() -> None:
-    model = Block().eval()
-    with Calls() as plain:
-        wanted = model(IMAGES)
-    taps = moda.observe(model, route="grouped", example=IMAGES)
+@pytest.mark.parametrize("route", ["auto", "grouped", "fused"])
+@pytest.mark.parametrize("training", [True, False])
+def test_modes_of_the_users_see_every_call(route: Any, training: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moda.observation.taps.NORMS_FUSED_FROM_BYTES", 0)
+    plain, model = _twins(training)
+    with Calls() as calls:
+        wanted = plain(IMAGES)
+    taps = moda.observe(model, route=route, example=IMAGES)
     with Calls() as observed:
         got = model(IMAGES)
     assert torch.equal(got, wanted)
-    called = [name for name in observed.names if name in plain.names]  # observation asks tensors of its own besides
+    called = [name for name in observed.names if name in calls.names]  # observation asks tensors of its own besides
     assert [name for name in called if name in ("relu", "gelu", "conv2d")] == ["conv2d", "relu", "gelu"]
     activation, _ = taps.activations()
-    assert torch.equal(activation, 2 * F.relu(model.norm(model.conv(IMAGES))))
+    assert torch.equal(activation, 2 * F.relu(plain.norm(plain.conv(IMAGES))))
+
+
+def _twins(training: bool) -> tuple[Block, Block]:
+    model = Block().train(training)
+    return model, copy.deepcopy(model)
+
+
+@pytest.mark.parametrize("route", ["auto", "grouped", "fused"])
+@pytest.mark.parametrize("training", [True, False])
+def test_a_device_for_new_tensors_is_no_mode_that_sees_calls(route: Any, training: bool) -> None:
+    model = Block().train(training)
+    taps = moda.observe(model, route=route, fuse_norms=False, example=IMAGES)
+    model(IMAGES)
+    shapes = [activation.shape for activation in taps.activations()]
+    with torch.device("cpu"):
+        model(IMAGES)
+    assert [activation.shape for activation in taps.activations()] == shapes
+
+
+REPLACED: dict[str, tuple[Any, str, Callable[..., Any]]] = {
+    "forward of a class": (nn.ReLU, "forward", lambda module, x: x.clamp(min=0) * 2),
+    "function of a class": (F, "relu", lambda x, inplace=False: x.clamp(min=0) * 2),
+    "norm of a class": (nn.BatchNorm2d, "forward", lambda module, x: x * 3),
+    "call of all modules": (
+        nn.Module,
+        "__call__",
+        lambda module, *args: module._wrapped_call_impl(*args) * (2 if isinstance(module, nn.ReLU) else 1),
+    ),
+}
+
+
+@pytest.mark.parametrize("route", ["auto", "grouped", "fused"])
+@pytest.mark.parametrize("name", REPLACED)
+def test_what_somebody_puts_in_the_place_of_pytorch_s_own_runs(
+    name: str, route: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("moda.observation.taps.NORMS_FUSED_FROM_BYTES", 0)
+    plain, model = _twins(True)
+    with moda.observe(model, route=route, example=IMAGES) as taps:
+        monkeypatch.setattr(*REPLACED[name])
+        assert torch.equal(model(IMAGES), plain(IMAGES))
+        taps.clear()

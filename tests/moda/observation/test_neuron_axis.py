@@ -55,3 +55,29 @@ def test_the_axis_follows_from_the_producer(case: str) -> None:
     (seen,) = taps.activations()
     assert torch.equal(seen, y if dim == 1 else y.movedim(-1, 1))
     assert seen._base is not None or seen is y or dim == 1  # a view, not a copy
+
+
+def encoder() -> nn.Module:
+    return nn.TransformerEncoder(
+        nn.TransformerEncoderLayer(6, 2, 8, 0.0, batch_first=True), 2, enable_nested_tensor=False
+    )
+
+
+def rotated(x: Tensor) -> Tensor:
+    turned = torch.view_as_complex(torch.stack((x, x), -1)) * torch.ones((), dtype=torch.complex64)
+    return torch.view_as_real(turned.conj_physical())[..., 1]
+
+
+@pytest.mark.parametrize(
+    ("model", "shape"),
+    [
+        (Chain(nn.Sequential(nn.Linear(5, 6), encoder()), lambda x: x + 1), (2, 3, 5)),
+        (Chain(nn.Linear(5, 6), rotated), (2, 3, 5)),
+    ],
+    ids=["layers that are left whole", "complex numbers"],
+)
+def test_the_axes_are_known_behind(model: nn.Module, shape: tuple[int, ...]) -> None:
+    taps = observe(model.eval())
+    y = model(torch.randn(shape))
+    (seen,) = taps.activations()
+    assert torch.equal(seen, y.movedim(-1, 1))
