@@ -59,6 +59,7 @@ _SUITES = {
     "composition": "Composed models, against the full one",
     "methods": "Other modularization methods, against their published algorithms written plainly",
     "scaling": "Scaling of the losses, forward and backward",
+    "host": "A training step's calls, Triton's launches stubbed: what a GPU's host does, on tensors of next to nothing",
 }
 
 

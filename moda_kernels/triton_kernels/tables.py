@@ -23,6 +23,7 @@ from torch import Tensor
 
 LOOKUP = tl.constexpr(64)  # layers compared at once; more take another round of the loop
 CAPACITY = 256  # tables kept; each is a few KiB at most
+KEEPING = frozenset({"cuda"})  # types of devices whose tables are kept
 _kept: OrderedDict[tuple[object, ...], Tensor] = OrderedDict()
 
 
@@ -55,16 +56,18 @@ def _write_kernel(table, count: tl.int64, entries):
 def device_table(columns: Sequence[Sequence[int]], device: torch.device) -> Tensor:
     """Put the columns one after the other, as int64, on `device` without a synchronisation."""
     entries = tuple(entry for column in columns for entry in column)
-    if device.type != "cuda":
+    if device.type not in KEEPING:
         return torch.tensor(entries, dtype=torch.int64, device=device)
-    if torch.cuda.is_current_stream_capturing():
+    on_gpu = device.type == "cuda"
+    if on_gpu and torch.cuda.is_current_stream_capturing():
         return _written_by_kernels(entries, device)
     # Memory freed by one stream may still be read by another: a table serves the stream it was made on.
-    key = (device.index, torch.cuda.current_stream(device).cuda_stream, entries)
+    key = (device, torch.cuda.current_stream(device).cuda_stream if on_gpu else 0, entries)
     table = _kept.get(key)
     if table is None:
-        _make_capturable(device)
-        host = torch.tensor(entries, dtype=torch.int64, pin_memory=True)
+        if on_gpu:
+            _make_capturable(device)
+        host = torch.tensor(entries, dtype=torch.int64, pin_memory=on_gpu)
         table = _kept[key] = host.to(device, non_blocking=True)
         if len(_kept) > CAPACITY:
             _kept.popitem(last=False)

@@ -13,6 +13,7 @@ from moda.bench.case import Case
 from moda.bench.clock import Budget
 from moda.bench.counting import CountInputs, counting_case
 from moda.bench.decomposition import PassInputs, composition_case, decomposition_case
+from moda.bench.host import host_case
 from moda.bench.inputs import CIFAR, IMAGENET, MODELS, Shapes, tap_shapes
 from moda.bench.losses import LossInputs, loss_case
 from moda.bench.methods import method_cases
@@ -31,6 +32,7 @@ SUITES = (
     "composition",
     "methods",
     "scaling",
+    "host",
 )
 
 _POOLED_CIFAR = ((64, 32, 32), (128, 16, 16), (256, 8, 8), (512, 4, 4), (512, 2, 2))
@@ -101,6 +103,7 @@ class Plan:
             "composition": self._composition,
             "methods": lambda: method_cases(self.device, self.quick, self.step_budget),
             "scaling": self._scaling,
+            "host": self._host,
         }
         return [case for suite in suites for case in makers[suite]()]
 
@@ -160,6 +163,10 @@ class Plan:
             if not self.quick:
                 silent = CountInputs(shapes, 10, self.device, silent=True)
                 yield counting_case(f"{model} {size} all zero", silent, self.budget)
+
+    def _host(self) -> Iterator[Case]:
+        for model in self.models:
+            yield host_case(model, self.budget if self.quick else Budget(least=10, most=30, seconds=20.0, warmups=2))
 
     def _passes(self) -> Iterator[PassInputs]:
         for model in self.models:
