@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Subset
 
+from moda import models
 from moda.checks import integer, items, number, optional, record, text
 from moda.composition import measure
 from moda.composition.compose import compose
@@ -73,7 +74,7 @@ class ComparisonSettings(Settings, command="compare"):
     models: tuple[str, ...] = setting(
         ("small_vgg",),
         help="The architectures, separated by commas.",
-        entry="architecture",
+        choices=models.NAMES,
         panel=_MODELS,
         option="--model --models",
     )
@@ -285,10 +286,10 @@ def compare_methods(out: Path, settings: ComparisonSettings, *, progress: bool =
     """
     found = []
     check_study_folder(out, COMPARISON_FILE, "*/seed-*")
+    for model in settings.models:
+        config = settings.config(model, settings.seeds[0], "standard")
+        create_model(config, load_data(config))  # one that is not for these images is named before anything is made
     with locked(_made(out)):
-        for model in settings.models:
-            config = settings.config(model, settings.seeds[0], "standard")
-            create_model(config, load_data(config))  # one that is not for these images is named before any is trained
         for model in settings.models:
             for seed in settings.seeds:
                 folder = out / model / f"seed-{seed}"

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from moda import models
 from moda.composition.replace import Calibration
 from moda.files import check_study_folder
 from moda.runs.config import DataOptions, DecompositionSettings, TrainingConfig
@@ -41,9 +42,13 @@ class ReplacementStudy(Settings, command="replace"):
     data_options: Mapping[str, Any] = setting(
         {}, help="Further options of the data set, see `moda.data.load`.", panel=_DATA, entries=DataOptions
     )
-    strong_model: str = setting("vgg16", help="The architecture that gives the modules.", panel=_MODELS)
+    strong_model: str = setting(
+        "vgg16", help="The architecture that gives the modules.", choices=models.NAMES, panel=_MODELS
+    )
     strong_width: float = setting(1.0, help="The multiplier of its hidden widths.", above=0, panel=_MODELS)
-    weak_model: str = setting("lenet5", help="The architecture that is given modules.", panel=_MODELS)
+    weak_model: str = setting(
+        "lenet5", help="The architecture that is given modules.", choices=models.NAMES, panel=_MODELS
+    )
     weak_width: float = setting(1.0, help="The multiplier of its hidden widths.", above=0, panel=_MODELS)
     mixed_classes: tuple[int, ...] | None = setting(
         None,

@@ -28,6 +28,7 @@ import lightning.pytorch as lightning
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.strategies import StrategyRegistry
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -598,6 +599,9 @@ def _check_runnable(config: TrainingConfig) -> None:
         raise ValueError(f"graph: {ON!r} asked for, but training runs on no CUDA device; drop --graph, or take auto")
     if config.precision == "16-mixed" and not on_gpu:
         raise ValueError("precision: '16-mixed' needs a GPU; on the CPU use 'bf16-mixed'")
+    known_strategies = ("auto", *StrategyRegistry.available_strategies())
+    if config.strategy not in known_strategies:
+        raise ValueError(f"strategy: expected one of {', '.join(known_strategies)}, got {config.strategy!r}")
     if config.strategy == SHARDED and config.precision not in SHARDED_PRECISIONS:
         expected = " or ".join(SHARDED_PRECISIONS)
         raise ValueError(f"precision: expected {expected} with strategy {SHARDED!r}, got {config.precision!r}")

@@ -236,3 +236,24 @@ def test_json_of_no_format_is_not_replaced(tmp_path: Path) -> None:
         path.write_text(damaged)
         COMPARISON.write(path, {"methods": []})
         assert COMPARISON.read(path)["methods"] == []
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ("train X --strategy x", "--strategy: expected one of auto, "),
+        ("compare X --model vgg19", "--model: models: expected some of lenet5, "),
+        ("compare X --model lenet5 --data digits", "image_size: expected at least "),
+        ("replace X --strong-model x", "--strong-model: strong_model: expected one of lenet5, "),
+        ("replace X --weak-model x", "--weak-model: weak_model: expected one of lenet5, "),
+    ],
+)
+def test_what_cannot_be_done_makes_nothing(
+    moda: Moda, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str, reason: str
+) -> None:
+    pytest.importorskip("sklearn")
+    pytest.importorskip("lightning")
+    monkeypatch.chdir(tmp_path)
+    status, err = moda(*line.split())
+    assert (status, reason in err) == (1, True), err
+    assert not list(tmp_path.iterdir())
