@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch._C import _functorch
 from torch._dynamo import OptimizedModule
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from moda.observation.activations import Known
 from moda.observation.attached import PART, Caller, Norm, Part, Root, Site, Whole, attach, detach, part_of
@@ -102,6 +102,7 @@ class Taps:
         self._overwriting = False
         self._paused: list[tuple[nn.Module, Part]] = []
         self._attached: dict[int, weakref.ref[nn.Module]] = {}  # by id: classes may say that all modules are equal
+        self._removed = False  # nothing is attached then, even if that happens in a forward pass that goes on
 
     # ---- what is known ---
 
@@ -266,6 +267,7 @@ class Taps:
             if part.taps is self:
                 detach(module)
         self._attached = {}
+        self._removed = True
         look_away(self.known.functions, self)
         self._record.clear()
 
@@ -283,6 +285,7 @@ class Taps:
         self._record = recorded
 
     def _resume(self) -> None:
+        self._removed = False
         look_at(self.known.functions, self)
         for module, part in self._paused:
             self._attach(module, part)
@@ -391,6 +394,8 @@ class Taps:
         self._known_modes[training] = True
 
     def _attach(self, module: nn.Module, part: Part) -> None:
+        if self._removed:
+            return
         attach(module, part)
         self._attached[id(module)] = weakref.ref(module)
 
@@ -503,7 +508,10 @@ def _apart(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         return True
     if torch._C._len_torch_dispatch_stack() > 0 and any(torch._C._get_dispatch_mode(key) is not None for key in _APART):
         return True
-    return any(isinstance(value, _WITHOUT_MEMORY) for value in (args if not kwargs else (*args, *kwargs.values())))
+    values = args if not kwargs else (*args, *kwargs.values())
+    if any(isinstance(value, Mapping | list | tuple) for value in values):
+        values = tuple(tree_leaves(values))
+    return any(isinstance(value, _WITHOUT_MEMORY) for value in values)
 
 
 def _hooked(model: nn.Module) -> bool:

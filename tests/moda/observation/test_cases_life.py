@@ -171,6 +171,17 @@ def test_removed_between_forward_and_backward() -> None:
     assert all(torch.equal(a.grad, b.grad) for a, b in zip(model.parameters(), plain.parameters(), strict=True))
 
 
+@pytest.mark.parametrize("probed", [True, False])
+def test_removed_within_a_forward_pass(probed: bool) -> None:
+    plain, model = _twins(True)
+    taps = moda.observe(model, fuse_norms=False, example=IMAGES if probed else None)
+    hook = model.conv.register_forward_hook(lambda *_: taps.remove())
+    assert torch.equal(model(IMAGES), plain(IMAGES))
+    hook.remove()
+    assert torch.equal(model(IMAGES), plain(IMAGES))
+    assert Trace(model) == Trace(plain)
+
+
 @pytest.mark.parametrize("act", [nn.GELU(), nn.ReLU(inplace=True), nn.Identity()], ids=repr)
 def test_an_activation_module_is_exchanged_while_the_model_is_observed(act: nn.Module) -> None:
     model = Block().eval()
@@ -263,6 +274,19 @@ def test_exported_and_traced_it_is_the_plain_model(way: Any, route: Any, probed:
     taps.clear()
     assert torch.equal(model(IMAGES), wanted)
     assert all(type(activation) is Tensor for activation in taps.activations())
+
+
+def test_tensors_without_memory_are_seen_wherever_they_are_given() -> None:
+    class OfDict(Block):
+        def forward(self, batch: dict[str, list[Tensor]]) -> Tensor:
+            return super().forward(batch["images"][0])
+
+    model = OfDict().eval()
+    taps = moda.observe(model, example=({"images": [IMAGES]},))
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        images = mode.from_tensor(IMAGES)
+    model({"images": [images]})  # such a tensor brings its mode along
+    assert not taps.recorded
 
 
 # -- functional transforms
