@@ -112,6 +112,7 @@ class Probe(Run):
         self._spares: dict[int, tuple[StorageWeakRef, _Found]] = {}
         self._norms: dict[Node, _NormResult] = {}
         self._reads: dict[Node, int] = {}  # of results of norms, and of sums with them
+        self._statistics = WeakTensorKeyDictionary()  # running ones, and the result of the norm that moved them on
         self._normed: list[_NormedReLU] = []
         self._hooked = any_global_hooks()
         self._idle = False
@@ -382,6 +383,9 @@ class Probe(Run):
         if known and not args[0].is_inference():
             self._norms[node] = _NormResult(module, args[0])
             self._reads[node] = 0
+            for buffer in (module.running_mean, module.running_var):
+                if isinstance(buffer, Tensor):
+                    self._statistics[buffer] = node
 
     def _note_sum(self, node: Node) -> None:
         """An addition gave the result that `node` stands for."""
@@ -392,6 +396,9 @@ class Probe(Run):
         for node in [self._nodes.get(tensor) for tensor in tensors]:
             if node in self._reads:
                 self._reads[node] += 1
+        for node in [self._statistics.get(tensor) for tensor in tensors]:
+            if node is not None and all(node not in normed.read_once for normed in self._normed):
+                self._reads[node] += 1  # the ReLU, which would bring the batch into the statistics, comes too late
 
     def _note_normed(self, x: Tensor) -> None:
         """A ReLU without hooks is called with `x`: note the norm that it may be computed with."""

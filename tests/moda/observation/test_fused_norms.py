@@ -342,7 +342,14 @@ def other_activation(net: Net, z: Tensor, x: Tensor) -> Tensor:
     return F.gelu(z)
 
 
-@pytest.mark.parametrize("between", [other_users, by_view, after_scaling, broadcast, weighted, twice, other_activation])
+def statistics_read(net: Net, z: Tensor, x: Tensor) -> Tensor:
+    spread = net.norm.running_var.mean().sqrt()
+    return net.relu(z) * spread
+
+
+@pytest.mark.parametrize(
+    "between", [other_users, by_view, after_scaling, broadcast, weighted, twice, other_activation, statistics_read]
+)
 def test_norms_that_feed_more_or_something_else_are_left_alone(between, fused: list[bool]):
     plain, model = twins(between)
     moda.accelerate(model, example=images(2))
