@@ -37,7 +37,7 @@ test-oldest: $(VENV)/installed-dev
 	$(PYTHON) -m venv $(VENV)/oldest
 	$(OLDEST) -m pip install --quiet "$(TORCH)" "numpy==1.26.0"
 	$(OLDEST) -m pip install --quiet --constraint requirements/oldest.txt --editable ".[train]" pillow pytest pytest-timeout
-	$(OLDEST) -m pytest -n 0 tests/moda/cli tests/moda/runs tests/moda/training/test_training.py tests/moda/test_hostile_files.py
+	$(OLDEST) -m pytest tests/moda/cli tests/moda/runs tests/moda/training/test_training.py tests/moda/test_hostile_files.py
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
