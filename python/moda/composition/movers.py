@@ -22,16 +22,20 @@ from moda.composition.values import (
     along,
     any_over,
     any_to,
+    holds_tensors,
     is_free,
     numbered,
     shape_of,
+    size_of,
     units_by_label,
 )
 
-__all__ = ["Concat", "Move", "Stack", "read_move"]
+__all__ = ["Concat", "Labels", "Move", "Stack", "read_move"]
 
 Run = Callable[[Mapping[fx.Node, Tensor], Mapping[str, Any]], Tensor]
 """Runs an operation on tensors in the place of its sources, with some of its arguments changed."""
+Labels = tuple[NDArray[np.int64], NDArray[np.float64]]
+"""Per unit of an output the number of the unit that it is a copy of, and the constant that it is otherwise."""
 
 
 @dataclass(frozen=True)
@@ -254,6 +258,7 @@ def read_move(
     others: Sequence[fx.Node] = (),
     sizes: tuple[str, ...] = (),
     through: fx.Node | None = None,
+    known: dict[Any, Labels] | None = None,
 ) -> Move | None:
     """The rule of an operation that moves data; None if it does more than that.
 
@@ -265,11 +270,54 @@ def read_move(
         others: inputs that are not.
         sizes: see `Move`.
         through: see `Move`.
+        known: what calls have done that were read before: layers of a network are alike.
     """
     if all(prod(units[source]) == 1 for source in of) and len(of) == 1 and not others:
         ones = (1,) * rank_of(node)
         zeros = np.zeros(ones, dtype=np.int64)
         return Move(node, ones, of=tuple(of), taken=zeros, fill=np.ones(ones), run=run, sizes=sizes, through=through)
+    key = None if others or known is None else _call_of(node, through, of, units)
+    labels = known.get(key) if known is not None and key is not None else None
+    if labels is None:
+        labels = _labels(node, run, of, units, others)
+        if labels is None:
+            return None
+        if known is not None and key is not None:
+            known[key] = labels
+    taken, fill = labels
+    return Move(node, taken.shape, of=tuple(of), taken=taken, fill=fill, run=run, sizes=sizes, through=through)
+
+
+def _call_of(
+    node: fx.Node, through: fx.Node | None, of: Sequence[fx.Node], units: Mapping[fx.Node, Shape]
+) -> Any | None:
+    """What a call does, equal for calls that do the same; None if it is given other tensors, too."""
+    call = through or node
+
+    def plain(argument: Any) -> Any:
+        if isinstance(argument, fx.Node):
+            if argument in of:
+                return "units", of.index(argument), shape_of(argument), units[argument]
+            if holds_tensors(argument):
+                raise LookupError
+            return size_of(argument.meta["val"])
+        if isinstance(argument, list | tuple):
+            return tuple(plain(item) for item in argument)
+        return argument
+
+    try:
+        key = (call.target, plain(call.args), tuple((name, plain(value)) for name, value in call.kwargs.items()))
+        place = None if through is None else plain(node.args[1])
+        hash((key, place))
+    except (LookupError, TypeError):
+        return None
+    return key, place
+
+
+def _labels(
+    node: fx.Node, run: Run, of: Sequence[fx.Node], units: Mapping[fx.Node, Shape], others: Sequence[fx.Node]
+) -> Labels | None:
+    """Read off by running the operation on numbers of units, twice, with others the second time."""
     total = sum(prod(units[source]) for source in of)
     shift = float(2 * total + 7)
     results = []
@@ -296,8 +344,7 @@ def read_move(
     less = labels[tuple(slice(None) if size > 1 else slice(0, 1) for size in shape)] if labels.dim() else labels
     fill = torch.where(moved, torch.ones_like(first), first)
     fill = fill[tuple(slice(None) if size > 1 else slice(0, 1) for size in shape)] if labels.dim() else fill
-    taken = np.maximum(less.numpy().astype(np.int64), -1)
-    return Move(node, shape, of=tuple(of), taken=taken, fill=fill.numpy(), run=run, sizes=sizes, through=through)
+    return np.maximum(less.numpy().astype(np.int64), -1), fill.numpy().copy()  # the whole tensor is not kept
 
 
 @dataclass(frozen=True)

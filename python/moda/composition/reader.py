@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from moda.composition.functional import writes
-from moda.composition.movers import Concat, Move, Run, Stack, argument, packet_of, read_move
+from moda.composition.movers import Concat, Labels, Move, Run, Stack, argument, packet_of, read_move
 from moda.composition.owners import Bilinear, Contraction, Convolution, Lookup, Recurrent
 from moda.composition.parameters import parameter_rule
 from moda.composition.products import Attention, Product
@@ -84,6 +84,7 @@ class Reader:
         self.rules: dict[fx.Node, Rule] = {}
         self.activations: set[fx.Node] = set()
         self.sizes: set[fx.Node] = set()
+        self._moves: dict[Any, Labels] = {}
         self.written = _written_leaves(graph)
         self._begun = _beginnings(graph)
         for node in graph.nodes:
@@ -161,7 +162,7 @@ class Reader:
         if isinstance(rule, Move):
             sources = _tensor_inputs(call)
             run = _runner(call, self, pick=place)
-            found = read_move(node, run, sources, {s: self.units(s) for s in sources}, through=call)
+            found = read_move(node, run, sources, {s: self.units(s) for s in sources}, through=call, known=self._moves)
             if found is not None:
                 return found
         units = rule.units if len(rule.units) == rank_of(node) else (1,) * rank_of(node)
@@ -418,7 +419,7 @@ class Reader:
             return Move(node, (), of=tuple(of), run=run)
         if packet in ("slice_scatter", "select_scatter") and len(of) + len(others) == 2:
             return read_move(node, run, of, units, others)
-        return read_move(node, run, of, units, others, sizes=_SIZES.get(packet, ()))
+        return read_move(node, run, of, units, others, sizes=_SIZES.get(packet, ()), known=self._moves)
 
     def _indexed(self, node: fx.Node, packet: str) -> Rule | None:
         """Positions that the input chooses: along the axes that they are chosen of, everything is needed."""
