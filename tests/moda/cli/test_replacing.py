@@ -4,36 +4,19 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
-from moda.cli import app as cli
 from moda.demo.folder import check_demo_folder, replaced
 from moda.demo.results import DEMO
 from moda.files import check_study_folder, write_json
 from moda.runs.config import TrainingConfig
 from moda.runs.folder import RunFolder
 from moda.study.comparison import COMPARISON
-
-Moda = Callable[..., "tuple[int, str]"]
-
-
-@pytest.fixture
-def moda(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Moda:
-    """Runs the command in this process: exit status, stderr."""
-    monkeypatch.setenv("COLUMNS", "300")
-
-    def run(*arguments: object) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", ["moda", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        return int(ended.value.code or 0), capsys.readouterr().err
-
-    return run
+from tests.moda._helpers.processes import Moda
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -56,7 +39,7 @@ def write_demo(folder: Path, word: str) -> None:
 def test_a_demo_is_replaced_with_force_alone(moda: Moda, tmp_path: Path) -> None:
     write_demo(tmp_path, "old")
     before = contents(tmp_path)
-    status, err = moda("demo", tmp_path)
+    status, _, err = moda("demo", tmp_path)
     assert (status, f"{tmp_path}: holds a demo already; replace it with --force" in err) == (1, True)
     assert contents(tmp_path) == before
     check_demo_folder(tmp_path, force=True)
@@ -70,7 +53,7 @@ def test_a_demo_replaces_nothing_else(moda: Moda, tmp_path: Path, stranger: str)
     (tmp_path / stranger).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / stranger).write_text("mine")
     before = contents(tmp_path)
-    status, err = moda("demo", tmp_path, "--force")
+    status, _, err = moda("demo", tmp_path, "--force")
     assert (status, "which no demo made; choose another folder" in err) == (1, True)
     assert contents(tmp_path) == before
 
@@ -80,7 +63,7 @@ def test_a_folder_of_runs_is_no_demo(moda: Moda, tmp_path: Path) -> None:
     RunFolder.create(tmp_path / "runs" / "seed-0" / "standard", TrainingConfig())
     before = contents(tmp_path)
     for options in ((), ("--force",)):
-        status, err = moda("demo", tmp_path, *options)
+        status, _, err = moda("demo", tmp_path, *options)
         assert (status, "holds 'runs', which no demo made" in err) == (1, True)
     assert contents(tmp_path) == before
 
@@ -142,15 +125,15 @@ def test_benchmarks_are_replaced_with_force_alone(moda: Moda, tmp_path: Path, mo
 
     monkeypatch.setattr(runner, "run", measured)
     line = ("bench", "--quick", "--device", "cpu", "--output", tmp_path)
-    assert "it would measure now" in moda(*line)[1]
+    assert "it would measure now" in moda(*line)[2]
     path = tmp_path / results.file_name(machine.device_name(machine.torch.device("cpu")))
     results.BENCHMARKS.write(path, {"machine": {}, "limits": {}, "quick": True, "rows": []})
-    assert f"{path}: exists already; replace it with --force" in moda(*line)[1]
-    assert "it would measure now" in moda(*line, "--force")[1]
+    assert f"{path}: exists already; replace it with --force" in moda(*line)[2]
+    assert "it would measure now" in moda(*line, "--force")[2]
     for other in ('{"format": "thesis"}', "{}", "[1]", "three years of work"):
         path.write_text(other)
-        assert f"{path}: is a file of another kind" in moda(*line, "--force")[1]
-    assert "expected a folder, found a file" in moda("bench", "--quick", "--device", "cpu", "--output", path)[1]
+        assert f"{path}: is a file of another kind" in moda(*line, "--force")[2]
+    assert "expected a folder, found a file" in moda("bench", "--quick", "--device", "cpu", "--output", path)[2]
     assert [path.name for path in tmp_path.iterdir()] == [path.name]
 
 
@@ -162,13 +145,13 @@ def test_a_comparison_is_not_written_over_something_else(moda: Moda, tmp_path: P
     runs = [RunFolder.create(tmp_path / name, TrainingConfig()).path for name in "ab"]
     before = contents(tmp_path)
     for options in ((), ("--force",)):
-        status, err = moda("compare", *runs, "-o", runs[0] / "config.html", *options)
+        status, _, err = moda("compare", *runs, "-o", runs[0] / "config.html", *options)
         reason = "is a file of another kind" if options else "config.json: exists already"
         assert (status, reason in err) == (1, True)
-        status, err = moda("compare", *runs, "-o", runs[0] / "config.json", *options)
+        status, _, err = moda("compare", *runs, "-o", runs[0] / "config.json", *options)
         assert (status, "output: expected a name that ends in .html, got 'config.json'" in err) == (1, True)
     (tmp_path / "mine.html").write_text("<!DOCTYPE html>\n<html>mine</html>")
-    status, err = moda("compare", *runs, "-o", tmp_path / "mine.html", "--force")
+    status, _, err = moda("compare", *runs, "-o", tmp_path / "mine.html", "--force")
     assert (status, "mine.html: holds something else than such a result" in err) == (1, True)
     (tmp_path / "mine.html").unlink()
     assert contents(tmp_path) == before
@@ -177,9 +160,9 @@ def test_a_comparison_is_not_written_over_something_else(moda: Moda, tmp_path: P
 def test_a_page_of_runs_is_replaced_with_force_alone(moda: Moda, tmp_path: Path) -> None:
     run = RunFolder.create(tmp_path / "run", TrainingConfig()).path
     COMPARISON.write(run / "comparison.json", {"methods": []})
-    status, err = moda("compare", run)
+    status, _, err = moda("compare", run)
     assert (status, "comparison.json: exists already; replace it with --force" in err) == (1, True)
-    status, err = moda("compare", run, "--force")
+    status, _, err = moda("compare", run, "--force")
     assert (status, "its training is not finished" in err) == (1, True)
 
 
@@ -206,9 +189,9 @@ def test_studies_go_into_no_folder_of_other_things(moda: Moda, tmp_path: Path) -
     }
     for description, command in commands.items():
         for options in ((), ("--force",)):
-            status, err = moda(*command, *options)
+            status, _, err = moda(*command, *options)
             assert (status, f"{tmp_path}: is not empty and holds no {description}" in err) == (1, True)
-        status, err = moda(command[0], tmp_path / "thesis.txt", *command[2:])
+        status, _, err = moda(command[0], tmp_path / "thesis.txt", *command[2:])
         assert (status, "expected a folder, found a file" in err) == (1, True)
     assert {path.name for path in tmp_path.iterdir()} == {"thesis.txt", "empty"}
 
@@ -254,6 +237,6 @@ def test_what_cannot_be_done_makes_nothing(
     pytest.importorskip("sklearn")
     pytest.importorskip("lightning")
     monkeypatch.chdir(tmp_path)
-    status, err = moda(*line.split())
+    status, _, err = moda(*line.split())
     assert (status, reason in err) == (1, True), err
     assert not list(tmp_path.iterdir())
