@@ -222,7 +222,7 @@ class Other(Precision):
         ({}, {"precision_plugin": Other(), "precision": "odd"}, "no graph with the precision odd"),
         ({}, {"_detect_anomaly": True}, "no graph with detect_anomaly, which looks at every gradient"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else "-".join(value),
 )
 def test_which_trainings_are_captured(settings: dict[str, Any], other: dict[str, Any], reason: str) -> None:
     assert why_eager(config(**settings), trainer(**other)) == reason
