@@ -6,6 +6,7 @@ TORCH ?= torch==2.13.0
 TRITON ?= triton<3.8
 VENV := .venv
 BIN := $(VENV)/bin
+# Python compiles what is imported; pip, with --no-compile, does not compile all the rest, which takes it longer than to unpack.
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := pyproject.toml setup.py CMakeLists.txt moda_kernels/_version.py $(wildcard csrc/*.* csrc/*/*.*)
 
@@ -17,7 +18,10 @@ demo: $(VENV)/installed
 	$(BIN)/moda demo --force
 
 test: $(VENV)/installed-dev
-	$(MAKE) --no-print-directory lint
+	$(MAKE) --no-print-directory -j 2 lint pytest
+
+.PHONY: pytest
+pytest: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -n 2
 
 # The same tests with another PyTorch: `make test-other-torch OTHER_TORCH="torch==2.11.0 torchvision==0.26.0"`. Downloads
@@ -71,20 +75,20 @@ clean:
 
 $(VENV)/torch:
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) install --quiet "$(TORCH)" numpy
+	$(PIP) install --quiet --no-compile "$(TORCH)" numpy
 	touch $@
 
 # The native extension is built here; without a compiler the package installs all the same and says so.
 $(VENV)/installed: $(VENV)/torch $(SOURCES)
-	$(PIP) install --quiet --editable ".[train]"
+	$(PIP) install --quiet --no-compile --editable ".[train]"
 	touch $@
 
 # The models of torchvision and timm are test subjects. They go beside the environment, where only the tests look:
 # torchvision's wheel does not fit a CPU build of PyTorch (tests/conftest.py), and neither may bring another PyTorch. What
 # timm needs besides comes with transformers.
 $(VENV)/installed-dev: $(VENV)/torch $(SOURCES)
-	$(PIP) install --quiet --editable ".[train,dev]" "$(TRITON)"
-	$(PIP) install --quiet --no-deps --upgrade --target $(VENV)/vision torchvision==0.28.0 timm==1.0.31
+	$(PIP) install --quiet --no-compile --editable ".[train,dev]" "$(TRITON)"
+	$(PIP) install --quiet --no-compile --no-deps --upgrade --target $(VENV)/vision torchvision==0.28.0 timm==1.0.31
 	touch $(VENV)/installed $@
 
 $(VENV)/installed-docs: $(VENV)/installed
