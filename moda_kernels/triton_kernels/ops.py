@@ -9,6 +9,7 @@ Every operation is differentiable once. A second derivative is an error that say
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from itertools import islice
 from typing import Any, NamedTuple
@@ -120,6 +121,7 @@ def _forward(ctx: Any, segments: Segments, weights: Weights, activations: Sequen
     ctx.save_for_backward(*saved, *segments, *activations)
     ctx.set_materialize_grads(False)
     ctx.rectified = [grouped.is_rectified(activation) for activation in activations]
+    ctx.given = [weakref.ref(activation) for activation in activations] if any(ctx.rectified) else []
     return losses
 
 
@@ -129,9 +131,36 @@ def _backward(
     saved, segments, activations = _SavedLosses.of(ctx.saved_tensors)
     with torch.no_grad():
         gradients = grouped.losses_backward(
-            activations, segments, saved, _scalars(upstream), wanted, weights, ctx.rectified
+            activations, segments, saved, _scalars(upstream), wanted, weights, _unseen(ctx)
         )
     return once_only(gradients, [*activations, *upstream])
+
+
+def _unseen(ctx: Any) -> list[bool]:
+    """Which layers' gradients go to a ReLU's backward pass, and to nobody else."""
+    if not any(ctx.rectified) or not _goes_to_all_leaves(ctx):
+        return [False] * len(ctx.rectified)
+    alive = [reference() for reference in ctx.given]  # to which hooks may have come since
+    return [of and (x is None or grouped.is_rectified(x)) for of, x in zip(ctx.rectified, alive, strict=True)]
+
+
+def _goes_to_all_leaves(node: Any) -> bool:
+    """Whether this backward pass is like `loss.backward()`, and not to tensors that were named, as activations may be."""
+    waiting = [node]
+    for _ in range(_NODES_TO_A_LEAF):
+        if not waiting:
+            break
+        node = waiting.pop()
+        if hasattr(node, "variable"):
+            try:
+                return torch._C._will_engine_execute_node(node)
+            except RuntimeError:  # a leaf among those that torch.autograd.grad was given
+                return False
+        waiting += [following for following, _ in node.next_functions if following is not None]
+    return False
+
+
+_NODES_TO_A_LEAF = 64  # a layer's parameters are a few steps away
 
 
 def _scalars(upstream: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:

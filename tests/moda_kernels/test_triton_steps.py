@@ -154,6 +154,29 @@ def test_whoever_looks_at_an_activation_s_gradient_sees_the_published_one(device
         torch.testing.assert_close(kept[way + " source"], kept["retained source"])
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    "asked", ["activation", "activation and parameters", "activation and input", "late hook", "late retain"]
+)
+def test_who_asks_for_an_activation_s_gradient_later_gets_the_published_one(asked, device):
+    layer = nn.Conv2d(3, 3, 1).to(device)
+    x = torch.randn(6, 3, 4, 4, device=device, requires_grad=True)
+    y = torch.relu(layer(x))
+    loss = ModularLoss(backend="triton")([y], torch.tensor([0, 1, 0, 2, 1, 1], device=device))
+    seen = []
+    if asked == "late hook":
+        y.register_hook(seen.append)
+        loss.backward()
+    elif asked == "late retain":
+        y.retain_grad()
+        loss.backward()
+        seen.append(y.grad)
+    else:
+        others = {"activation": [], "activation and parameters": list(layer.parameters()), "activation and input": [x]}
+        seen.append(torch.autograd.grad(loss, [y, *others[asked]])[0])
+    assert torch.equal(seen[0] == 0, y == 0)
+
+
 @pytest.mark.parametrize("device", DEVICES[:1])
 def test_launches_of_a_step_beside_its_taps(device, monkeypatch):
     """Segments, norms, two for sums, two for terms; one back."""

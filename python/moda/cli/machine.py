@@ -70,8 +70,8 @@ def bench(
 ) -> None:
     """Measure this machine: training steps, losses, pooling, counting and decomposition, ours beside PyTorch's.
 
-    Results are checked first, contenders take turns, and one table comes last. A full run takes a quarter of an hour on
-    two cores. The exit status is 1 if a contender computed something wrong.
+    Results are checked first, contenders take turns, and one table comes last. A full run takes more than half an hour
+    on two cores. The exit status is 1 if a contender computed something wrong.
     """
     if not measure(quick=quick, device=device, suites=suite or (), folder=output, force=force):
         raise typer.Exit(1)
