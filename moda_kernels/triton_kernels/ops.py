@@ -145,7 +145,7 @@ def _unseen(ctx: Any) -> list[bool]:
 
 
 def _goes_to_all_leaves(node: Any) -> bool:
-    """Whether this backward pass is like `loss.backward()`, and not to tensors that were named, as activations may be."""
+    """Whether this backward pass is like `loss.backward()`, not to tensors that were named, as activations may be."""
     waiting = [node]
     for _ in range(_NODES_TO_A_LEAF):
         if not waiting:
