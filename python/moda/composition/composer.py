@@ -181,7 +181,12 @@ class Composer:
             masks: per site (C,) bool; taps that are no site keep all neurons.
             classes: class indices, each once, in the order the outputs are to have.
             published: see `moda.compose`.
+
+        Raises:
+            TypeError: `published` is no bool.
         """
+        if not isinstance(published, bool):
+            raise TypeError(f"published: expected a bool, got {type(published).__name__}")
         chosen = check_classes(classes, self.num_classes)
         masks = {
             name: masks[name].cpu() if name in masks else torch.ones(width, dtype=torch.bool)

@@ -139,5 +139,8 @@ def test_filters_that_nothing_comes_in_to_go_unless_as_published():
         assert made.get_parameter("group.0.weight").shape == (groups, 2, 1, 1)
         for training, logits in expected.items():
             torch.testing.assert_close(made.train(training)(x), logits, rtol=1e-9, atol=1e-9)
+    for call in (compose, measure.size):
+        with pytest.raises(TypeError, match="published: expected a bool, got str"):
+            call(taps, decomposition, [0, 2], published="no")
     size = measure.size(taps, decomposition, [0, 2], published=False)
     assert size == sizes(lean)["all"] / sizes(model)["all"] < measure.size(taps, decomposition, [0, 2])
