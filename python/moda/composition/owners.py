@@ -213,7 +213,7 @@ class Convolution(Rule):
     def weights(self, needs: Needs) -> None:
         """Filters of the outputs, columns of the inputs."""
         grid, rows, _ = self._cut(needs)
-        if not self._is_constant(needs):
+        if not needs.is_empty(self.x):
             needs.ask_weight(self.weight, grid)
         if self.bias is not None:
             needs.ask_weight(self.bias, (rows,))
@@ -224,7 +224,7 @@ class Convolution(Rule):
         given: list[Indices | None] = [None] * rank_of(self.node)
         given[self.dim] = rows
         wanted = builder.plan.wanted[self.node]
-        if self._is_constant(builder.plan):
+        if builder.plan.is_empty(self.x):
             bias = None if self.bias is None else builder.take(self.bias, (rows,))
             return Made(constant(builder, self.node, tuple(given), bias, self.dim), tuple(given), wanted)
         channels: list[Indices | None] = [None] * rank_of(self.x)
@@ -236,10 +236,6 @@ class Convolution(Rule):
         if self.groups > 1 and taken is not None:
             changed["groups"] = len(np.unique(taken // (self.inputs // self.groups)))
         return Made(builder.call(self.node, swap, **changed), tuple(given), wanted)
-
-    def _is_constant(self, needs: Needs) -> bool:
-        """Whether it is given nothing but zeros."""
-        return needs.is_empty(self.x)
 
 
 def _equal_rows(wanted: Indices, used: Indices, height: int) -> Indices:
