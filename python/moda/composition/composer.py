@@ -18,6 +18,7 @@ from moda.composition.capture import Captured, CaptureError, Example, capture
 from moda.composition.composed import ComposedModel, Facts, Route, parameters_of
 from moda.composition.kept import Kept
 from moda.composition.law import agree, changes, check, in_mode, plain_attributes, untouched
+from moda.composition.movers import Labels
 from moda.composition.observed import check_taps, example_of, names_every_tap
 from moda.composition.planning import GraphPlan, Pick, merged, output_of
 from moda.composition.reader import Reader
@@ -26,6 +27,7 @@ from moda.composition.rules import Rule, Tap
 from moda.composition.values import Bools, Grid, shape_of
 from moda.decomposition.container import Decomposition, check_classes
 from moda.inference import device_of
+from moda.observation.attached import PART
 from moda.observation.record import version_of
 from moda.observation.taps import Taps
 from moda.outputs import Output, logit_places
@@ -81,9 +83,10 @@ class Composer:
         self.readers: dict[str, Reader] = {}
         self.places: dict[str, tuple[int, ...]] = {}
         first: CaptureError | None = None
+        moves: dict[Any, Labels] = {}
         for mode in ("eval", "train"):
             try:
-                self._read(mode, taps, example)
+                self._read(mode, taps, example, moves)
             except CaptureError as error:
                 self.refused[mode] = str(error)
                 first = first or error
@@ -112,7 +115,7 @@ class Composer:
             if isinstance(tensor, nn.Parameter):
                 self.parameters.add(name)
 
-    def _read(self, mode: str, taps: Taps, example: Example) -> None:
+    def _read(self, mode: str, taps: Taps, example: Example, moves: dict[Any, Labels]) -> None:
         with in_mode(self.model, mode == "train"):
             self._run(mode, example)
             self.names[mode] = taps.names
@@ -121,7 +124,7 @@ class Composer:
             captured = capture(self.model, example, taps.marking, freedom)
         fixed = {name: t for name, t in parameters_of(self.model).items() if not t.is_floating_point()}
         self.captured[mode] = captured
-        self.readers[mode] = Reader(captured.graph, {**fixed, **captured.constants})
+        self.readers[mode] = Reader(captured.graph, {**fixed, **captured.constants}, moves)
 
     def _run(self, mode: str, example: Example) -> None:
         """Let taps know what the model does in this mode.
@@ -386,7 +389,7 @@ def _key(model: nn.Module, example: Example, decomposition: Decomposition, outpu
 def _attributes(module: nn.Module) -> Iterator[Any]:
     """A module's own plain attributes, by value, and its other ones, by which object they are."""
     for name, value in vars(module).items():
-        if name.startswith("_") or name == "training":
+        if name.startswith("_") or name in ("training", PART):
             continue
         if isinstance(value, Tensor):
             yield name, id(value), version_of(value)

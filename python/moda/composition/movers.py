@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from math import prod
 from typing import Any
 
@@ -34,8 +35,51 @@ __all__ = ["Concat", "Labels", "Move", "Stack", "read_move"]
 
 Run = Callable[[Mapping[fx.Node, Tensor], Mapping[str, Any]], Tensor]
 """Runs an operation on tensors in the place of its sources, with some of its arguments changed."""
-Labels = tuple[NDArray[np.int64], NDArray[np.float64]]
-"""Per unit of an output the number of the unit that it is a copy of, and the constant that it is otherwise."""
+
+
+@dataclass(frozen=True)
+class Labels:
+    """Where the units of an output come from; operations that are alike share it.
+
+    Attributes:
+        taken: per unit of the output, the number of the unit it is a copy of (units of all inputs, one after the
+            other), or -1 for a constant.
+        fill: per unit of the output the constant.
+        total: units of all inputs.
+    """
+
+    taken: NDArray[np.int64]
+    fill: NDArray[np.float64]
+    total: int
+
+    @cached_property
+    def constant(self) -> Bools | None:
+        """Which units are constants; None if none is."""
+        constant = self.taken < 0
+        return constant if constant.any() else None
+
+    @cached_property
+    def zero(self) -> Bools:
+        """Which units are 0 whatever the inputs are."""
+        return np.asarray((self.taken < 0) & (self.fill == 0))
+
+    @cached_property
+    def used(self) -> Bools:
+        """Which units of the inputs there are copies of."""
+        return self.sources(self.taken.ravel())
+
+    def copies(self, flat: Bools, constant: Bools) -> Bools:
+        """A set of the inputs' units as one of the output's, with these of its constants."""
+        if not flat.size:
+            return constant
+        copied = flat[self.taken]  # -1 takes the last one, for which a constant is put in
+        return copied if self.constant is None else np.where(self.constant, constant, copied)
+
+    def sources(self, numbers: NDArray[np.int64]) -> Bools:
+        """The units with these numbers; constants are none."""
+        sources = np.zeros(self.total + 1, dtype=np.bool_)
+        sources[numbers] = True
+        return sources[:-1]
 
 
 @dataclass(frozen=True)
@@ -44,17 +88,14 @@ class Move(Rule):
 
     Attributes:
         of: the inputs that are activations.
-        taken: per unit of the output, the number of the unit it is a copy of (units of all `of`, one after the other),
-            or -1 for a constant.
-        fill: per unit of the output the constant.
+        labels: where the units of the output come from; inputs are those in `of`.
         run: the operation.
         sizes: names of arguments that are lists of the output's sizes.
         through: the call whose result has several parts, if `node` picks one of them.
     """
 
     of: tuple[fx.Node, ...] = ()
-    taken: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
-    fill: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
+    labels: Labels = field(default_factory=lambda: Labels(np.zeros(0, dtype=np.int64), np.zeros(0), 0))
     run: Run | None = None
     sizes: tuple[str, ...] = ()
     through: fx.Node | None = None
@@ -67,27 +108,25 @@ class Move(Rule):
     def _of_units(self, sets: Sequence[Bools], constant: Bools) -> Bools:
         """A set of the inputs' units as one of the output's."""
         flat = np.concatenate([one.ravel() for one in sets]) if sets else np.zeros(0, dtype=np.bool_)
-        if not flat.size:
-            return constant
-        return np.where(self.taken >= 0, flat[np.maximum(self.taken, 0)], constant)
+        return self.labels.copies(flat, constant)
 
     def zero(self, zeros: Zeros) -> Bools:
         """Where the inputs are."""
-        return self._of_units([zeros[source] for source in self.of], self.fill == 0)
+        sets = [zeros[source] for source in self.of]
+        return self._of_units(sets, self.labels.zero) if any(one.any() for one in sets) else self.labels.zero
 
     def need(self, wanted: Bools, needs: Needs) -> None:
         """What the wanted units are copies of."""
+        asked = self.labels.used if wanted.all() else self.labels.sources(self.labels.taken[wanted])
         start = 0
-        numbers = self.taken[wanted & (self.taken >= 0)]
         for source in self.of:
             units = needs.zeros[source].shape
-            count = prod(units)
-            mine = numbers[(numbers >= start) & (numbers < start + count)] - start
-            asked = np.zeros(count, dtype=np.bool_)
-            asked[mine] = True
-            asked[:1] |= len(self.of) > 1 or not len(mine)  # each is given, whatever of it is wanted
-            needs.ask(source, asked.reshape(units))
-            start += count
+            mine = asked[start : start + prod(units)]
+            if len(self.of) > 1 or not mine.any():  # each is given, whatever of it is wanted
+                mine = mine.copy()
+                mine[:1] = True
+            needs.ask(source, mine.reshape(units))
+            start += prod(units)
 
     def weights(self, needs: Needs) -> None:
         """All."""
@@ -145,7 +184,7 @@ class Move(Rule):
         return Made(self._native(builder, made.node, changed), grid, self._real(made))
 
     def _expected(self) -> NDArray[np.float64]:
-        return np.where(self.taken >= 0, self.taken + 1.0, self.fill)
+        return np.where(self.labels.taken >= 0, self.labels.taken + 1.0, self.labels.fill)
 
     def _sizes(self, name: str, grid: Grid) -> list[Any]:
         sizes = list(argument(self.node, name))
@@ -164,20 +203,20 @@ class Move(Rule):
         before, after = shape_of(source), shape_of(self.node)
         cut = [dim for dim, positions in enumerate(made.grid) if positions is not None]
         units = builder.plan.zeros[source].shape
-        if len(cut) != 1 or prod(units) != units[cut[0]] or (self.taken < 0).any():
+        if len(cut) != 1 or prod(units) != units[cut[0]] or self.labels.constant is not None:
             return None
         (dim,) = cut
         if len(before) == len(after):
             return self._picked_along(builder, dim)
-        single = len(after) == len(before) - 1 and self.taken.size == 1
+        single = len(after) == len(before) - 1 and self.labels.taken.size == 1
         if (
             not single
             or before[:dim] + before[dim + 1 :] != after
-            or not self._moves_as(lambda x: x.select(dim, int(self.taken.ravel()[0])), before)
+            or not self._moves_as(lambda x: x.select(dim, int(self.labels.taken.ravel()[0])), before)
         ):
             return None
         grid: list[Indices | None] = [None] * len(before)
-        grid[dim] = self.taken.ravel()
+        grid[dim] = self.labels.taken.ravel()
         value = builder.emit(torch.ops.aten.select.int, builder.take(source, tuple(grid)), dim, 0)
         return Made(value, whole(len(after)), builder.plan.wanted[self.node])
 
@@ -185,7 +224,7 @@ class Move(Rule):
         source, shape = self.of[0], shape_of(self.of[0])
         if prod(self.units) != self.units[dim] or self.units[dim] != shape_of(self.node)[dim]:
             return None
-        positions = self.taken.ravel()
+        positions = self.labels.taken.ravel()
         if not self._moves_as(lambda x: x.index_select(dim, torch.from_numpy(positions)), shape):
             return None
         grid = builder.plan.layout(self.node)
@@ -272,10 +311,11 @@ def read_move(
         through: see `Move`.
         known: what calls have done that were read before: layers of a network are alike.
     """
+    labels: Labels | None
     if all(prod(units[source]) == 1 for source in of) and len(of) == 1 and not others:
         ones = (1,) * rank_of(node)
-        zeros = np.zeros(ones, dtype=np.int64)
-        return Move(node, ones, of=tuple(of), taken=zeros, fill=np.ones(ones), run=run, sizes=sizes, through=through)
+        labels = Labels(np.zeros(ones, dtype=np.int64), np.ones(ones), 1)
+        return Move(node, ones, of=tuple(of), labels=labels, run=run, sizes=sizes, through=through)
     key = None if others or known is None else _call_of(node, through, of, units)
     labels = known.get(key) if known is not None and key is not None else None
     if labels is None:
@@ -284,8 +324,7 @@ def read_move(
             return None
         if known is not None and key is not None:
             known[key] = labels
-    taken, fill = labels
-    return Move(node, taken.shape, of=tuple(of), taken=taken, fill=fill, run=run, sizes=sizes, through=through)
+    return Move(node, labels.taken.shape, of=tuple(of), labels=labels, run=run, sizes=sizes, through=through)
 
 
 def _call_of(
@@ -344,7 +383,9 @@ def _labels(
     less = labels[tuple(slice(None) if size > 1 else slice(0, 1) for size in shape)] if labels.dim() else labels
     fill = torch.where(moved, torch.ones_like(first), first)
     fill = fill[tuple(slice(None) if size > 1 else slice(0, 1) for size in shape)] if labels.dim() else fill
-    return np.maximum(less.numpy().astype(np.int64), -1), fill.numpy().copy()  # the whole tensor is not kept
+    taken = np.maximum(less.numpy().astype(np.int64), -1)
+    constants = np.broadcast_to(1.0, taken.shape) if bool((fill == 1).all()) else fill.numpy().copy()
+    return Labels(taken, constants, total)  # the whole tensors are not kept
 
 
 @dataclass(frozen=True)

@@ -80,6 +80,7 @@ class GraphPlan:
         self._known_sizes = symbols_of_inputs(reader.graph)
         self._layouts: dict[fx.Node, Grid] = {}
         self._orders: dict[fx.Node, int] = {}
+        self._uniform: dict[tuple[Shape, bool], Bools] = {}
         self._find_zeros(masks)
         self._find_needs(extra or {})
         self._order_classes()
@@ -152,7 +153,7 @@ class GraphPlan:
                 shape = [1] * len(rule.units)
                 shape[rule.dim] = -1
                 zero = zero | ~masks[rule.index].reshape(shape)
-            self.zeros[node] = zero
+            self.zeros[node] = self._shared(zero)
 
     def _find_needs(self, extra: Mapping[fx.Node, Bools]) -> None:
         for place, value in enumerate(output_of(self.reader.graph)):
@@ -171,15 +172,24 @@ class GraphPlan:
                 continue
             need = self.needed.get(node)
             if need is None or not need.any():
-                self.wanted[node] = np.zeros(self.zeros[node].shape, dtype=np.bool_)
+                self.wanted[node] = self._shared(np.zeros(self.zeros[node].shape, dtype=np.bool_))
                 continue
-            self.wanted[node] = _some(need, self.zeros[node])
+            need = self.needed[node] = self._shared(need)
+            self.wanted[node] = self._shared(_some(need, self.zeros[node]))
             if self._is_nothing(node, need):
                 self.empty.add(node)
             elif node.op == "get_attr":
                 self.ask_weight(node, (None,) * rank_of(node))
             elif node.op != "placeholder":
                 self.reader.rules[node].need(self.wanted[node], self)
+
+    def _shared(self, sets: Bools) -> Bools:
+        """The same set; of those that hold nothing, or everything, one is kept for each shape."""
+        first = bool(sets.flat[0]) if sets.size else False
+        if not (sets.all() if first else not sets.any()):
+            return sets
+        sets.setflags(write=False)
+        return self._uniform.setdefault((sets.shape, first), sets)
 
     def _is_nothing(self, node: fx.Node, need: Bools) -> bool:
         """Whether zeros can stand for a node: nothing else is needed of it, and their sizes can be told."""

@@ -71,6 +71,7 @@ class Reader:
     Args:
         graph: as `moda.composition.capture` gives it.
         tensors: the model's parameters, buffers and constants by name: those that a lookup of constants needs are read.
+        moves: where readers of graphs of one model note what operations that move data did: the next one knows it.
 
     Attributes:
         rules: per node that is called or a leaf.
@@ -78,13 +79,13 @@ class Reader:
         sizes: the nodes that compute sizes.
     """
 
-    def __init__(self, graph: fx.Graph, tensors: Mapping[str, Tensor]) -> None:
+    def __init__(self, graph: fx.Graph, tensors: Mapping[str, Tensor], moves: dict[Any, Labels] | None = None) -> None:
         self.graph = graph
         self.tensors = tensors
         self.rules: dict[fx.Node, Rule] = {}
         self.activations: set[fx.Node] = set()
         self.sizes: set[fx.Node] = set()
-        self._moves: dict[Any, Labels] = {}
+        self._moves = {} if moves is None else moves
         self.written = _written_leaves(graph)
         self._begun = _beginnings(graph)
         for node in graph.nodes:

@@ -15,9 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+import moda
 from moda import models
 from moda.composition import measure
 from moda.composition.compose import ComposedModel, compose, plan
+from moda.composition.composer import composer_of
 from moda.composition.masking import mask
 from moda.decomposition.container import Decomposition
 from moda.observation.taps import taps_of
@@ -802,6 +804,18 @@ def test_a_model_that_was_changed_is_read_again(change):
     composed = compose(model, decomposition, [2, 0], example=x)
     expected = mask(model, decomposition, [2, 0])
     torch.testing.assert_close(composed(x), expected(x), rtol=1e-5, atol=1e-5)
+
+
+def test_a_model_that_is_as_it_was_is_read_once():
+    model = nn.Sequential(nn.Conv2d(3, 6, 1), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten(), nn.Linear(24, 4)).eval()
+    x = torch.randn(5, 3, 2, 2)
+    taps = moda.observe(model)
+    with torch.no_grad():
+        model(x)
+    decomposition = random_modules(dict(zip(taps.names, taps.widths, strict=True)), 4, 0.5)
+    first = composer_of(taps, decomposition, x)
+    compose(taps, decomposition, [2, 0], example=x)
+    assert composer_of(taps, decomposition, x) is first
 
 
 class FoldedHeads(nn.Module):
