@@ -213,6 +213,7 @@ def main() -> None:
     parser.add_argument("--only", default="*", help="names of models, with wildcards")
     parser.add_argument("--again", action="store_true", help="also those that are measured already")
     parser.add_argument("--failed", action="store_true", help="those that failed or were refused again")
+    parser.add_argument("--lacking", action="store_true", help="those again that have no result in float32")
     parser.add_argument(
         "--brief", action="store_true", help="one export: float32 by a cast, free number of samples alone"
     )
@@ -232,8 +233,10 @@ def main() -> None:
     worker = Worker(options.limit, options.brief)
     first, step = map(int, options.part.split("/"))
     for name in list(ZOO)[first::step]:
-        status = results.get(name, {}).get("status")
+        row = results.get(name, {})
+        status = row.get("status")
         todo = status is None or options.again or (options.failed and status in ("failed", "refused"))
+        todo |= options.lacking and status == "composed" and not row.get("float32")
         if not (fnmatch(name, options.only) and todo):
             continue
         results[name] = {"family": ZOO[name].family, **worker.measure(name)}
