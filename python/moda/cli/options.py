@@ -114,8 +114,7 @@ def _refused(offered: list[_Offer], options: Mapping[str, Any], message: str) ->
     for offer in (offer for offer in offered if options[offer.key] is not None):
         option = _names(offer.field, offer.declared)[0].partition("/")[0]
         if message.startswith(f"{offer.field}: "):
-            rest = message if option != f"--{offer.field}" else message.removeprefix(f"{offer.field}: ")
-            return f"{option}: {rest}"
+            return f"{option}: {message.removeprefix(f'{offer.field}: ')}"
         if offer.inside and message.startswith("options: ") and message.endswith(f" {offer.field}"):
             return f"{option}: {message}"
     return ""

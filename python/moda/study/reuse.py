@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -135,9 +136,9 @@ def evaluate_subtasks(
         composer = composer_of(taps, decomposition, test.images[:2])
     costs = PlannedFlops(composer, test.images[:1])
     console = Console(stderr=True)
-    hidden = not (progress and console.is_terminal)  # a log file wants no bar
-    with Progress(console=console, transient=True, disable=hidden) as bar:
-        done = bar.add_task("Sub-tasks", total=len(chosen))
+    bar = Progress(console=console, transient=True)
+    done = bar.add_task("Sub-tasks", total=len(chosen))
+    with bar if progress and console.is_terminal else nullcontext():  # a log file wants no bar
         for group in _same_masks(decomposition, chosen):
             classes = sorted(set().union(*group))
             masks = decomposition.select(classes)

@@ -225,10 +225,10 @@ def test_json_of_no_format_is_not_replaced(tmp_path: Path) -> None:
     ("line", "reason"),
     [
         ("train X --strategy x", "--strategy: expected one of auto, "),
-        ("compare X --model vgg19", "--model: models: expected some of lenet5, "),
+        ("compare X --model vgg19", "--model: expected some of lenet5, "),
         ("compare X --model lenet5 --data digits", "image_size: expected at least "),
-        ("replace X --strong-model x", "--strong-model: strong_model: expected one of lenet5, "),
-        ("replace X --weak-model x", "--weak-model: weak_model: expected one of lenet5, "),
+        ("replace X --strong-model x", "--strong-model: expected one of lenet5, "),
+        ("replace X --weak-model x", "--weak-model: expected one of lenet5, "),
     ],
 )
 def test_what_cannot_be_done_makes_nothing(

@@ -171,7 +171,7 @@ def test_study(moda, tmp_path, monkeypatch):
         (["replace", "x", "--data", "digits", "-c", "7"], 1, "--classes: expected names or indices of 5 classes (0, 1, 2, 3, 4), got '7'"),
         (["export", "RUN", "-c", "1,1", "-o", "x.pt2"], 1, "classes: expected every class once, got 1 more than once"),
         (["export", "RUN", "-c", "1", "-o", "x.pth"], 1, "output: expected a name that ends in .pt2 or .onnx, got 'x.pth'"),
-        (["replace", "x", "--strategy", "glue"], 1, "strategies: expected some of calibrate, normalize, got ['glue']"),
+        (["replace", "x", "--strategy", "glue"], 1, "--strategy: expected some of calibrate, normalize, got ['glue']"),
         (["import", "none.pt", "x", "--model", "vgg16", "--data", "digits"], 1, "none.pt: no such file"),
         (["study", "x", "--models", "vgg99"], 1, "models: expected some of small_vgg, lenet5, resnet18, mobilenet, got ['vgg99']"),
         (["study", "x", "--seeds", "one"], 2, "Invalid value: --seeds: expected integers separated by commas, got 'one'"),
