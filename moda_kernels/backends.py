@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from moda_kernels import closed_form, native, plain, reference, triton_kernels
 from moda_kernels.batch_norm import BatchNorm
 from moda_kernels.segments import Segments
 from moda_kernels.tally import Tally
+from moda_kernels.validation import shown
 
 NAMES = ("reference", "torch", "triton", "native")
 PREFERENCE = ("triton", "native", "torch", "reference")
@@ -145,7 +146,7 @@ def select(operation: str, requested: str, tensors: Sequence[Tensor], beside: Se
         ValueError: `requested` or MODA_BACKEND is no backend's name.
         BackendUnavailableError: a backend was named that cannot run this.
     """
-    if requested == "auto":
+    if isinstance(requested, str) and requested == "auto":
         # Inductor fuses the closed form itself; a call into a compiled kernel would only get in its way.
         if torch.compiler.is_compiling():
             return closed_form
@@ -190,7 +191,20 @@ def _refusal(backend: Backend, operation: str, tensors: Sequence[Tensor]) -> str
     return backend.unavailable(device)
 
 
-def _named(name: str, source: str) -> Backend:
+def check_backend(backend: Any) -> None:
+    """Check that this is "auto" or a backend's name; whether it can run is known when there are tensors.
+
+    Raises:
+        TypeError, ValueError: it is neither.
+    """
+    if not (isinstance(backend, str) and backend == "auto"):
+        _named(backend, "backend")
+
+
+def _named(name: Any, source: str) -> Backend:
+    expected = f"{source}: expected one of 'auto', {', '.join(map(repr, NAMES))}"
+    if not isinstance(name, str):
+        raise TypeError(f"{expected}, got {type(name).__name__}")
     if name not in NAMES:
-        raise ValueError(f"{source}: expected one of 'auto', {', '.join(map(repr, NAMES))}, got {name!r}")
+        raise ValueError(f"{expected}, got {shown(name)}")
     return _MODULES[name]

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from moda_kernels import distributed
+from moda_kernels.backends import check_backend
 from moda_kernels.distributed import Group
 from moda_kernels.means import mean_of_classes
 from moda_kernels.tally import Tally
-from moda_kernels.validation import check_num_classes
+from moda_kernels.validation import check_num_classes, check_strided, shown
 
 COUNTS, SUMS = "counts", "sums"
 _DTYPES = {COUNTS: (torch.int64,), SUMS: (torch.float32, torch.float64)}
@@ -36,6 +37,7 @@ class ClassTotals:
 
     def __init__(self, num_classes: int, backend: str, kinds: Sequence[str]) -> None:
         check_num_classes(num_classes)
+        check_backend(backend)
         self.num_classes = num_classes
         self.backend = backend
         self._totals: dict[str, list[Tensor]] = {kind: [] for kind in kinds}
@@ -140,13 +142,16 @@ class ClassTotals:
         """Take over what `state_dict` gave, in place of what was added up so far.
 
         Raises:
-            ValueError: entries are missing, unknown or of another shape or dtype; this one stays as it was.
+            TypeError, ValueError: entries are missing, unknown, of another kind, shape or dtype, or no totals of
+                batches (a count beyond its class's size); this one stays as it was.
         """
+        if not isinstance(state, Mapping) or not all(isinstance(name, str) for name in state):
+            raise TypeError(f"state: expected a mapping of names to tensors, got {type(state).__name__}")
         first, *others = self._totals
         layers = range(sum(name.startswith(f"{first}.") for name in state))
         names = {kind: [f"{kind}.{index}" for index in layers] for kind in self._totals}
         if set(state) != {"class_sizes", *self._numbers(), *(name for given in names.values() for name in given)}:
-            raise ValueError(f"state: expected {self._expected_state()}, got {sorted(state)}")
+            raise ValueError(f"state: expected {self._expected_state()}, got {shown(sorted(state))}")
         for name in names[first]:
             _check_state_tensor(name, state[name], _DTYPES[first], self.num_classes)
         _check_state_tensor("class_sizes", state["class_sizes"], (torch.int64,), self.num_classes)
@@ -154,8 +159,8 @@ class ClassTotals:
             for name, like in zip(names[kind], names[first], strict=True):
                 _check_state_tensor(name, state[name], _DTYPES[kind], self.num_classes, state[like].shape[1])
         for name, mine in self._numbers().items():
-            if float(state[name]) != mine:
-                raise ValueError(f"state[{name!r}]: expected {mine} as here, got {float(state[name])}")
+            _check_number(name, state[name], mine)
+        _check_totals({name: state[name] for given in names.values() for name in given}, state["class_sizes"])
         with self._alone(), torch.inference_mode(False):
             self._totals = {kind: [_own(state[name]) for name in given] for kind, given in names.items()}
             self._class_sizes = _own(state["class_sizes"])
@@ -264,6 +269,11 @@ def _check_state_tensor(
     name: str, tensor: Any, dtypes: Sequence[torch.dtype], num_classes: int, neurons: int | None = None
 ) -> None:
     """Check a tensor of a state: (K,) class sizes, or (K, C) totals, where any C will do unless `neurons` gives it."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"state[{name!r}]: expected a tensor, got {type(tensor).__name__}")
+    check_strided(tensor, f"state[{name!r}]")
+    if tensor.is_meta:
+        raise TypeError(f"state[{name!r}]: expected a tensor with numbers, got one on device meta")
     dims = 1 if name == "class_sizes" else 2
     right = tensor.dtype in dtypes and tensor.dim() == dims and tensor.shape[0] == num_classes
     if not right or (neurons is not None and tensor.shape[1] != neurons):
@@ -272,3 +282,25 @@ def _check_state_tensor(
         raise ValueError(
             f"state[{name!r}]: expected {expected} of shape {shape}, got {tensor.dtype} {tuple(tensor.shape)}"
         )
+
+
+def _check_number(name: str, value: Any, mine: float) -> None:
+    """Check a setting in a state, a number or a tensor of one."""
+    one = isinstance(value, Tensor) and value.numel() == 1 and not (value.is_complex() or value.is_meta)
+    if not one and (not isinstance(value, int | float) or isinstance(value, bool)):
+        raise TypeError(f"state[{name!r}]: expected a number or a tensor of one, got {type(value).__name__}")
+    if float(value) != mine:
+        raise ValueError(f"state[{name!r}]: expected {mine} as here, got {float(value)}")
+
+
+def _check_totals(totals: Mapping[str, Tensor], class_sizes: Tensor) -> None:
+    """Check that totals are such as batches add up to: no count beyond its class's size."""
+    if bool((class_sizes < 0).any()):
+        raise ValueError(f"state['class_sizes']: expected sizes of at least 0, got {int(class_sizes.min())}")
+    for name, total in totals.items():
+        if total.device != class_sizes.device:
+            raise ValueError(
+                f"state[{name!r}]: expected device {class_sizes.device} as class_sizes are on, got {total.device}"
+            )
+        if total.dtype == torch.int64 and bool(((total < 0) | (total > class_sizes[:, None])).any()):
+            raise ValueError(f"state[{name!r}]: expected counts from 0 to the class's size, got others")

@@ -63,6 +63,7 @@ from moda_kernels import closed_form
 from moda_kernels.backends import select
 from moda_kernels.closed_form import EPS
 from moda_kernels.plain import is_traced
+from moda_kernels.validation import shown
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -72,6 +73,19 @@ MAGNITUDE_UNIT = 2.0**-24
 
 Group: TypeAlias = "ProcessGroup | Literal['world']"
 """A process group that this process is in, or "world": the default group, looked up at each use."""
+
+
+def check_group(group: Any) -> None:
+    """Check that this is None, "world" (which may not be there yet) or what `torch.distributed.new_group` gives.
+
+    Raises:
+        TypeError: it is something else.
+    """
+    if group is None or (isinstance(group, str) and group == "world"):
+        return
+    outside = dist.is_available() and isinstance(group, int) and group == dist.GroupMember.NON_GROUP_MEMBER
+    if not outside and not (dist.is_available() and isinstance(group, dist.ProcessGroup)):
+        raise TypeError(f"group: expected a process group, 'world' or None, got {shown(group)}")
 
 
 def resolve_group(group: Any) -> ProcessGroup:
@@ -91,7 +105,7 @@ def resolve_group(group: Any) -> ProcessGroup:
     if isinstance(group, dist.ProcessGroup):
         return group
     if not (isinstance(group, str) and group == "world"):
-        raise TypeError(f"group: expected a process group or 'world', got {group!r}")
+        raise TypeError(f"group: expected a process group or 'world', got {shown(group)}")
     world = dist.GroupMember.WORLD
     if world is None:  # pragma: no cover
         raise ValueError("group: expected an initialised default group, got none")

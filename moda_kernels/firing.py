@@ -13,7 +13,7 @@ from moda_kernels.class_totals import COUNTS, SUMS, ClassTotals, names_of
 from moda_kernels.marks import is_pooled
 from moda_kernels.plain import holds_numbers
 from moda_kernels.precision import accumulation
-from moda_kernels.validation import check_batch, check_label_range, check_magnitude
+from moda_kernels.validation import check_batch, check_flag, check_label_range, check_magnitude
 
 
 class FiringCounter(ClassTotals):
@@ -56,9 +56,8 @@ class FiringCounter(ClassTotals):
     _SAME = "classes, threshold, sums and layers"
 
     def __init__(self, num_classes: int, *, threshold: float = 0.0, backend: str = "auto", sums: bool = False) -> None:
+        check_flag(sums, "sums")
         super().__init__(num_classes, backend, (COUNTS, SUMS) if sums else (COUNTS,))
-        if not isinstance(sums, bool):
-            raise TypeError(f"sums: expected True or False, got {type(sums).__name__}")
         self.threshold = check_magnitude(threshold, "threshold")
         self.with_sums = sums
 

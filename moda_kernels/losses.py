@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from moda_kernels import distributed
-from moda_kernels.backends import Backend, select
+from moda_kernels.backends import Backend, check_backend, select
 from moda_kernels.closed_form import summed
 from moda_kernels.distributed import Group
 from moda_kernels.plain import is_traced, is_transformed
@@ -83,6 +83,8 @@ def modular_losses(
         >>> losses.affinity.item(), losses.dispersion.item(), losses.compactness.item()
         (0.0, 0.0, 0.5)
     """
+    if num_classes is not None:
+        check_num_classes(num_classes)
     losses = _losses(activations, labels, backend, group, num_classes)
     if group is None and (useless := _why_useless(labels)):
         warnings.warn(useless, stacklevel=2)
@@ -119,11 +121,9 @@ def _global_losses(
 ) -> ModularLosses:
     process_group = distributed.resolve_group(group)
     layers = check_batch(activations, labels, allow_empty=True)
-    if num_classes is not None:
-        check_num_classes(num_classes)
-        # On a GPU, looking would be a synchronisation; there a label out of range is a device-side error.
-        if labels.device.type == "cpu" and not torch.compiler.is_compiling():
-            check_label_range(labels, num_classes)
+    # On a GPU, looking would be a synchronisation; there a label out of range is a device-side error.
+    if num_classes is not None and labels.device.type == "cpu" and not torch.compiler.is_compiling():
+        check_label_range(labels, num_classes)
     losses = distributed.grouped_losses(layers, labels, backend=backend, group=process_group, num_classes=num_classes)
     return ModularLosses(*losses)
 
@@ -145,7 +145,7 @@ class ModularLoss(nn.Module):
         num_classes: see `modular_losses`.
 
     Raises:
-        TypeError, ValueError: a weight is no number, negative or not finite.
+        TypeError, ValueError: a weight is no number, negative or not finite, or another argument is not as above.
 
     Examples:
         >>> modular_loss = ModularLoss(affinity=1.0, dispersion=1.0, compactness=0.5)
@@ -174,6 +174,8 @@ class ModularLoss(nn.Module):
         )
         if num_classes is not None:
             check_num_classes(num_classes)
+        check_backend(backend)
+        distributed.check_group(group)
         self.backend = backend
         self.group = group
         self.num_classes = num_classes

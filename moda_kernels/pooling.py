@@ -11,7 +11,7 @@ from torch import Tensor
 from moda_kernels._native_relu_pool import CompiledReluPool, compiled
 from moda_kernels.backends import select
 from moda_kernels.marks import mark_pooled
-from moda_kernels.validation import check_activation, check_layers
+from moda_kernels.validation import check_activation, check_flag, check_layers
 
 
 def pool(activations: Sequence[Tensor], *, backend: str = "auto") -> list[Tensor]:
@@ -57,7 +57,7 @@ def relu_pool(x: Tensor, *, inplace: bool = False, backend: str = "auto") -> tup
         `(y, pooled)`: y like x; pooled (N, C), mean of y over positions, float64 for float64 x and float32 otherwise.
 
     Raises:
-        TypeError, ValueError: x is no floating-point tensor of such a shape.
+        TypeError, ValueError: x is no floating-point tensor of such a shape, or `inplace` is no bool.
         BackendUnavailableError: the backend asked for cannot run.
 
     Examples:
@@ -66,6 +66,7 @@ def relu_pool(x: Tensor, *, inplace: bool = False, backend: str = "auto") -> tup
         ([[[1.0, 0.0], [0.0, 0.5]]], [[0.5, 0.25]])
     """
     check_activation(x, "x")
+    check_flag(inplace, "inplace")
     implementation = select("relu_pool", backend, (x,))
     if inplace and _is_guarded(x):
         y = torch.relu_(x)

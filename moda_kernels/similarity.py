@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from moda_kernels import closed_form
+from moda_kernels.backends import check_backend
 from moda_kernels.means import summing_backend
 from moda_kernels.pooling import pool
 from moda_kernels.validation import check_batch, check_label_range, check_num_classes
@@ -28,7 +29,7 @@ class ClassSimilarity:
         backend: see `moda_kernels.backends`.
 
     Raises:
-        TypeError, ValueError: `num_classes` is not as above.
+        TypeError, ValueError: an argument is not as above.
 
     Examples:
         >>> similarity = ClassSimilarity(num_classes=2)
@@ -40,6 +41,7 @@ class ClassSimilarity:
 
     def __init__(self, num_classes: int, *, backend: str = "auto") -> None:
         check_num_classes(num_classes)
+        check_backend(backend)
         self.num_classes = num_classes
         self.backend = backend
         self._sums: list[Tensor] = []

@@ -15,6 +15,9 @@ from moda_kernels import plain
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _LABEL_DTYPES = (torch.int64, torch.int32)
+LONGEST_SHOWN = 80
+MOST_CLASSES = 1 << 24
+"""More are a mistake: their totals alone would take all memory."""
 
 
 def check_batch(activations: Sequence[Tensor], labels: Tensor, *, allow_empty: bool = False) -> tuple[Tensor, ...]:
@@ -138,11 +141,24 @@ def check_magnitude(number: Any, name: str, noun: str = "number") -> float:
 
 
 def check_num_classes(num_classes: Any) -> None:
-    """Check that the number of classes is a positive integer."""
+    """Check that the number of classes is a positive integer of reasonable size."""
     if not isinstance(num_classes, int) or isinstance(num_classes, bool):
         raise TypeError(f"num_classes: expected an int, got {type(num_classes).__name__}")
-    if num_classes < 1:
-        raise ValueError(f"num_classes: expected at least 1, got {num_classes}")
+    if not 1 <= num_classes <= MOST_CLASSES:
+        wanted = "at least 1" if num_classes < 1 else f"at most {MOST_CLASSES}"
+        raise ValueError(f"num_classes: expected {wanted}, got {shown(num_classes)}")
+
+
+def check_flag(value: Any, name: str) -> None:
+    """Check that this is True or False; what else Python takes for one, or cannot, is a mistake."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected True or False, got {type(value).__name__}")
+
+
+def shown(value: Any) -> str:
+    """A value as an error shows it, which may be of any length."""
+    text = repr(value)
+    return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}..."
 
 
 def check_label_range(labels: Tensor, num_classes: int) -> None:
