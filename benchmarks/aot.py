@@ -83,11 +83,16 @@ def _pooling_cases() -> Iterator[Case]:
     from moda_kernels.triton_kernels import pool_backward, pool_forward, tables
 
     for dtype, element in DTYPES.items():
-        # Forward stores a mean per row: its wide stores are those of FLAT alone.
-        yield _case(
-            f"pool_kernel/{dtype}", pool_forward.pool_kernel, {}, {"DTYPE": element}, registers=pool_forward.REGISTERS
-        )
-        yield _case(f"pool_backward_kernel/{dtype}", pool_backward.pool_backward_kernel, {}, {"DTYPE": element})
+        for access in (16, 8, 4, 2):
+            if 8 * access < element.primitive_bitwidth:
+                continue
+            constants = {"DTYPE": element, "ACCESS": access}
+            # Forward stores a mean per row: its wide stores are those of FLAT alone.
+            wide = {} if access == 16 else {"wide_loads": False, "wide_stores": False}
+            name = f"{dtype}/{access} bytes"
+            kernel = pool_forward.pool_kernel
+            yield _case(f"pool_kernel/{name}", kernel, {}, constants, registers=pool_forward.REGISTERS, **wide)
+            yield _case(f"pool_backward_kernel/{name}", pool_backward.pool_backward_kernel, {}, constants, **wide)
     yield _case(
         "add_splits_kernel", pool_forward.add_splits_kernel, {}, {"BLOCK": pool_forward.SPLIT_BLOCK},
         wide_loads=False, wide_stores=False,
@@ -350,8 +355,8 @@ def jobs(complete: bool) -> list[tuple[str, int]]:
     if complete:
         return [(name, target) for name in names for target in TARGETS]
     # relu_pool's cases come in fours (two alignments, forward and backward), those of attributions in twos, those of
-    # norms in more: one of each four, another one each time.
-    several = ("relu_pool", "attribution", "statistics", "gradient", "apply")
+    # pooling and norms in more: one of each four, another one each time.
+    several = ("relu_pool", "pool_", "attribution", "statistics", "gradient", "apply")
     pooling = [name for name in names if name.startswith(several)]
     chosen = [name for index, name in enumerate(pooling) if index % 4 == index // 4 % 4]
     chosen += [name for name in names if name not in pooling]

@@ -9,6 +9,9 @@ Determinism: every sum runs in an order fixed by shapes and layout; no atomics; 
 
 Each activation is read once. Layers are looked up in a device table (tables.py), so a launch covers layers of any
 shape and layout; a long channels_last map is split over programs, and a second small launch adds the parts.
+
+Layers whose stretches of memory are not aligned for 16-byte accesses (rows of 7 x 7, 14 x 14 in half precision) are
+pooled by a launch of their own: lanes are laid out for the widest access of a kernel, and narrower ones would be apart.
 """
 
 from __future__ import annotations
@@ -32,31 +35,33 @@ SPAN = tl.constexpr(layouts.SPAN)
 
 
 @triton.jit
-def _flat(x, out, tile, rows, signed, VEC: tl.constexpr):
+def _flat(x, out, tile, rows, signed, VEC: tl.constexpr, ACCESS: tl.constexpr):
     index = tile * TILE + tl.arange(0, TILE)
-    pointers = tl.max_contiguous(tl.multiple_of(x + index, 16 if VEC > 1 else 1), VEC)
+    pointers = tl.max_contiguous(tl.multiple_of(x + index, ACCESS), VEC)
     inside = tl.max_constancy(index < rows, VEC)
     value = tl.load(pointers, mask=inside, other=0.0).to(tl.float32)
-    targets = tl.max_contiguous(tl.multiple_of(out + index, 16 if VEC > 1 else 4), VEC)
+    targets = tl.max_contiguous(tl.multiple_of(out + index, ACCESS), VEC)
     tl.store(targets, tl.where(signed != 0, value, tl.abs(value)), mask=inside)
 
 
 @triton.jit
-def _rows(x, out, tile, rows, positions, ROWS: tl.constexpr, WIDTH: tl.constexpr, VEC: tl.constexpr):
+def _rows(
+    x, out, tile, rows, positions, ROWS: tl.constexpr, WIDTH: tl.constexpr, VEC: tl.constexpr, ACCESS: tl.constexpr
+):
     row = tile * ROWS + tl.arange(0, ROWS)
     unit = unit_of(positions)
     total = tl.zeros([ROWS, WIDTH], tl.float32)
     for start in range(0, positions, WIDTH):
         position = start + tl.arange(0, WIDTH)
         pointers = x + row[:, None] * positions + position[None, :]
-        pointers = tl.max_contiguous(tl.multiple_of(pointers, [1, 16 if VEC > 1 else 1]), [1, VEC])
+        pointers = tl.max_contiguous(tl.multiple_of(pointers, [1, ACCESS]), [1, VEC])
         inside = tl.max_constancy((row < rows)[:, None] & (position < positions)[None, :], [1, VEC])
         total += tl.abs(tl.load(pointers, mask=inside, other=0.0).to(tl.float32)) * unit
     tl.store(out + row, mean_of(tl.sum(total, 1), positions, unit), mask=row < rows)
 
 
 @triton.jit
-def _columns(x, out, tile, rows, neurons, positions, splits, VEC: tl.constexpr):
+def _columns(x, out, tile, rows, neurons, positions, splits, VEC: tl.constexpr, ACCESS: tl.constexpr):
     blocks = tl.cdiv(neurons, COLUMN_NEURONS)
     neuron = (tile % blocks) * COLUMN_NEURONS + tl.arange(0, COLUMN_NEURONS)
     split = (tile // blocks) % splits
@@ -66,7 +71,7 @@ def _columns(x, out, tile, rows, neurons, positions, splits, VEC: tl.constexpr):
     for start in range(split * SPAN, tl.minimum(split * SPAN + SPAN, positions), COLUMN_POSITIONS):
         position = start + tl.arange(0, COLUMN_POSITIONS)
         pointers = x + (sample * positions + position)[:, None] * neurons + neuron[None, :]
-        pointers = tl.max_contiguous(tl.multiple_of(pointers, [1, 16 if VEC > 1 else 1]), [1, VEC])
+        pointers = tl.max_contiguous(tl.multiple_of(pointers, [1, ACCESS]), [1, VEC])
         inside = tl.max_constancy((position < positions)[:, None] & (neuron < neurons)[None, :], [1, VEC])
         total += tl.abs(tl.load(pointers, mask=inside, other=0.0).to(tl.float32)) * unit
     mean = mean_of(tl.sum(total, 0), positions, unit)
@@ -74,7 +79,7 @@ def _columns(x, out, tile, rows, neurons, positions, splits, VEC: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["layers"])
-def pool_kernel(table, layers: tl.int64, DTYPE: tl.constexpr):
+def pool_kernel(table, layers: tl.int64, DTYPE: tl.constexpr, ACCESS: tl.constexpr):
     """One tile of one layer: 2048 elements, or as many rows or columns walked to their end."""
     program = tl.program_id(0).to(tl.int64)
     layer = find_layer(table, layers, program)
@@ -87,37 +92,22 @@ def pool_kernel(table, layers: tl.int64, DTYPE: tl.constexpr):
     positions = tl.load(field + 5 * layers)
     splits = tl.load(field + 6 * layers)
     signed = tl.load(field + 7 * layers)
-    mode = tl.load(field + 8 * layers)
-    VEC: tl.constexpr = 128 // DTYPE.primitive_bitwidth  # at most the width of the tile
-    # The layout's mode, twice, plus one where 16-byte accesses are aligned (layouts.py).
+    mode = tl.load(field + 8 * layers)  # of the layout
+    VEC: tl.constexpr = 8 * ACCESS // DTYPE.primitive_bitwidth  # elements of an access
     if mode == 0:
-        _flat(x, out, tile, rows, signed, 1)
+        _flat(x, out, tile, rows, signed, VEC, ACCESS)
     elif mode == 1:
-        _flat(x, out, tile, rows, signed, VEC)
+        _rows(x, out, tile, rows, positions, TILE // 4, 4, VEC if VEC < 4 else 4, ACCESS)
     elif mode == 2:
-        _rows(x, out, tile, rows, positions, TILE // 4, 4, 1)
+        _rows(x, out, tile, rows, positions, TILE // 16, 16, VEC, ACCESS)
     elif mode == 3:
-        _rows(x, out, tile, rows, positions, TILE // 4, 4, 4)
+        _rows(x, out, tile, rows, positions, TILE // 64, 64, VEC, ACCESS)
     elif mode == 4:
-        _rows(x, out, tile, rows, positions, TILE // 16, 16, 1)
+        _rows(x, out, tile, rows, positions, TILE // 256, 256, VEC, ACCESS)
     elif mode == 5:
-        _rows(x, out, tile, rows, positions, TILE // 16, 16, VEC)
-    elif mode == 6:
-        _rows(x, out, tile, rows, positions, TILE // 64, 64, 1)
-    elif mode == 7:
-        _rows(x, out, tile, rows, positions, TILE // 64, 64, VEC)
-    elif mode == 8:
-        _rows(x, out, tile, rows, positions, TILE // 256, 256, 1)
-    elif mode == 9:
-        _rows(x, out, tile, rows, positions, TILE // 256, 256, VEC)
-    elif mode == 10:
-        _rows(x, out, tile, rows, positions, TILE // 1024, 1024, 1)
-    elif mode == 11:
-        _rows(x, out, tile, rows, positions, TILE // 1024, 1024, VEC)
-    elif mode == 12:
-        _columns(x, out, tile, rows, neurons, positions, splits, 1)
+        _rows(x, out, tile, rows, positions, TILE // 1024, 1024, VEC, ACCESS)
     else:
-        _columns(x, out, tile, rows, neurons, positions, splits, VEC)
+        _columns(x, out, tile, rows, neurons, positions, splits, VEC, ACCESS)
 
 
 @triton.jit(do_not_specialize=["layers"])
@@ -154,13 +144,25 @@ class Pooling:
     signed: bool
 
 
-def by_dtype(layers: Iterable[Pooling]) -> Iterator[tuple[tl.dtype, list[Pooling]]]:
-    """Layers that one launch can take together."""
-    groups: dict[torch.dtype, list[Pooling]] = {}
-    for layer in layers:
-        groups.setdefault(layer.activation.dtype, []).append(layer)
-    for dtype, group in groups.items():
-        yield TRITON_DTYPE[dtype], group
+def launches(
+    layers: Sequence[Pooling], targets: Sequence[int] | None = None
+) -> Iterator[tuple[tl.dtype, int, list[int]]]:
+    """Layers that one launch can take together: their dtype, the bytes of an access, and which they are.
+
+    Args:
+        layers: any.
+        targets: addresses that are written to, too; vectors of `Pooling.pooled` are taken in FLAT alone.
+    """
+    groups: dict[tuple[torch.dtype, bool], dict[int, int]] = {}
+    for i, layer in enumerate(layers):
+        addresses = [layer.activation.data_ptr(), *([] if targets is None else [targets[i]])]
+        if layer.layout.mode == layouts.FLAT:
+            addresses.append(layer.pooled)
+        size = layer.activation.element_size()
+        aligned = layer.layout.aligned_bytes(size, *addresses)
+        groups.setdefault((layer.activation.dtype, aligned == layouts.VECTOR_BYTES), {})[i] = max(aligned, size)
+    for (dtype, _), group in groups.items():
+        yield TRITON_DTYPE[dtype], min(group.values()), list(group)
 
 
 TRITON_DTYPE = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
@@ -171,11 +173,11 @@ def launch_pool(layers: Sequence[Pooling]) -> None:
     if not layers:
         return
     with on_device_of(layers[0].activation):
-        for dtype, group in by_dtype(layers):
-            _launch_group(dtype, group)
+        for dtype, access, which in launches(layers):
+            _launch_group(dtype, access, [layers[i] for i in which])
 
 
-def _launch_group(dtype: tl.dtype, group: Sequence[Pooling]) -> None:
+def _launch_group(dtype: tl.dtype, access: int, group: Sequence[Pooling]) -> None:
     device = group[0].activation.device
     split = [layer for layer in group if layer.layout.splits > 1]
     offsets = list(_starts(layer.layout.splits * layer.layout.rows for layer in split))
@@ -184,7 +186,7 @@ def _launch_group(dtype: tl.dtype, group: Sequence[Pooling]) -> None:
     outputs = [target.get(id(layer), layer.pooled) for layer in group]
     columns, programs = pool_columns(group, outputs)
     table = device_table(columns, device)
-    pool_kernel[(programs,)](table, len(group), dtype, num_warps=layouts.WARPS, maxnreg=REGISTERS)
+    pool_kernel[(programs,)](table, len(group), dtype, access, num_warps=layouts.WARPS, maxnreg=REGISTERS)
     if split:
         starts = list(_starts(-(-layer.layout.rows // SPLIT_BLOCK) for layer in split))
         sums = [
@@ -200,21 +202,16 @@ def _launch_group(dtype: tl.dtype, group: Sequence[Pooling]) -> None:
 def pool_columns(group: Sequence[Pooling], outputs: Sequence[int]) -> tuple[list[list[int]], int]:
     """The columns of a pooling table, forward or backward, and the number of programs it asks for."""
     starts = list(_starts(layer.layout.programs for layer in group))
-    addresses = [layer.activation.data_ptr() for layer in group]
-    modes = [
-        2 * layer.layout.mode + layer.layout.vector(layer.activation.element_size(), address, output, layer.pooled)
-        for layer, address, output in zip(group, addresses, outputs, strict=True)
-    ]
     columns = [
         starts[:-1],
-        addresses,
+        [layer.activation.data_ptr() for layer in group],
         list(outputs),
         [layer.layout.rows for layer in group],
         [layer.layout.neurons for layer in group],
         [layer.layout.positions for layer in group],
         [layer.layout.splits for layer in group],
         [int(layer.signed) for layer in group],
-        modes,
+        [layer.layout.mode for layer in group],
     ]
     return columns, starts[-1]
 

@@ -49,4 +49,4 @@ def test_the_record_is_complete_and_clean():
     assert set(map(frozenset, targets.values())) == {frozenset({"sm_80", "sm_90", "sm_100", "sm_120"})}
     for dtype in ("fp16", "bf16", "fp32"):
         for kernel in ("pool_kernel", "pool_backward_kernel"):
-            assert RECORDED["kernels"][f"{kernel}/{dtype}/sm_90"]["loads"]["128"] >= 12
+            assert RECORDED["kernels"][f"{kernel}/{dtype}/16 bytes/sm_90"]["loads"]["128"] >= 12

@@ -39,13 +39,20 @@ def _launches(names, layers):
 
 
 def test_launches_do_not_depend_on_the_number_of_layers(launched, device):
-    layers = make_layers([(3, 2, 2), (5,), (2, 3, 3)], 3, torch.float32, device)
+    layers = make_layers([(3, 2, 2), (5,), (2, 2, 4)], 3, torch.float32, device)
     forward, backward = _launches(launched, layers)
     assert forward == [
         "pool_kernel", "row_norms_kernel", "block_sums_kernel", "combine_kernel", "pair_terms_kernel", "losses_kernel",
     ]  # fmt: skip
     assert backward == ["losses_backward_kernel", "pool_backward_kernel"]
     assert _launches(launched, layers * 7) == (forward, backward)
+
+
+def test_rows_that_are_not_aligned_take_one_launch_more(launched, device):
+    layers = make_layers([(3, 2, 2), (2, 3, 3), (4, 7, 7), (3, 5)], 3, torch.float32, device)
+    forward, backward = _launches(launched, layers)
+    assert forward[:3] == ["pool_kernel", "pool_kernel", "row_norms_kernel"]
+    assert backward == ["losses_backward_kernel", "pool_backward_kernel", "pool_backward_kernel"]
 
 
 def test_a_layer_that_is_its_own_pool_is_not_copied(launched, device):
