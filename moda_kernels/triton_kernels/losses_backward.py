@@ -23,7 +23,7 @@ from torch import Tensor
 
 from moda_kernels.closed_form import Weights
 from moda_kernels.segments import Segments
-from moda_kernels.triton_kernels.pair_terms import segment_sum
+from moda_kernels.triton_kernels.pair_terms import but, has_several, segment_sum
 from moda_kernels.triton_kernels.rows import BLOCK, NEURONS, Rows, load_rows, segment_bounds
 from moda_kernels.triton_kernels.tables import find_layer
 
@@ -105,11 +105,12 @@ def losses_backward_kernel(
     sign = (values > 0).to(tl.float32) - (values < 0).to(tl.float32)
     values *= scale[:, None]
     everything = tl.load(total + column)
-    gradient = tl.zeros([BLOCK, NEURONS], tl.float32)
+    gradient = of_same * values + of_different * but(everything, values)  # of a sample alone in its segment
     for index in range(first, last + 1):
-        of_class = segment_sum(values, of_segment, index, offsets, crossing, block, width, column)
-        pull = of_same * of_class.to(tl.float32) + of_different * (everything - of_class).to(tl.float32)
-        gradient = tl.where((of_segment == index)[:, None], pull[None, :], gradient)
+        if has_several(offsets, index):
+            of_class = segment_sum(values, of_segment, index, offsets, crossing, block, width, column)
+            pull = of_same * of_class.to(tl.float32) + of_different * (everything - of_class).to(tl.float32)
+            gradient = tl.where((of_segment == index)[:, None], pull[None, :], gradient)
     gradient -= of_same * values
     floored = scale >= 1e12
     gradient -= tl.where(floored, 0.0, projection)[:, None] * values
@@ -122,7 +123,7 @@ def losses_backward_kernel(
 
 
 # Block and tile and their reasons: rows.py. Twice the warps: rows, gradient and the terms of the projection are in
-# registers at once; with four warps a thread would need 246 registers of the 255 there are, with eight it needs 192.
+# registers at once; with four warps a thread would need 246 registers of the 255 there are, with eight it needs 206.
 WARPS = 8
 
 

@@ -44,6 +44,20 @@ def segment_sum(values, of_segment, index, offsets, crossing, block, width, colu
     return total
 
 
+@triton.jit
+def has_several(offsets, index):
+    """Whether a segment has more than one sample: all that has to be added up."""
+    return tl.load(offsets + index + 1) - tl.load(offsets + index) > 1
+
+
+@triton.jit
+def but(everything, values):
+    """everything - values, rounded once or nearly so: the float64 in two parts, so that no element takes float64."""
+    high = everything.to(tl.float32)
+    low = (everything - high.to(tl.float64)).to(tl.float32)
+    return (high[None, :] - values) + low[None, :]
+
+
 @triton.jit(do_not_specialize=["layers", "samples", "width"])
 def pair_terms_kernel(
     table, inverse, order, offsets, segment, total, crossing, terms, partials,
@@ -72,13 +86,14 @@ def pair_terms_kernel(
     values *= tl.load(inverse + layer * samples + sample, mask=inside, other=0.0)[:, None]
 
     everything = tl.load(total + column)
-    own = tl.zeros([BLOCK, NEURONS], tl.float32)
-    others = tl.zeros([BLOCK, NEURONS], tl.float32)
+    own = values  # where a sample is the only one of its segment
+    others = but(everything, values)
     for index in range(first, last + 1):
-        of_class = segment_sum(values, of_segment, index, offsets, crossing, block, width, column)
-        member = (of_segment == index)[:, None]
-        own = tl.where(member, of_class.to(tl.float32)[None, :], own)
-        others = tl.where(member, (everything - of_class).to(tl.float32)[None, :], others)
+        if has_several(offsets, index):
+            of_class = segment_sum(values, of_segment, index, offsets, crossing, block, width, column)
+            member = (of_segment == index)[:, None]
+            own = tl.where(member, of_class.to(tl.float32)[None, :], own)
+            others = tl.where(member, (everything - of_class).to(tl.float32)[None, :], others)
     same_term = tl.sum(values * (own - values), 1)
     different_term = tl.sum(values * others, 1)
 
