@@ -52,7 +52,7 @@ def has_several(offsets, index):
 
 @triton.jit
 def but(everything, values):
-    """everything - values, rounded once or nearly so: the float64 in two parts, so that no element takes float64."""
+    """The difference, rounded once or nearly so: the float64 in two parts, so that no element takes float64."""
     high = everything.to(tl.float32)
     low = (everything - high.to(tl.float64)).to(tl.float32)
     return (high[None, :] - values) + low[None, :]
