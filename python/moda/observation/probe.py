@@ -5,6 +5,7 @@ The model's own code runs, and gives what it would give; every call of a torch f
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -125,7 +126,8 @@ class Probe(Run):
     def conduct(self, forward: Callable[[], Any]) -> Any:
         """Run the forward pass; gives its output."""
         with ExitStack() as stack:
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
+            if "torch._dynamo" in sys.modules:  # else nothing is compiled, and asking would import the compiler
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
             for handle in (
                 register_module_forward_pre_hook(self._enter),
                 register_module_forward_hook(self._leave, always_call=True),

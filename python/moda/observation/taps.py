@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import copy
 import random
+import sys
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -29,7 +30,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch._C import _functorch
-from torch._dynamo import OptimizedModule
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -547,7 +547,6 @@ def _described(value: Any) -> Any:
     return "constant", value
 
 
-@torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]
 def _probe_with_shapes(key: str, positional: tuple[Any, ...], named: tuple[Any, ...]) -> bool:
     taps = _handles[key]
     args = tuple(_made(description) for description in positional)
@@ -559,6 +558,10 @@ def _probe_with_shapes(key: str, positional: tuple[Any, ...], named: tuple[Any, 
     finally:
         torch.compiler._is_compiling_flag = compiling
     return True
+
+
+# What torch.compiler.assume_constant_result does, which would import the compiler for all who import this.
+_probe_with_shapes._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _made(description: Any) -> Any:
@@ -739,7 +742,7 @@ def observing(
             present._resume()
 
 
-_WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, OptimizedModule)
+_WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 
 
 def _inside(model: Any) -> nn.Module:
@@ -749,10 +752,15 @@ def _inside(model: Any) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     inner: Any = model
-    while isinstance(inner, _WRAPPERS):
-        inner = inner._orig_mod if isinstance(inner, OptimizedModule) else inner.module
-    found: nn.Module = inner
-    return found
+    while True:
+        compiler: Any = sys.modules.get("torch._dynamo")  # imported by whoever compiled anything
+        if compiler is not None and isinstance(inner, compiler.OptimizedModule):
+            inner = inner._orig_mod
+        elif isinstance(inner, _WRAPPERS):
+            inner = inner.module
+        else:
+            found: nn.Module = inner
+            return found
 
 
 def _module_sites(model: nn.Module, names: tuple[str, ...], present: Taps | None) -> tuple[str, ...]:

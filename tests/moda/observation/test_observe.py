@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import io
+import subprocess
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -152,3 +154,15 @@ def test_activations_of_the_users_own_are_tapped_as_wholes() -> None:
     assert torch.equal(swish(hidden, beta=2.0), expected[1])
     with pytest.raises(TypeError, match="activations: expected classes of modules and functions written in Python"):
         moda.observe(model, activations=(torch.sigmoid,))
+
+
+def test_nobody_who_compiles_nothing_waits_for_the_compiler():
+    program = (
+        "import sys, torch; there = 'torch._dynamo' in sys.modules; import moda; "
+        "model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2)); "
+        "taps = moda.observe(model); model(torch.randn(4, 3)).sum().backward(); taps.activations(); "
+        "moda.count_firings(taps, [(torch.randn(4, 3), torch.tensor([0, 1, 1, 0]))], 2); "
+        "assert there or 'torch._dynamo' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
