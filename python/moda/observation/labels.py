@@ -202,6 +202,9 @@ def _follow(node: Node, kind: Kind) -> Along | None:
         return next((label for _, label in _labelled(node.refs(), kind) if label.axis < len(node.shape)), None)
     if kind == "samples" and node.name in ("embedding", "one_hot"):
         return _of_lookup(node)
+    if kind == "samples" and node.name == "embedding_bag":  # a row a bag: of 2-D input, or of the offsets
+        bags = (label for ref, label in _labelled(node.refs(), kind) if ref.shape[0] == node.shape[0])
+        return next((label for label in bags if label.axis == 0), None)
     if node.name in _REDUCTIONS:
         return _of_reduction(node, kind)
     return _kept(node.refs(), node.shape, kind)

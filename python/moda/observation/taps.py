@@ -477,7 +477,21 @@ def _site_copy(taps: Taps, site: Site, sites: dict[int, Site]) -> Site:
 
 
 def _samples(inputs: list[Tensor]) -> int:
-    return next((value.shape[0] for value in inputs if value.dim() > 0), 1)
+    """The rows of the first input; the bags, where that is words of all samples, which offsets divide."""
+    first = next((value for value in inputs if value.dim() > 0), None)
+    if first is None:
+        return 1
+    if first.dim() == 1 and not first.is_floating_point() and not torch.compiler.is_compiling():
+        offsets = (value for value in inputs if value is not first and _are_offsets(value, len(first)))
+        return next((len(value) for value in offsets), len(first))
+    return first.shape[0]
+
+
+def _are_offsets(value: Tensor, words: int) -> bool:
+    """Whether these are where bags of words begin, as `nn.EmbeddingBag` takes them."""
+    if value.dim() != 1 or value.dtype not in (torch.int32, torch.int64) or not 0 < len(value) < words:
+        return False
+    return bool((value[0] == 0) & (value[1:] >= value[:-1]).all() & (value[-1] <= words))
 
 
 def _count(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:

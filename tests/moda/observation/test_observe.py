@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import moda
 from moda.observation.taps import taps_of
+from moda_kernels import ModularLoss
 from tests.moda._helpers.tapping import Tokens, images, small_cnn, spied
 
 
@@ -166,3 +167,56 @@ def test_nobody_who_compiles_nothing_waits_for_the_compiler():
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+class Bags(nn.Module):
+    """Words of all samples one after the other, and where each sample's begin."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.hidden, self.last = nn.EmbeddingBag(30, 6), nn.Linear(6, 8), nn.Linear(8, 3)
+
+    def forward(self, words: Tensor, offsets: Tensor) -> Tensor:
+        return self.last(F.relu(self.hidden(self.words(words, offsets))))
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_samples_may_be_bags_of_words(named: bool) -> None:
+    torch.manual_seed(0)
+    batches = [
+        (torch.randint(30, (11,)), torch.tensor([0, 4, 4, 9]), torch.tensor([2, 0, 1, 2])),
+        (torch.randint(30, (5,)), torch.tensor([0, 2]), torch.tensor([1, 0])),
+    ]
+
+    def run(model: nn.Module, words: Tensor, offsets: Tensor) -> Tensor:
+        return model(words, offsets=offsets) if named else model(words, offsets)
+
+    model = Bags()
+    taps = moda.observe(model)
+    for words, offsets, labels in batches:
+        run(model, words, offsets)
+        (activation,) = taps.activations()
+        assert activation.shape == (len(offsets), 8)
+        assert torch.isfinite(ModularLoss()([activation], labels))
+    model.eval()
+    rates = moda.count_firings(taps, [((words, offsets), labels) for words, offsets, labels in batches], 3)
+    with torch.no_grad():
+        fired = torch.cat([F.relu(model.hidden(model.words(*batch[:2]))) > 0 for batch in batches])
+    labels = torch.cat([batch[2] for batch in batches])
+    expected = torch.stack([fired[labels == k].float().mean(0) for k in range(3)])
+    torch.testing.assert_close(rates.rates["relu"], expected)
+    decomposition = moda.decompose(rates, 0.6)
+    composed, masked = moda.compose(taps, decomposition, [2, 0]), moda.mask(model, decomposition, [2, 0])
+    for words, offsets in (*(batch[:2] for batch in batches), (torch.randint(30, (4,)), torch.tensor([0]))):
+        torch.testing.assert_close(run(composed, words, offsets), run(masked, words, offsets))
+
+
+def test_two_inputs_of_one_number_a_sample_are_no_bags() -> None:
+    class Pairs(Bags):
+        def forward(self, words: Tensor, offsets: Tensor) -> Tensor:
+            return self.last(F.relu(self.hidden(self.words(torch.stack((words, offsets), 1)))))
+
+    model = Pairs()
+    taps = moda.observe(model)
+    model(torch.randint(30, (4,)), torch.tensor([0, 1, 2, 3]))
+    assert taps.activations()[0].shape == (4, 8)
