@@ -187,15 +187,29 @@ def splitter_epoch_case(about: MethodInputs, budget: Budget) -> Case:
 
 
 def _splitter_contenders(about: MethodInputs) -> list[Contender]:
+    method, network = GradSplitter(), _used(about.network()).eval()
+    prepared = method.prepare(network, _CLASSES, inputs.images(2, about.image_size, about.device))
+    ours = prepared.splitter
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for mask in ours.masks:  # two thirds of the neurons are kept
+            mask.copy_(torch.randn(mask.shape, generator=generator) + 0.4)
+    layers = [*network.features, network.flatten, *network.classifier]  # type: ignore[misc]
+    heads = [ours.heads.of_class(number) for number in range(_CLASSES)]
+    plain = published.SplitterNetwork(layers, [ours.mask(tap) for tap in ours.owners], heads)
     epochs = {
-        PUBLISHED: _SplitterEpoch(about, GradSplitter(classes_at_once=1)),
-        OURS: _SplitterEpoch(about, GradSplitter()),
+        PUBLISHED: _SplitterEpoch(about, plain, lambda p, y: _splitter_loss(p, y, plain.kept_share(), method.weight)),
+        OURS: _SplitterEpoch(about, ours, lambda p, y: _our_splitter_loss(method, prepared, p, y)),
     }
-    epochs[OURS].prepared.splitter.load_state_dict(epochs[PUBLISHED].prepared.splitter.state_dict())
 
     def check() -> str:
-        wanted, found = (epochs[name].gradients() for name in (PUBLISHED, OURS))
-        return gate.first_difference("gradients", found, wanted, _TOLERANCE, 1e-6)
+        epochs[PUBLISHED].backward()
+        epochs[OURS].backward()
+        wanted = [torch.stack([masks[place].grad for masks in plain.masks]) for place in range(len(ours.masks))]  # type: ignore[index]
+        own = [list(head.parameters()) for head in plain.heads]
+        wanted += [torch.stack([parameters[place].grad for parameters in own]) for place in range(len(own[0]))]  # type: ignore[misc]
+        found = [parameter.grad for parameter in [*ours.masks, *ours.heads.parameters()]]
+        return gate.first_difference("gradients", found, wanted, _TOLERANCE, 1e-6)  # type: ignore[arg-type]
 
     return [
         Contender(name, {"epoch": Timed(_then(epoch))}, check if name == OURS else lambda: "")
@@ -203,32 +217,49 @@ def _splitter_contenders(about: MethodInputs) -> list[Contender]:
     ]
 
 
+def _used(network: nn.Module) -> nn.Module:
+    """The network with statistics of its norms as training leaves them: different for each neuron."""
+    generator = torch.Generator().manual_seed(1)
+    for norm in network.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            assert norm.running_mean is not None and norm.running_var is not None
+            norm.running_mean.uniform_(-0.3, 0.3, generator=generator)
+            norm.running_var.uniform_(0.5, 1.5, generator=generator)
+    return network
+
+
+def _splitter_loss(probabilities: Tensor, labels: Tensor, kept: Tensor, weight: float) -> Tensor:
+    return F.cross_entropy(probabilities, labels) + weight * kept
+
+
+def _our_splitter_loss(
+    method: GradSplitter, prepared: PreparedSplitter, probabilities: Tensor, labels: Tensor
+) -> Tensor:
+    terms = method.loss(prepared, probabilities, labels)
+    return terms[TASK] + method.weight * terms[KEPT]
+
+
 class _SplitterEpoch:
     """An epoch that trains masks and heads."""
 
-    def __init__(self, about: MethodInputs, method: GradSplitter) -> None:
-        self.method = method
-        model = about.network().eval()
+    def __init__(self, about: MethodInputs, splitter: nn.Module, loss: Callable[[Tensor, Tensor], Tensor]) -> None:
+        self.splitter, self.loss = splitter, loss
         images = inputs.images(about.samples, about.image_size, about.device)
         labels = inputs.labels(about.samples, _CLASSES, about.device)
         self.batches = list(zip(images.split(about.batch), labels.split(about.batch), strict=True))
-        self.prepared: PreparedSplitter = method.prepare(model, _CLASSES, images[:2])
-        self.optimizer = torch.optim.Adam(self.prepared.splitter.parameters(), lr=1e-6)
-
-    def _loss(self, images: Tensor, labels: Tensor) -> Tensor:
-        terms = self.method.loss(self.prepared, self.prepared.splitter(images), labels)
-        return terms[TASK] + self.method.weight * terms[KEPT]
+        self.optimizer = torch.optim.Adam(splitter.parameters(), lr=1e-6)
 
     def __call__(self) -> None:
         for images, labels in self.batches:
             self.optimizer.zero_grad()
-            self._loss(images, labels).backward()
+            self.loss(self.splitter(images), labels).backward()
             self.optimizer.step()
 
-    def gradients(self) -> list[Tensor]:
+    def backward(self) -> None:
+        """Leave the gradients of the first batch with the parameters."""
+        images, labels = self.batches[0]
         self.optimizer.zero_grad()
-        self._loss(*self.batches[0]).backward()
-        return [p.grad.clone() for p in self.prepared.splitter.parameters() if p.grad is not None]
+        self.loss(self.splitter(images), labels).backward()
 
 
 # ---- a generation of CNNSplitter ----------------------------------------------------------------------------------

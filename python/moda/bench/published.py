@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moda.methods.splitter import binarised
+
 Floats = npt.NDArray[np.floating]
 Bools = npt.NDArray[np.bool_]
 Combination = tuple[tuple[int, ...], float]
@@ -44,6 +46,40 @@ def nemo_loss(gates: Sequence[Tensor], labels: Tensor, temperature: float) -> Te
         negative = torch.exp(cosines * (1 - same) / temperature).sum(1)
         losses.append(-torch.log((positive + 1e-8) / (positive + negative + 1e-8)).mean())
     return torch.stack(losses).mean()
+
+
+class SplitterNetwork(nn.Module):
+    """GradSplitter's splitter: a mask per class and layer, a head per class, and a pass for each class.
+
+    Args:
+        layers: of a frozen network in which one follows the other; every ReLU is masked.
+        masks: per ReLU the masks of all classes, (K, C).
+        heads: of each class.
+    """
+
+    def __init__(self, layers: Sequence[nn.Module], masks: Sequence[Tensor], heads: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.__dict__["layers"] = list(layers)  # the frozen network is no part of this module
+        of_classes = ([mask[number].detach().clone() for mask in masks] for number in range(len(heads)))
+        self.masks = nn.ModuleList(nn.ParameterList(map(nn.Parameter, own)) for own in of_classes)
+        self.heads = nn.ModuleList(heads)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map inputs to probabilities (N, K)."""
+        columns = []
+        for masks, head in zip(self.masks, self.heads, strict=True):
+            value, left = x, iter(masks)  # type: ignore[call-overload]
+            for layer in self.__dict__["layers"]:
+                value = layer(value)
+                if isinstance(layer, nn.ReLU):
+                    value = value * binarised(next(left)).view(1, -1, *[1] * (value.dim() - 2))
+            columns.append(head(value.relu()).sigmoid())
+        return torch.cat(columns, 1)
+
+    def kept_share(self) -> Tensor:
+        """Return the share of neurons that modules keep."""
+        kept = [binarised(mask) for masks in self.masks for mask in masks]  # type: ignore[attr-defined]
+        return torch.stack([mask.sum() for mask in kept]).sum() / sum(mask.numel() for mask in kept)
 
 
 def cut(layers: Sequence[nn.Module], masks: Sequence[Bools]) -> nn.Sequential:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from moda.decomposition.container import Decomposition
 from moda.inference import device_of, evaluating, fastest_layout
 from moda.methods.base import TASK, Loader, Phase, Prepared, check_choice
+from moda.methods.folding import folded_norms
 from moda.methods.splitter import PUBLISHED_HIDDEN, Splitter
 from moda.observation.taps import Taps, observe
 
@@ -53,7 +54,7 @@ class PreparedSplitter(Prepared):
 
     Attributes:
         taps: of the frozen network.
-        splitter: masks and heads.
+        splitter: masks and heads, over a copy of the network with its batch norms folded where that can be.
         base_accuracy: of the frozen network on the validation data, once an epoch has ended.
         history: the modules after every epoch.
     """
@@ -122,13 +123,14 @@ class GradSplitter:
         """
         model.requires_grad_(False)
         model.eval()
+        folded = folded_norms(model, example)
         taps = observe(model, example=example)
         with torch.no_grad():
             logits = model(example)
         if not isinstance(logits, Tensor) or logits.dim() != 2:
             raise ValueError("model: expected logits of shape (N, classes) as its output")
         splitter = Splitter(
-            taps,
+            taps if folded is None else observe(folded, example=example),
             num_classes,
             logits=logits.shape[1],
             sites=self.sites,
