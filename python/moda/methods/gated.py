@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from moda.inference import device_of, evaluating
+from moda.methods.convolutions import FastConvolutions
 from moda.methods.gates import GateMasks, MaskGenerator, apply_gate, generator_for, masks_from_frequencies
 from moda.methods.sites import GateSite
 from moda_kernels import FiringCounter
@@ -27,17 +28,21 @@ class Gates:
     Args:
         model: the network.
         sites: where gates act, in the order in which they are handed over.
+        convolutions: a faster way to compute the network, which ends with the gates; None for PyTorch's own.
 
     Raises:
         ValueError: no site is given, or a layer has a part named `mask_generator` already.
     """
 
-    def __init__(self, model: nn.Module, sites: Sequence[GateSite]) -> None:
+    def __init__(
+        self, model: nn.Module, sites: Sequence[GateSite], convolutions: FastConvolutions | None = None
+    ) -> None:
         if not sites:
             raise ValueError("sites: expected at least one, got none")
         self.model = model
         self.sites = tuple(sites)
         self._gates: dict[str, Tensor] = {}
+        self._convolutions = convolutions
         self._handles: list[RemovableHandle] = []
         for site in self.sites:
             if hasattr(model.get_submodule(site.layer), GENERATOR):
@@ -94,6 +99,8 @@ class Gates:
             handle.remove()
         self._handles = []
         self._gates = {}
+        if self._convolutions is not None:
+            self._convolutions.remove()
         for site in self.sites:
             layer = self.model.get_submodule(site.layer)
             if hasattr(layer, GENERATOR):

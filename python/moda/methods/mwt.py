@@ -21,8 +21,9 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from moda.decomposition.container import Decomposition
 from moda.methods.base import TASK, Loader, Phase, Prepared, check_choice, check_trainable
+from moda.methods.convolutions import FastConvolutions
 from moda.methods.gated import GENERATOR, Gates, gate_masks
-from moda.methods.sites import convolution_sites, find_sites
+from moda.methods.sites import GateSite, convolution_sites, find_sites
 from moda_kernels import modular_losses
 
 COHESION, COUPLING = "cohesion", "coupling"
@@ -87,7 +88,7 @@ class MwT:
         found = find_sites(model, example)
         sites = convolution_sites(found) if self.layers is None else named(found, self.layers)
         check_choice({site.layer: site.width for site in sites}, "layers")
-        return gated(model, num_classes, Gates(model, sites))
+        return gated(model, num_classes, sites, example)
 
     def phases(self) -> list[Phase]:
         """One phase: everything is trained together."""
@@ -149,8 +150,13 @@ def named(found: Sequence[Any], layers: Sequence[str]) -> list[Any]:
     return [sites[layer] for layer in layers]
 
 
-def gated(model: nn.Module, num_classes: int, gates: Gates) -> PreparedGates:
-    """Return a gated network, its parameters and its generators' in groups of their own."""
+def gated(model: nn.Module, num_classes: int, sites: Sequence[GateSite], example: Any) -> PreparedGates:
+    """Return a gated network, its parameters and its generators' in groups of their own.
+
+    Where convolutions are gated, they are computed in the way that is fastest for training on a CPU.
+    """
+    of_tokens = all(site.features_last for site in sites)
+    gates = Gates(model, sites, None if of_tokens else FastConvolutions(model, example))
     generators = [parameter for generator in gates.generators for parameter in generator.parameters()]
     own = {id(parameter) for parameter in generators}
     rest = [parameter for parameter in model.parameters() if id(parameter) not in own]

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from moda.decomposition.container import Decomposition
 from moda.methods.base import TASK, Loader, Phase, check_choice, check_trainable
 from moda.methods.contrastive import contrastive_loss, distillation_loss
-from moda.methods.gated import Gates
 from moda.methods.mwt import PreparedGates, check_training, decomposition_of_gates, gated, named, sgd_phase
 from moda.methods.sites import GateSite, convolution_sites, find_sites, token_sites
 
@@ -119,7 +118,7 @@ class NeMo:
         check_trainable(model, self.name)
         sites = self._sites(find_sites(model, example))
         check_choice({site.layer: site.width for site in sites}, "layers")
-        prepared = gated(model, num_classes, Gates(model, sites))
+        prepared = gated(model, num_classes, sites, example)
         return prepared if self.teacher is None else replace(prepared, model=Taught(model, self.teacher))
 
     def _sites(self, found: list[GateSite]) -> list[GateSite]:

@@ -65,7 +65,7 @@ class _Masked(torch.autograd.Function):
         return _times(activation, kept)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
         activation, kept = ctx.saved_tensors
         of_activation = _times(gradient, kept) if ctx.needs_input_grad[0] else None
