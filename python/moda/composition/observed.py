@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from moda.composition.capture import Example
 from moda.decomposition.container import Decomposition
+from moda.observation.labels import dim_of_samples
 from moda.observation.taps import Taps, observing
 
 __all__ = ["check_taps", "example_of", "names_every_tap", "observed"]
@@ -79,10 +81,14 @@ def example_of(taps: Taps, given: Any) -> Example:
         )
     example = Example(*taps.example) if given is None and taps.example is not None else Example.of(given)
     _, tensors = example.flat()
-    if tensors and all(x.dim() and x.shape[0] == 1 for x in tensors):
-        return Example(*torch.utils._pytree.tree_map(_twice, (example.args, dict(example.kwargs))))
+    axes = [dim_of_samples(x.shape, taps.sample_dim) for x in tensors]
+    if tensors and all(x.dim() and x.shape[axis] == 1 for x, axis in zip(tensors, axes, strict=True)):
+        twice = partial(_twice, taps.sample_dim)
+        return Example(*torch.utils._pytree.tree_map(twice, (example.args, dict(example.kwargs))))
     return example
 
 
-def _twice(value: Any) -> Any:
-    return torch.cat([value, value]) if isinstance(value, Tensor) else value
+def _twice(sample_dim: int, value: Any) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    return torch.cat([value, value], dim_of_samples(value.shape, sample_dim))

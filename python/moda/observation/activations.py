@@ -61,7 +61,14 @@ _NONE_OF_TRANSFORMERS = ("LinearActivation", "ClassInstantier", "XIELUActivation
 
 # Their forward pass may take a fused road that calls no activation function, and takes another one where calls of
 # functions are watched: they are left alone, whole.
-FUSED_ROADS = (nn.MultiheadAttention, nn.TransformerEncoder, nn.TransformerEncoderLayer)
+_FUSED_ROADS = (nn.TransformerEncoder, nn.TransformerEncoderLayer)
+
+
+def is_left_whole(module: nn.Module) -> bool:
+    """Whether nothing inside of a module is looked at; encoders are open where PyTorch's fast path is switched off."""
+    fused = isinstance(module, _FUSED_ROADS) and torch.backends.mha.get_fastpath_enabled()
+    return fused or isinstance(module, nn.MultiheadAttention)
+
 
 PLAIN = "moda plain"
 """Where a class of an observed model keeps the class that it was made of."""

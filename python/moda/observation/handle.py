@@ -17,12 +17,14 @@ class Handle(Protocol):
     Attributes:
         model: the observed model.
         known: which modules and functions are activations.
+        sample_dim: the axis of samples in the inputs.
         neuron_dim: the axis of neurons, where the user says it.
         fuse_norms: whether a batch norm and the ReLU behind it may be one operation.
     """
 
     model: nn.Module
     known: Known
+    sample_dim: int
     neuron_dim: int | Mapping[str, int] | None
     fuse_norms: bool
     _run: Any  # the forward pass that is on its way, a `Run`; None between passes

@@ -97,11 +97,12 @@ class Node:
         self._found: list[Ref] | None = None
 
     @classmethod
-    def of_input(cls, shape: tuple[int, ...], samples: int) -> Node:
+    def of_input(cls, shape: tuple[int, ...], samples: int, sample_dim: int = 0) -> Node:
         """A tensor that the model was given."""
         node = cls(_no_function, "input", (), {}, shape)
-        of_samples = len(shape) > 0 and shape[0] == samples
-        node._labels["samples"] = Along(0, torch.arange(samples)) if of_samples else None
+        axis = dim_of_samples(shape, sample_dim)
+        of_samples = len(shape) > 0 and shape[axis] == samples
+        node._labels["samples"] = Along(axis, torch.arange(samples)) if of_samples else None
         node._labels["neurons"] = None
         return node
 
@@ -208,6 +209,11 @@ def _follow(node: Node, kind: Kind) -> Along | None:
     if node.name in _REDUCTIONS:
         return _of_reduction(node, kind)
     return _kept(node.refs(), node.shape, kind)
+
+
+def dim_of_samples(shape: Sequence[int], sample_dim: int) -> int:
+    """The axis of samples of an input: the first one, where it has not as many."""
+    return sample_dim if sample_dim < len(shape) else 0
 
 
 def _own(node: Node, axis: int) -> Along:

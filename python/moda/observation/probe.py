@@ -21,7 +21,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from moda.observation.activations import FUNCTIONS, FUSED_ROADS, ActivationFunction, plain_class
+from moda.observation.activations import FUNCTIONS, ActivationFunction, is_left_whole, plain_class
 from moda.observation.attached import Caller, Norm, Part, Root, Site, Whole, part_of
 from moda.observation.deferred import NORMS, hooks_on_saved_tensors
 from moda.observation.handle import Handle
@@ -119,7 +119,7 @@ class Probe(Run):
         self._idle = False
         self._blind = torch.is_inference_mode_enabled()  # such tensors do not tell when they are overwritten
         for value in inputs:
-            self._nodes[value] = Node.of_input(tuple(value.shape), samples)
+            self._nodes[value] = Node.of_input(tuple(value.shape), samples, taps.sample_dim)
 
     # ---- running ---
 
@@ -144,7 +144,7 @@ class Probe(Run):
                 continue
             if known.is_module(module, path):
                 self.taps._attach(module, Site(self.taps, opaque=not _of_torch(module)))
-            elif isinstance(module, FUSED_ROADS):
+            elif is_left_whole(module):
                 self.taps._attach(module, Whole(self.taps))
 
     def _enter(self, module: nn.Module, _args: Any) -> None:
@@ -164,7 +164,8 @@ class Probe(Run):
             name = unique_name(f"{self.paths.get(module, '')}.activation".lstrip("."), self._names)
             self.skipped[name] = (
                 f"it is inside torch.nn.{plain_class(type(module)).__name__}, whose fused forward pass calls no "
-                "activation function"
+                "activation function; torch.backends.mha.set_fastpath_enabled(False), called before the model is "
+                "observed, opens it"
             )
 
     # ---- calls of activations ---

@@ -35,6 +35,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from moda.observation.activations import Known
 from moda.observation.attached import PART, Caller, Norm, Part, Root, Site, Whole, attach, detach, part_of
+from moda.observation.labels import dim_of_samples
 from moda.observation.names import nothing_tapped
 from moda.observation.own import look_at, look_away
 from moda.observation.plan import Plan
@@ -72,6 +73,7 @@ class Taps:
         *,
         route: Route = "auto",
         activations: tuple[Any, ...] = (),
+        sample_dim: int = 0,
         neuron_dim: int | Mapping[str, int] | None = None,
         sites: tuple[str, ...] = (),
         fuse_norms: bool = True,
@@ -82,6 +84,7 @@ class Taps:
         self.fuse_norms = fuse_norms and route != "grouped"
         self.reading = reading  # whether forward passes with gradients are recorded
         self.known = Known(activations, sites)
+        self.sample_dim = sample_dim
         self.neuron_dim = neuron_dim
         self.example: tuple[tuple[Any, ...], dict[str, Any]] | None = None
         self.key = f"taps {next(_keys)}"  # a text, which a compiler takes for a constant whatever it has seen before
@@ -337,13 +340,13 @@ class Taps:
         run = Run(
             plan,
             training,
-            _count(args, kwargs) if plan.folded else 0,
+            _samples(tensors_of(args, kwargs), self.sample_dim) if plan.folded else 0,
             record=record,
             receiver=self._receiver if recorded else None,
             function=self._function,
             marking=self._marking,
             fuse_from=self._fuse_from(plan, args, kwargs, compiling) if pooled and self.reading else NEVER,
-            norms_from=_fused_from(NORMS_FUSED_FROM_BYTES, plan, args, kwargs) if norms else NEVER,
+            norms_from=_fused_from(NORMS_FUSED_FROM_BYTES, plan, args, kwargs, self.sample_dim) if norms else NEVER,
             overwriting=self._overwriting and not gradients and not changes,
         )
         for site in plan.repeated:
@@ -361,14 +364,14 @@ class Taps:
             return 0
         if compiling:  # a compiler fuses the pass over memory by itself
             return NEVER
-        return _fused_from(FUSED_FROM_BYTES, plan, args, kwargs)
+        return _fused_from(FUSED_FROM_BYTES, plan, args, kwargs, self.sample_dim)
 
     def _probe(
         self, plan: Plan | None, training: int, args: tuple[Any, ...], kwargs: dict[str, Any], recorded: bool
     ) -> Run | None:
         """The probe that this forward pass is; None if it would tell nothing more than `plan`."""
         inputs = tensors_of(args, kwargs)
-        samples = _samples(inputs)
+        samples = _samples(inputs, self.sample_dim)
         if plan is not None and samples < 2:
             return None
         pooled = torch.is_grad_enabled() and not (self._forced or self._function is not None)
@@ -385,7 +388,7 @@ class Taps:
         if run.record is not None:
             run.record.begin()
         if self.example is None and samples > 0:
-            self.example = _first_samples(args, kwargs, samples)
+            self.example = _first_samples(args, kwargs, samples, self.sample_dim)
         self._run = run
         return run
 
@@ -422,6 +425,7 @@ class Taps:
             model,
             route=self.route,
             activations=self._own,
+            sample_dim=self.sample_dim,
             neuron_dim=self.neuron_dim,
             sites=self._sites,
             fuse_norms=self.fuse_norms,
@@ -436,8 +440,9 @@ class Taps:
         return made
 
     def __reduce__(self) -> Any:
-        settings = {"route": self.route, "activations": self._own, "neuron_dim": self.neuron_dim, "sites": self._sites}
-        return _attach_again, (self.model, {**settings, "fuse_norms": self.fuse_norms, "reading": self.reading})
+        settings = {"route": self.route, "activations": self._own, "sites": self._sites, "reading": self.reading}
+        axes = {"sample_dim": self.sample_dim, "neuron_dim": self.neuron_dim}
+        return _attach_again, (self.model, {**settings, **axes, "fuse_norms": self.fuse_norms})
 
 
 _keys = count()
@@ -476,15 +481,20 @@ def _site_copy(taps: Taps, site: Site, sites: dict[int, Site]) -> Site:
 # ---- inputs ---
 
 
-def _samples(inputs: list[Tensor]) -> int:
-    """The rows of the first input; the bags, where that is words of all samples, which offsets divide."""
+def _samples(inputs: list[Tensor], dim: int) -> int:
+    """The size of the first input along `dim`; the bags, where that is words of all samples, which offsets divide."""
     first = next((value for value in inputs if value.dim() > 0), None)
-    if first is None:
-        return 1
-    if first.dim() == 1 and not first.is_floating_point() and not torch.compiler.is_compiling():
-        offsets = (value for value in inputs if value is not first and _are_offsets(value, len(first)))
-        return next((len(value) for value in offsets), len(first))
-    return first.shape[0]
+    if first is not None and first.dim() == 1 and not (first.is_floating_point() or torch.compiler.is_compiling()):
+        for value in inputs:
+            if value is not first and _are_offsets(value, len(first)):
+                return len(value)
+    return _rows(inputs, dim)
+
+
+def _rows(inputs: list[Tensor], dim: int) -> int:
+    """The size of the first input along `dim`; no value is looked at."""
+    first = next((value for value in inputs if value.dim() > 0), None)
+    return 1 if first is None else first.shape[dim_of_samples(first.shape, dim)]
 
 
 def _are_offsets(value: Tensor, words: int) -> bool:
@@ -494,18 +504,16 @@ def _are_offsets(value: Tensor, words: int) -> bool:
     return bool((value[0] == 0) & (value[1:] >= value[:-1]).all() & (value[-1] <= words))
 
 
-def _count(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-    return _samples(tensors_of(args, kwargs))
-
-
 def _first_samples(
-    args: tuple[Any, ...], kwargs: dict[str, Any], samples: int
+    args: tuple[Any, ...], kwargs: dict[str, Any], samples: int, dim: int
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     def first(value: Any) -> Any:
         if not isinstance(value, Tensor):
             return value
-        divisible = value.layout == torch.strided and value.dim() > 0
-        part = value[:2] if divisible and value.shape[0] == samples else value
+        part = value
+        if value.layout == torch.strided and value.dim() > 0:
+            axis = dim_of_samples(value.shape, dim)
+            part = value.narrow(axis, 0, min(2, samples)) if value.shape[axis] == samples else value
         return part.detach().clone()
 
     first_args, first_kwargs = tree_map(first, (args, kwargs))
@@ -539,12 +547,14 @@ def _hooked(model: nn.Module) -> bool:
 # ---- probing while the model is compiled ---
 
 
-def _fused_from(on_cpu: int, plan: Plan | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
+def _fused_from(
+    on_cpu: int, plan: Plan | None, args: tuple[Any, ...], kwargs: dict[str, Any], sample_dim: int
+) -> float:
     """From how many bytes of an activation on passes over it are joined, in a forward pass that is not compiled."""
     inputs = tensors_of(args, kwargs)
     if all(tensor.device.type == "cpu" for tensor in inputs):
         return on_cpu
-    largest = 0 if plan is None else plan.largest / max(plan.samples, 1) * _samples(inputs)
+    largest = 0 if plan is None else plan.largest / max(plan.samples, 1) * _rows(inputs, sample_dim)
     return 0 if is_replayed() or largest >= GPU_BOUND_FROM_BYTES else NEVER
 
 
@@ -599,6 +609,7 @@ def observe(
     *,
     route: Route = "auto",
     activations: tuple[Any, ...] = (),
+    sample_dim: int = 0,
     neuron_dim: int | Mapping[str, int] | None = None,
     sites: Sequence[str] = (),
     fuse_norms: bool = True,
@@ -619,6 +630,8 @@ def observe(
             and all inside `recording()`, record the activation: pooled rows cannot tell which neurons passed a
             threshold.
         activations: classes of modules and functions of your own that are activations too.
+        sample_dim: the axis of the inputs along which samples lie; 1 for `(T, N, ...)`, as `nn.LSTM` and
+            `nn.Transformer` take them unless they are told `batch_first=True`. Inputs of fewer axes have them first.
         neuron_dim: the axis of neurons, where the probe cannot find it; or axes by names of taps.
         sites: paths of modules whose outputs are tapped in place of activations, as methods act on them: convolutions,
             linear layers, norms.
@@ -636,6 +649,8 @@ def observe(
     _check_model(model)
     if route not in ("grouped", "fused", "auto"):
         raise ValueError(f"route: expected 'grouped', 'fused' or 'auto', got {route!r}")
+    if not isinstance(sample_dim, int) or isinstance(sample_dim, bool) or sample_dim < 0:
+        raise TypeError(f"sample_dim: expected an axis of the inputs, counted from 0, got {sample_dim!r}")
     _check_neuron_dim(neuron_dim)
     _check_sites(model, sites)
     if not isinstance(fuse_norms, bool):
@@ -644,6 +659,7 @@ def observe(
         model,
         route=route,
         activations=tuple(activations),
+        sample_dim=sample_dim,
         neuron_dim=neuron_dim,
         sites=tuple(sites),
         fuse_norms=fuse_norms,

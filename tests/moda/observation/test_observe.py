@@ -220,3 +220,88 @@ def test_two_inputs_of_one_number_a_sample_are_no_bags() -> None:
     taps = moda.observe(model)
     model(torch.randint(30, (4,)), torch.tensor([0, 1, 2, 3]))
     assert taps.activations()[0].shape == (4, 8)
+
+
+class Recurrent(nn.Module):
+    """Words `(T, N)` and how many each sample has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.cell = nn.Embedding(30, 6), nn.LSTM(6, 10)
+        self.hidden, self.last = nn.Linear(10, 8), nn.Linear(8, 3)
+
+    def forward(self, words: Tensor, lengths: Tensor) -> Tensor:
+        hidden = F.relu(self.hidden(self.cell(self.words(words))[0]))
+        inside = torch.arange(len(words))[:, None] < lengths
+        return self.last((hidden * inside.unsqueeze(-1)).sum(0))
+
+
+class Encoder(nn.Module):
+    """PyTorch's own encoder for `(T, N, features)`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(8, 2, 8, dropout=0.0)
+        self.encoder, self.last = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.encoder(x).mean(0))
+
+
+@pytest.fixture
+def no_fast_path():
+    """PyTorch's fused road through its encoders is switched off."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    yield
+    torch.backends.mha.set_fastpath_enabled(before)
+
+
+@pytest.mark.usefixtures("no_fast_path")
+@pytest.mark.parametrize("samples", [4, 6])  # another number than of words, and the same
+@pytest.mark.parametrize("make", [Recurrent, Encoder])
+def test_samples_may_lie_along_the_second_axis(make: Callable[[], nn.Module], samples: int) -> None:
+    torch.manual_seed(0)
+    model = make()
+    plain = copy.deepcopy(model)
+    if make is Recurrent:
+        inputs: tuple[Tensor, ...] = torch.randint(30, (6, samples)), torch.randint(1, 7, (samples,))
+    else:
+        inputs = (torch.randn(6, samples, 8),)
+    labels = torch.arange(samples) % 3
+    taps = moda.observe(model, sample_dim=1)
+    for training in (True, True, False):
+        model.train(training), plain.train(training)
+        torch.testing.assert_close(model(*inputs), plain(*inputs), rtol=0, atol=0)
+        activations = taps.activations()
+        assert [activation.shape for activation in activations] == [(samples, 8, 6)] * (1 if make is Recurrent else 2)
+        model.zero_grad()
+        ModularLoss()(activations, labels).backward()
+    assert taps_of(copy.deepcopy(model)).sample_dim == 1
+    batch = inputs if len(inputs) > 1 else inputs[0]
+    rates = moda.count_firings(taps, [(batch, labels)], 3)
+    for name, activation in zip(taps.names, activations, strict=True):
+        fired = (activation.detach() > 0).flatten(2).any(2)
+        expected = torch.stack([fired[labels == k].float().mean(0) for k in range(3)])
+        torch.testing.assert_close(rates.rates[name], expected)
+    decomposition = moda.decompose(moda.attribute(taps, [(batch, labels)], 3), epsilon=0.2)
+    composed = moda.compose(taps, decomposition, [2, 0])
+    masked = moda.mask(model, decomposition, [2, 0])
+    torch.testing.assert_close(composed(*inputs), masked(*inputs))
+    one = tuple(x[..., :1] if make is Recurrent else x[:, :1] for x in inputs)
+    composed = moda.compose(taps, decomposition, [2, 0], example=one)  # of one sample, and free to take others
+    torch.testing.assert_close(composed(*inputs), masked(*inputs))
+
+
+@pytest.mark.parametrize("axis", [-1, True, "samples", 0.0, None])
+def test_axes_of_samples_are_checked(axis: object) -> None:
+    with pytest.raises(TypeError, match=r"sample_dim: expected an axis of the inputs, counted from 0, got"):
+        moda.observe(small_cnn(), sample_dim=axis)
+
+
+def test_a_closed_encoder_says_how_to_open_it() -> None:
+    taps = moda.observe(Encoder(), sample_dim=1)
+    taps.model(torch.randn(6, 4, 8))
+    assert all("torch.backends.mha.set_fastpath_enabled(False)" in reason for reason in taps.skipped.values())
+    with pytest.raises(RuntimeError, match="none of its activations could be tapped"):
+        taps.activations()
