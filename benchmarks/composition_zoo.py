@@ -37,8 +37,8 @@ START, END = "<!-- zoo -->", "<!-- /zoo -->"
 # ---- measuring ------------------------------------------------------------------------------------------------------
 
 
-def measured(name: str, brief: bool) -> dict[str, Any]:
-    """What composition makes of one model of the zoo."""
+def measured(name: str, brief: bool, known: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """What composition makes of one model of the zoo; with what is `known` of it, of float32 alone."""
     import torch
 
     from tests.moda._helpers.zoo import ZOO
@@ -46,12 +46,13 @@ def measured(name: str, brief: bool) -> dict[str, Any]:
 
     found: dict[str, Any] = {"family": ZOO[name].family, "brief": brief}
     started = time.process_time()
-    for dtype in (torch.float64, torch.float32):
+    for dtype in (torch.float64, torch.float32) if known is None else (torch.float32,):
         key = str(dtype).removeprefix("torch.")
         if key in found:
             break  # measured by a cast
         try:
-            result = verdict(ZOO[name], dtype, measure="whole" not in found, cast=brief and key == "float64")
+            wanted = known is None and "whole" not in found
+            result = verdict(ZOO[name], dtype, measure=wanted, cast=brief and key == "float64")
         except NoTapsError:
             return {**found, "status": "no activations"}
         except ValueError as error:
@@ -74,6 +75,8 @@ def measured(name: str, brief: bool) -> dict[str, Any]:
             found |= {"whole": result.left.whole, "left": result.left.composed, "lean": result.left.lean}
             found |= {"ideal": result.left.ideal, "even": result.left.even}
         found["any_batch"] = result.any_batch
+    if known is not None:
+        return {**known, **{key: value for key, value in found.items() if key.startswith("float32")}}
     return {**found, "status": "composed", "seconds": round(time.process_time() - started, 2)}
 
 
@@ -103,7 +106,8 @@ def _work(connection: Connection, brief: bool) -> None:
 
         capture.FREEDOMS = capture.FREEDOMS[1:]
     while True:
-        connection.send(measured(connection.recv(), brief))
+        name, known = connection.recv()
+        connection.send(measured(name, brief, known))
 
 
 class Worker:
@@ -120,9 +124,9 @@ class Worker:
         self.process.start()
         other.close()
 
-    def measure(self, name: str) -> dict[str, Any]:
+    def measure(self, name: str, known: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """What was found of one model."""
-        self.connection.send(name)
+        self.connection.send((name, known))
         try:
             if self.connection.poll(self.limit):
                 found: dict[str, Any] = self.connection.recv()
@@ -213,7 +217,7 @@ def main() -> None:
     parser.add_argument("--only", default="*", help="names of models, with wildcards")
     parser.add_argument("--again", action="store_true", help="also those that are measured already")
     parser.add_argument("--failed", action="store_true", help="those that failed or were refused again")
-    parser.add_argument("--lacking", action="store_true", help="those again that have no result in float32")
+    parser.add_argument("--lacking", action="store_true", help="in float32, those that have no result in it")
     parser.add_argument(
         "--brief", action="store_true", help="one export: float32 by a cast, free number of samples alone"
     )
@@ -236,10 +240,10 @@ def main() -> None:
         row = results.get(name, {})
         status = row.get("status")
         todo = status is None or options.again or (options.failed and status in ("failed", "refused"))
-        todo |= options.lacking and status == "composed" and not row.get("float32")
-        if not (fnmatch(name, options.only) and todo):
+        lacking = options.lacking and status == "composed" and not row.get("float32")
+        if not (fnmatch(name, options.only) and (todo or lacking)):
             continue
-        results[name] = {"family": ZOO[name].family, **worker.measure(name)}
+        results[name] = {"family": ZOO[name].family, **worker.measure(name, None if todo else row)}
         print(name, json.dumps(results[name]), flush=True)
         options.out.write_text(json.dumps(results, indent=1) + "\n")
     worker.stop()
