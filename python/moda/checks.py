@@ -14,12 +14,17 @@ or ValueError that names the value, what was expected and what was given:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, TypeAlias
 
 __all__ = [
     "Check",
+    "cell_integer",
+    "cell_number",
     "check_count",
+    "check_names",
+    "check_number",
     "digest",
     "flag",
     "integer",
@@ -219,10 +224,79 @@ def _json_value(name: str, value: Any, depth: int) -> Any:
     raise TypeError(f"{name}: expected only what JSON can hold, got {type(value).__name__}")
 
 
-def check_count(name: str, value: int, least: int = 1) -> int:
-    """`value`, if it is an int of at least `least`."""
+def check_count(name: str, value: Any, least: int = 1, most: int = LARGEST_INTEGER) -> int:
+    """`value`, if it is an int in [least, most]; a bool is none."""
     if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
-    if value < least:
-        raise ValueError(f"{name}: expected at least {least}, got {value}")
+    if not least <= value <= most:
+        wanted = f"at least {least}" if value < least else f"at most {most}"
+        raise ValueError(f"{name}: expected {wanted}, got {_shown(value)}")
     return value
+
+
+def check_number(
+    name: str,
+    value: Any,
+    *,
+    at_least: float | None = None,
+    above: float | None = None,
+    at_most: float | None = None,
+    below: float | None = None,
+) -> float:
+    """`value` as a float, if it is a finite number within these bounds; a bool is none."""
+    within = (
+        isinstance(value, int | float)
+        and abs(value) < math.inf
+        and (at_least is None or value >= at_least)
+        and (above is None or value > above)
+        and (at_most is None or value <= at_most)
+        and (below is None or value < below)
+    )
+    if within and not isinstance(value, bool):
+        return float(value)
+    expected = f"a number{_bounds(at_least, above, at_most, below)}"
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise TypeError(f"{name}: expected {expected}, got {type(value).__name__}")
+    raise ValueError(f"{name}: expected {expected}, got {_shown(value)}")
+
+
+def _bounds(at_least: float | None, above: float | None, at_most: float | None, below: float | None) -> str:
+    low = "" if at_least is above is None else f"({above:g}" if at_least is None else f"[{at_least:g}"
+    high = "" if at_most is below is None else f"{below:g})" if at_most is None else f"{at_most:g}]"
+    if low and high:
+        return f" in {low}, {high}"
+    return f" of at least {at_least:g}" if at_least is not None else f" above {above:g}" if above is not None else ""
+
+
+def check_names(name: str, value: Any) -> None:
+    """Check that `value` is None or a sequence of strings, and no string itself."""
+    if value is None:
+        return
+    if isinstance(value, str) or not isinstance(value, Sequence) or not all(isinstance(each, str) for each in value):
+        raise TypeError(f"{name}: expected a sequence of names, got {_shown(value)}")
+
+
+_NUMBER = re.compile(r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?|nan|[-+]?inf", re.ASCII)
+_INTEGER = re.compile(r"[-+]?[0-9]{1,18}", re.ASCII)
+
+
+def cell_number(name: str, cell: Any) -> float:
+    """The number in a cell of a table, as it is written there; not all that Python would take for one.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if not isinstance(cell, str) or len(cell) > LONGEST_TEXT or not _NUMBER.fullmatch(cell):
+        raise ValueError(f"{name}: expected a number, got {_shown(cell)}")
+    return float(cell)
+
+
+def cell_integer(name: str, cell: Any) -> int:
+    """The integer in a cell of a table.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if not isinstance(cell, str) or not _INTEGER.fullmatch(cell):
+        raise ValueError(f"{name}: expected an integer, got {_shown(cell)}")
+    return int(cell)

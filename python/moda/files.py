@@ -23,7 +23,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from moda.checks import Check, record
+from moda.checks import Check, record, text
 from moda_kernels import __version__
 
 __all__ = [
@@ -63,6 +63,7 @@ LOCK = ".moda-lock"
 """How the name of a lock ends; see `moda.runs.lock`."""
 
 LONGEST_MESSAGE = 1000
+LONGEST_VERSION = 200
 HEADER = 200
 """Bytes within which a file of ours names its format."""
 LARGEST_JSON = 1 << 28
@@ -98,11 +99,18 @@ def as_path(name: str, value: Any) -> Path:
     """Give the path that a value is.
 
     Raises:
-        TypeError: it is no path; the message begins with `name`.
+        TypeError, ValueError: it is no path, or none that a system can have; the message begins with `name`.
     """
-    if not isinstance(value, str | os.PathLike):
+    path = os.fspath(value) if isinstance(value, os.PathLike) else value
+    if not isinstance(path, str):
         raise TypeError(f"{name}: expected a path, got {type(value).__name__}")
-    return Path(value)
+    try:
+        encoded = os.fsencode(path)
+    except UnicodeEncodeError:
+        encoded = b"\0"
+    if b"\0" in encoded:
+        raise ValueError(f"{name}: expected a path that a file can have, got {path!a:.200}")
+    return Path(path)
 
 
 # ---- where results may go ----------------------------------------------------------------------------------------
@@ -383,7 +391,10 @@ def read_csv(path: Path) -> tuple[tuple[str, ...], list[dict[str, str]]]:
     try:
         text = data[: data.rfind(b"\n") + 1].decode("utf-8")
         reader = csv.DictReader(io.StringIO(text, newline=""))
-        return tuple(reader.fieldnames or ()), list(reader)
+        columns = tuple(reader.fieldnames or ())
+        if len(set(columns)) != len(columns):
+            raise ValueError("a column is there twice")
+        return columns, list(reader)
     except (ValueError, csv.Error) as error:
         raise FormatError(f"{path}: not a CSV file: {error}") from None
 
@@ -503,6 +514,8 @@ class Format:
                 f"({value.get('library_version', 'not recorded')!s:.80})"
             )
         with format_errors(path):
+            if "library_version" in value:
+                text(longest=LONGEST_VERSION)("library_version", value["library_version"])
             for earlier in range(version, self.version):
                 value = self.upgrades[earlier](value)
             value = {self.renamed.get(name, name): entry for name, entry in value.items()}

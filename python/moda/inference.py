@@ -65,3 +65,13 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         for module, training in modes:
             if module.training != training:
                 module.training = training
+
+
+def check_module(model: Any, name: str = "model") -> None:
+    """Refuse what is no network.
+
+    Raises:
+        TypeError: it is something else; the message begins with `name`.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{name}: expected a torch.nn.Module, got {type(model).__name__}")

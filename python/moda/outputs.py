@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,10 +10,24 @@ from torch import Tensor
 
 from moda.structure import Structure, flatten_output
 
-__all__ = ["Output", "logit_places", "logits_of", "pick"]
+__all__ = ["Output", "check_output", "logit_places", "logits_of", "pick"]
 
-Output = str | int | Iterable["str | int"] | None
+Output = str | int | Sequence["str | int"] | None
 """A key or place of an output, several of them, or None for what the model's outputs say themselves."""
+
+
+def check_output(output: Any) -> None:
+    """Refuse what names no outputs.
+
+    Raises:
+        TypeError, ValueError: it is no key, no place and no sequence of them, or an empty one.
+    """
+    if output is None or isinstance(output, str | int):
+        return
+    if not isinstance(output, Sequence) or not all(isinstance(name, str | int) for name in output):
+        raise TypeError(f"output: expected a key or place of an output, or several, got {type(output).__name__}")
+    if not output:
+        raise ValueError("output: expected at least one key or place of an output, got none")
 
 
 def logit_places(
@@ -44,6 +58,7 @@ def logit_places(
 
 
 def _named(paths: Sequence[str], fitting: Sequence[int], num_classes: int, output: Any) -> list[int]:
+    check_output(output)
     names = [output] if isinstance(output, str | int) else list(output)
     found = []
     for name in names:
@@ -59,7 +74,7 @@ def _places(paths: Sequence[str], name: str | int) -> list[int]:
     places = [place for place, path in enumerate(paths) if path.startswith(ends) or path == name]
     if not places:
         expected = "none, as the model puts out one tensor" if list(paths) == [""] else f"one of {list(paths)}"
-        raise ValueError(f"output: expected {expected}, got {name!r}")
+        raise ValueError(f"output: expected {expected}, got {name!r:.80}")
     return places
 
 
@@ -101,7 +116,8 @@ def _looked_up(value: Any, num_classes: int | None, output: Output) -> Tensor:
     if num_classes is not None:
         return tensors[logit_places(structure, [tuple(x.shape) for x in tensors], num_classes, output)[0]]
     if output is not None:
-        first = output if isinstance(output, str | int) else next(iter(output))
+        check_output(output)
+        first = output if isinstance(output, str | int) else output[0]
         return tensors[_places(paths, first)[0]]
     if len(tensors) != 1:
         raise ValueError(f"model: expected one tensor, or one called logits, as its output, got {paths}")

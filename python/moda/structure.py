@@ -85,14 +85,20 @@ class Structure:
             ValueError: it is no such description.
         """
         if not isinstance(description, dict) or set(description) != {"kind", "value", "keys", "parts", "type"}:
-            raise ValueError(f"expected the description of a nest of tensors, got {description!r}")
+            raise ValueError(f"expected the description of a nest of tensors, got {description!r:.200}")
         kind, value, keys, parts, type_ = (description[name] for name in ("kind", "value", "keys", "parts", "type"))
         if kind not in ("tensor", "constant", "list", "tuple", "dict", "named", "fields"):
-            raise ValueError(f"unknown kind of nest: {kind!r}")
-        if not isinstance(value, _PLAIN) or not isinstance(type_, str) or not all(isinstance(key, str) for key in keys):
-            raise ValueError("a nest's value, keys or type is not plain")
-        if len(keys) not in (0, len(parts)) or (kind in ("dict", "named", "fields") and len(keys) != len(parts)):
-            raise ValueError("a nest has other keys than parts")
+            raise ValueError(f"unknown kind of nest: {kind!r:.80}")
+        lists = isinstance(keys, list) and isinstance(parts, list)
+        if not lists or not isinstance(value, _PLAIN) or not isinstance(type_, str):
+            raise ValueError("a nest's value, keys, parts or type is not plain")
+        if not all(isinstance(key, str) for key in keys) or len(set(keys)) != len(keys):
+            raise ValueError(f"a nest's keys: expected names, each once, got {keys!r:.200}")
+        keyed = kind in ("dict", "named", "fields")
+        if len(keys) != (len(parts) if keyed else 0) or (parts and kind in ("tensor", "constant")):
+            raise ValueError(f"a nest of kind {kind!r} has {len(keys)} keys and {len(parts)} parts")
+        if (value is not None and kind != "constant") or bool(type_) != (kind in ("named", "fields")):
+            raise ValueError(f"a nest of kind {kind!r} has the value {value!r:.80} and the type {type_!r:.80}")
         return cls(kind, value, tuple(keys), tuple(cls.of(part) for part in parts), type_)
 
 

@@ -243,6 +243,96 @@ def test_values_that_cannot_be_are_refused(written, tmp_path):
             read_results(folder / "reuse.csv")
 
 
+CELLS = {  # file, what is there, what is put in its place, what the error says
+    "a digit of another script": ("reuse.csv", "0.9,", "\u0660.\u0669,", "composed: expected a number, got"),
+    "an underscore": ("reuse.csv", "0 1,", "0 1_0,", "classes: expected an integer, got '1_0'"),
+    "a class twice": ("reuse.csv", "0 1,", "1 1,", "classes: expected each once"),
+    "blanks": ("sweep.csv", "0.5,", " 0.5,", "value: expected a number, got ' 0.5'"),
+    "a share of 10": ("run/metrics.csv", "0.75", "10", r"test_accuracy: .* in \[0, 1\], got 10"),
+    "a column twice": ("run/metrics.csv", "epoch,step", "step,step", "a column is there twice"),
+}
+
+
+@pytest.mark.parametrize("kind", CELLS)
+def test_cells_that_are_no_numbers_are_refused(written, tmp_path, kind):
+    name, old, new, message = CELLS[kind]
+    shutil.copytree(written, tmp_path / "x")
+    path = tmp_path / "x" / name
+    path.write_text(path.read_text().replace(old, new, 1), encoding="utf-8")
+    with pytest.raises(FormatError, match=rf"{path.name}: .*{message}"):
+        READERS[name](tmp_path / "x")
+
+
+ENTRIES: dict[str, tuple[str, Callable[[Any], Any], str]] = {
+    "a row too few": ("analysis.json", lambda x: x["overlaps"].pop(), "overlaps: expected 2 lists of 2 numbers"),
+    "a cosine of 2": ("analysis.json", lambda x: x["similarity"]["a"][0].__setitem__(1, 2), r"similarity\['a'\]\[0\]\[1\]"),
+    "a size too many": ("analysis.json", lambda x: x["sizes"].append(0.5), "sizes: expected 2 numbers"),
+    "a tap twice": ("analysis.json", lambda x: x["layers"].append(x["layers"][0]), "layers: expected every tap once"),
+    "more dead than there are": ("analysis.json", lambda x: x["layers"][0].update(dead=3), r"layers\[0\].dead: expected at most 2"),
+    "a mean of 10": ("replacement.json", lambda x: x["results"][0].update(target_before=10), "target_before"),
+    "an accuracy too few": ("replacement.json", lambda x: x["results"][0].update(after=[0.5, 0.5, 0.5]), "after: expected 2 acc"),
+    "a version that is none": ("run/config.json", lambda x: x.update(library_version=[1]), "library_version: expected a string"),
+    "a long version": ("rates/rates.json", lambda x: x.update(library_version="1" * 999), "library_version: expected at most"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ENTRIES)
+def test_entries_that_no_writer_would_write_are_refused(written, tmp_path, kind):
+    name, change, message = ENTRIES[kind]
+    shutil.copytree(written, tmp_path / "x")
+    path = tmp_path / "x" / name
+    value = json.loads(path.read_text())
+    change(value)
+    path.write_text(json.dumps(value))
+    with pytest.raises(FormatError, match=rf"{path.name}: .*{message}"):
+        READERS[name](tmp_path / "x")
+
+
+@pytest.fixture(scope="module")
+def composed_folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("composed")
+    model = torch.nn.Sequential(torch.nn.Linear(5, 4), torch.nn.ReLU(), torch.nn.Linear(4, 3)).eval()
+    modules = Decomposition({"1": torch.tensor([[True, False, True, True]] * 3)})
+    save_composed(moda.compose(model, modules, [0, 2], example=torch.randn(4, 5)), folder)
+    return folder
+
+
+ROUTES: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "an argument with a key": (lambda x: x["routes"]["eval"]["inputs"].update(keys=["a", "b"]), "has 2 keys and 2 parts"),
+    "no arguments by keyword": (lambda x: x["routes"]["eval"]["inputs"]["parts"].pop(), "routes: inputs: expected a list"),
+    "keys that are no list": (lambda x: x["routes"]["eval"]["outputs"].update(keys=""), "is not plain"),
+    "a tensor with a class": (lambda x: x["routes"]["eval"]["outputs"].update(type="os:path"), "and the type 'os:path'"),
+    "a tensor with a value": (lambda x: x["routes"]["eval"]["outputs"].update(value=1), "has the value 1"),
+    "no condition": (lambda x: x["routes"]["eval"].update(conditions=["a"]), "'a': no condition on sizes"),
+    "a deep condition": (lambda x: x["routes"]["eval"].update(conditions=["-" * 60_000 + "1"]), "no condition on sizes"),
+    "a size of no input": (lambda x: x["routes"]["eval"].update(conditions=["L['inputs'][7].size()[0] > 1"]), "no condition"),
+    "a tensor twice": (lambda x: x["tensors"].append(x["tensors"][0]), "tensors: expected every name once"),
+    "another mode's graph": (lambda x: x["routes"].pop("eval"), "routes: expected 'eval', the mode that the model is in"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ROUTES)
+def test_graphs_that_no_writer_would_write_are_refused_when_they_are_read(composed_folder, tmp_path, kind):
+    change, message = ROUTES[kind]
+    shutil.copytree(composed_folder, tmp_path / "x")
+    path = tmp_path / "x" / "composed.json"
+    value = json.loads(path.read_text())
+    change(value)
+    path.write_text(json.dumps(value))
+    with pytest.raises(FormatError, match=rf"composed\.json: .*{message}"):
+        load_composed(tmp_path / "x")
+
+
+def test_further_entries_are_let_through(composed_folder, tmp_path):
+    shutil.copytree(composed_folder, tmp_path / "x")
+    path = tmp_path / "x" / "composed.json"
+    value = json.loads(path.read_text())
+    for holder in (value, value["layers"][0], value["taps"][0], value["tensors"][0]):
+        holder["of a later release"] = 1
+    path.write_text(json.dumps(value))
+    assert load_composed(tmp_path / "x").classes == (0, 2)
+
+
 def test_a_composed_folder_is_refused_by_name_too(tmp_path):
     model = moda.models.create("small_vgg", num_classes=3, width=0.25, image_size=8).eval()
     taps = moda.observe(model, example=torch.randn(2, 3, 8, 8))
@@ -341,6 +431,10 @@ def test_a_list_of_classes_that_never_ends_is_refused(tmp_path):
     for path in (tmp_path / "pipe", Path("/dev/zero"), tmp_path):
         with pytest.raises(ValueError, match="class_list: .* cannot be read"):
             read_class_list(path)
+    for name in ("..", "../other", "a/b", "a\0b"):
+        (tmp_path / "list").write_text(f"{name} cats")
+        with pytest.raises(ValueError, match="class_list: .*, line 1: expected the name of a folder"):
+            read_class_list(tmp_path / "list")
     (tmp_path / "bytes").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ValueError, match="class_list: .* is no list of classes"):
         read_class_list(tmp_path / "bytes")

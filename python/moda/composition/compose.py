@@ -19,7 +19,7 @@ from moda.composition.ensemble import Ensemble, ensemble
 from moda.composition.observed import observed
 from moda.decomposition.container import Decomposition, chosen_classes
 from moda.observation.taps import Taps
-from moda.outputs import Output
+from moda.outputs import Output, check_output
 
 __all__ = ["ComposedModel", "compose", "plan"]
 
@@ -63,6 +63,7 @@ def compose(
         RuntimeError: the composed model does not compute what the masked one does: a mistake of ours.
     """
     chosen = chosen_classes(decomposition, classes)
+    check_output(output)
     names = _class_names(class_names, decomposition)
     if decomposition.combine != "rows":
         return ensemble(
@@ -92,6 +93,7 @@ def plan(
         TypeError, ValueError: as `compose`.
     """
     chosen = chosen_classes(decomposition, classes)
+    check_output(output)
     with observed(model, decomposition.sites) as taps:
         composer = composer_of(taps, decomposition, example, output)
         return composer.plan(decomposition.select(chosen), chosen, published=published)
@@ -101,7 +103,9 @@ def _class_names(given: Sequence[str] | None, decomposition: Decomposition) -> t
     names = decomposition.metadata.get("class_names") if given is None else given
     if names is None:
         return None
-    named = tuple(str(name) for name in names)
+    if isinstance(names, str) or not isinstance(names, Sequence) or not all(isinstance(name, str) for name in names):
+        raise TypeError(f"class_names: expected a sequence of names, got {type(names).__name__}")
+    named = tuple(names)
     if len(named) != decomposition.num_classes:
         raise ValueError(
             f"class_names: expected {decomposition.num_classes} names, one for each class, got {len(named)}"

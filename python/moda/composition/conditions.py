@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
 
-__all__ = ["holds", "is_readable", "leaves_free"]
+__all__ = ["check_condition", "holds", "is_readable", "leaves_free"]
 
 _OPERATORS: dict[type[ast.AST], Callable[..., Any]] = {
     ast.Add: operator.add,
@@ -50,8 +50,20 @@ def holds(condition: str, sizes: Sequence[Sequence[int]]) -> bool:
     try:
         tree = ast.parse(condition, mode="eval")
         return bool(_value(tree.body, sizes))
-    except (SyntaxError, IndexError, ZeroDivisionError, RecursionError):
-        raise ValueError(f"{condition!r}: no condition on sizes") from None
+    except (SyntaxError, IndexError, TypeError, ZeroDivisionError, RecursionError, MemoryError):
+        raise ValueError(f"{condition!r:.200}: no condition on sizes") from None
+
+
+def check_condition(condition: str, fixed: Sequence[Sequence[int | None]]) -> None:
+    """Check that a condition is one on the sizes of inputs, of which some are fixed.
+
+    Raises:
+        ValueError: it holds something else than sizes and arithmetic, or a size that no input has.
+    """
+    # Large numbers for those that may be any: no difference of two is 0, by which a condition might divide.
+    holds(
+        condition, [[1009 * (dim + 1) if size is None else size for dim, size in enumerate(sizes)] for sizes in fixed]
+    )
 
 
 _SIZE = r"L\['inputs'\]\[(\d+)\]\.size\(\)\[(\d+)\]"

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moda.checks import digest, flag, integer, items, json_value, mapping, one_of, optional, record, text
+from moda.checks import Check, digest, flag, integer, items, json_value, mapping, one_of, optional, record, text
 from moda.composition.composed import ComposedModel, Facts, Route, parameters_of
+from moda.composition.conditions import check_condition
 from moda.composition.ensemble import ClassHead, Ensemble
 from moda.composition.graphs import describe, module_of, module_settings, restore
 from moda.composition.report import Layer
@@ -44,10 +45,10 @@ _sizes = items(items(optional(integer(0))))
 _route = record(
     {"graph": json_value, "inputs": json_value, "outputs": json_value, "fixed": _sizes, "conditions": items(text())}
 )
-_layer = record({
+_LAYER: dict[str, Check] = {
     "name": text(empty=True), "neurons": integer(0), "of": integer(0), "parameters": integer(0), "whole": integer(0),
     "why": text(empty=True),
-})  # fmt: skip
+}  # fmt: skip
 _tensor = record({
     "name": text(), "kind": one_of(("parameter", "buffer", "constant")), "same_as": text(), "trainable": flag,
     "shape": items(integer(0)),
@@ -64,7 +65,7 @@ COMPOSED = Format(
         "routes": mapping(_route, least=1),
         "training": flag,
         "frozen": items(text(empty=True)),
-        "layers": items(_layer),
+        "layers": items(record(_LAYER)),
         "whole_parameters": integer(0),
         "refused": mapping(text(empty=True, longest=1 << 16)),
         "weights_sha256": digest,
@@ -106,13 +107,14 @@ def save_composed(
         TypeError: `composed` was not made by `moda.compose`.
         ValueError: it calls an operation that a file cannot describe, or the folder is of another kind: a run, ...
     """
+    folder = as_path("folder", folder)
+    kept = {} if metadata is None else mapping(json_value)("metadata", metadata)
     if isinstance(composed, Ensemble):
-        _save_ensemble(composed, Path(folder), dict(metadata or {}))
+        _save_ensemble(composed, folder, kept)
         return
     if not isinstance(composed, ComposedModel):
         raise TypeError(f"composed: expected a model made by moda.compose, got {type(composed).__name__}")
     routes = {mode: _described(route) for mode, route in composed.routes.items()}
-    folder = as_path("folder", folder)
     check_own_folder(folder, DESCRIPTION_FILE)
     tensors = parameters_of(composed)
     first: dict[int, str] = {}
@@ -146,7 +148,7 @@ def save_composed(
         "refused": dict(facts.refused),
         "weights_sha256": sha256_of_bytes(weights),
         "masks_sha256": sha256_of_bytes(masks),
-        "metadata": dict(metadata or {}),
+        "metadata": kept,
     }
     COMPOSED.write_with(folder / DESCRIPTION_FILE, description, {WEIGHTS_FILE: weights, MASKS_FILE: masks})
 
@@ -306,7 +308,7 @@ def load_composed(folder: str | Path) -> ComposedModel | Ensemble:
         num_classes=description["num_classes"],
         masks={tap: masks[tap] for tap in shapes},
         class_names=None if names is None else tuple(names),
-        layers=tuple(Layer(**layer) for layer in description["layers"]),
+        layers=tuple(Layer(**{name: layer[name] for name in _LAYER}) for layer in description["layers"]),
         parameters=description["whole_parameters"],
         refused=description["refused"],
     )
@@ -320,9 +322,15 @@ def _check_names(description: Mapping[str, Any], path: Path) -> None:
     for entry in description["tensors"]:
         if entry["same_as"] not in tensors:
             raise FormatError(f"{path}: tensor {entry['name']!r} is the same as {entry['same_as']!r}, which is missing")
+    twice = len(description["tensors"]) - len(tensors)
+    if twice:
+        raise FormatError(f"{path}: tensors: expected every name once, got {twice} of them more often")
     for mode in description["routes"]:
         if mode not in ("train", "eval"):
-            raise FormatError(f"{path}: routes: expected 'train' and 'eval', got {mode!r}")
+            raise FormatError(f"{path}: routes: expected 'train' and 'eval', got {mode!r:.80}")
+    mode = "train" if description["training"] else "eval"
+    if mode not in description["routes"]:
+        raise FormatError(f"{path}: routes: expected {mode!r}, the mode that the model is in, which is missing")
     names = description["class_names"]
     if names is not None and len(names) != description["num_classes"]:
         raise FormatError(f"{path}: class_names: expected {description['num_classes']} names, got {len(names)}")
@@ -338,7 +346,12 @@ def _route_of(entry: Mapping[str, Any]) -> Route:
         raise ValueError("routes: a graph has other inputs than are described")
     if not isinstance(given, list | tuple) or len(given) != len(list(outputs.paths())):
         raise ValueError("routes: a graph has other outputs than are described")
-    return Route(graph, inputs, outputs, fixed, tuple(entry["conditions"]))
+    if [part.kind for part in inputs.parts] != ["list", "dict"]:
+        raise ValueError("routes: inputs: expected a list of positional arguments and a dict of those by keyword")
+    conditions = tuple(entry["conditions"])
+    for condition in conditions:
+        check_condition(condition, fixed)
+    return Route(graph, inputs, outputs, fixed, conditions)
 
 
 def _assembled(

@@ -12,7 +12,7 @@ from moda.composition.ensemble import Ensemble, ensemble
 from moda.composition.observed import check_taps, names_every_tap, observed
 from moda.decomposition.container import Decomposition, chosen_classes
 from moda.observation.taps import Taps
-from moda.outputs import Output, pick
+from moda.outputs import Output, check_output, pick
 
 __all__ = ["MaskedModel", "mask"]
 
@@ -109,6 +109,7 @@ def mask(
             neurons or number of classes of the decomposition are not those of the model.
     """
     chosen = chosen_classes(decomposition, classes)
+    check_output(output)
     if decomposition.combine != "rows":
         return ensemble(decomposition, chosen, lambda rows, wanted: mask(model, rows, wanted, output=output))
     every = names_every_tap(decomposition)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
@@ -15,12 +14,13 @@ from moda.composition.compose import plan
 from moda.composition.composer import Composer, Plan, composer_of
 from moda.composition.kept import Kept
 from moda.composition.observed import observed
-from moda.data.unpacking import Inputs, Unpack, unpacked
+from moda.data.unpacking import Inputs, Unpack, check_callable, check_loader, unpacked
 from moda.decomposition.container import Decomposition, check_classes, check_decomposition, chosen_classes
 from moda.decomposition.heads import head_parameters
-from moda.inference import device_of, evaluating
+from moda.inference import check_module, device_of, evaluating
 from moda.observation.taps import Taps
-from moda.outputs import Output, logits_of
+from moda.outputs import Output, check_output, logits_of
+from moda_kernels.validation import MOST_CLASSES, check_strided, shown
 
 __all__ = [
     "accuracy",
@@ -171,9 +171,17 @@ def overlap_matrix(
 def mean_over_pairs(matrix: Tensor) -> float:
     """Mean of a (K, K) matrix over the pairs of different classes: of the entries off the diagonal; 0 for one class.
 
+    Raises:
+        TypeError, ValueError: it is no such matrix.
+
     >>> mean_over_pairs(torch.tensor([[1.0, 0.25], [0.75, 1.0]]))
     0.5
     """
+    if not isinstance(matrix, Tensor):
+        raise TypeError(f"matrix: expected a tensor, got {type(matrix).__name__}")
+    check_strided(matrix, "matrix")
+    if matrix.dim() != 2 or matrix.shape[0] != matrix.shape[1] or not matrix.numel():
+        raise ValueError(f"matrix: expected shape (classes, classes), got {tuple(matrix.shape)}")
     classes = len(matrix)
     return float((matrix.triu(1) + matrix.tril(-1).T).sum() / max(1, classes * (classes - 1)))
 
@@ -181,8 +189,8 @@ def mean_over_pairs(matrix: Tensor) -> float:
 def _overlaps(
     model: nn.Module | Taps, decomposition: Decomposition, classes: Sequence[int], counting: Counting, example: Any
 ) -> Tensor:
-    if counting not in ("published", "parameters"):
-        raise ValueError(f"counting: expected 'published' or 'parameters', got {counting!r}")
+    if not isinstance(counting, str) or counting not in ("published", "parameters"):
+        raise ValueError(f"counting: expected 'published' or 'parameters', got {shown(counting)}")
     composer = _composer(model, decomposition, example)
     modules = [_module_plan(composer, decomposition, c).kept for c in classes]
     shared = np.zeros((len(classes), len(classes)))
@@ -278,6 +286,10 @@ def accuracy(
         >>> accuracy(nn.Identity(), [(logits, labels)], classes=[0, 1])  # the third logit does not compete
         1.0
     """
+    check_module(model)
+    check_loader(loader)
+    check_callable(unpack, "unpack")
+    check_output(output)
     if classes is None:
         classes = getattr(model, "classes", None)
     chosen = None if classes is None else _checked(classes, getattr(model, "classes", None))
@@ -296,8 +308,7 @@ def accuracy(
 
 
 def _checked(classes: Sequence[int], known: Sequence[int] | None) -> list[int]:
-    limit = max((operator.index(c) for c in classes), default=-1) + 1
-    chosen = check_classes(classes, max(limit, 1))
+    chosen = check_classes(classes, MOST_CLASSES)
     unknown = [c for c in chosen if known is not None and c not in known]
     if unknown:
         raise ValueError(f"classes: expected classes of the model, {list(known or ())}, got {unknown}")

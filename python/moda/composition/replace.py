@@ -20,7 +20,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moda.inference import device_of
+from moda.checks import check_count, integer, number
+from moda.data.unpacking import check_loader
+from moda.inference import check_module, device_of
+from moda_kernels.validation import check_labels
 
 
 @dataclass(frozen=True)
@@ -40,14 +43,12 @@ class Calibration:
     init_std: float = 0.01
 
     def __post_init__(self) -> None:
-        """Every field is as the class's docstring says, or a ValueError that names it."""
-        if self.epochs < 1:
-            raise ValueError(f"epochs: expected at least 1, got {self.epochs}")
+        """Every field is as the class's docstring says, or a TypeError or ValueError that names it."""
+        check_count("epochs", self.epochs)
         for name in ("lr", "init_std"):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value > 0):
-                raise ValueError(f"{name}: expected a finite number above 0, got {value}")
-        if not 0 < self.momentum < 1:
+            if not number()(name, getattr(self, name)) > 0:
+                raise ValueError(f"{name}: expected a finite number above 0, got {getattr(self, name)}")
+        if not 0 < number()("momentum", self.momentum) < 1:
             raise ValueError(f"momentum: expected a number between 0 and 1, got {self.momentum}")
 
 
@@ -131,14 +132,18 @@ def replace(
         ValueError: `position` is no set of outputs of the weak model, or does not match the module's outputs; the
             loader is empty or a label is outside [0, K).
     """
+    _check_models(weak, module)
+    if calibration is not None and not isinstance(calibration, Calibration):
+        raise TypeError(f"calibration: expected Calibration or None, got {type(calibration).__name__}")
     settings = calibration or Calibration()
-    positions = [position] if isinstance(position, int) else list(position)
+    positions = _positions(position)
+    check_loader(calibration_loader, name="calibration_loader")
     batches = iter(calibration_loader)
     first = next(batches, None)
     if first is None:
         raise ValueError("calibration_loader: expected at least one batch, got none")
     device = device_of(weak)
-    classes = _check_outputs(weak, module, positions, first[0].to(device))
+    classes = _check_outputs(weak, module, positions, _parts(first, "calibration_loader")[0].to(device))
     layer = nn.Linear(classes, classes, device=device)
     nn.init.normal_(layer.weight, std=settings.init_std)
     nn.init.zeros_(layer.bias)
@@ -161,11 +166,14 @@ def normalize(weak: nn.Module, module: nn.Module, position: int, bounds_loader: 
         ValueError: `position` is no output of the weak model, the module has not one output, the loader is empty, or
             the module gives the same logit everywhere, so that there is nothing to normalise by.
     """
+    _check_models(weak, module)
+    check_loader(bounds_loader, name="bounds_loader")
+    (position,) = _positions([position])
     device = device_of(weak)
     low, high = math.inf, -math.inf
     module.eval()
     for index, batch in enumerate(bounds_loader):
-        inputs = batch[0].to(device)
+        inputs = _inputs(batch, "bounds_loader").to(device)
         if index == 0:
             _check_outputs(weak, module, [position], inputs)
         with torch.no_grad():
@@ -176,6 +184,18 @@ def normalize(weak: nn.Module, module: nn.Module, position: int, bounds_loader: 
     if low == high:
         raise ValueError(f"bounds_loader: expected inputs with different logits of the module, got {low:g} for all")
     return NormalizedModel(weak, module, position, torch.tensor([low, high], device=device))
+
+
+def _check_models(weak: Any, module: Any) -> None:
+    check_module(weak, "weak")
+    check_module(module, "module")
+
+
+def _positions(position: Any) -> list[int]:
+    given = [position] if isinstance(position, int) else position
+    if isinstance(given, str | bytes) or not isinstance(given, Sequence):
+        raise TypeError(f"position: expected an index, or a sequence of them, got {type(position).__name__}")
+    return [integer()("position", index) for index in given]
 
 
 def _calibrate(replaced: CalibratedModel, batches: Sequence[tuple[Tensor, Tensor]], settings: Calibration) -> None:
@@ -191,9 +211,25 @@ def _calibrate(replaced: CalibratedModel, batches: Sequence[tuple[Tensor, Tensor
         schedule.step()
 
 
-def _logits_of(replaced: CalibratedModel, batch: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+def _inputs(batch: Any, name: str) -> Tensor:
+    """The inputs of a batch, its first part."""
+    if not isinstance(batch, Sequence) or not batch or not isinstance(batch[0], Tensor):
+        raise TypeError(f"{name}: expected batches (inputs, labels) of tensors, got {type(batch).__name__}")
+    return batch[0]
+
+
+def _parts(batch: Any, name: str) -> tuple[Tensor, Tensor]:
+    """The inputs and the labels of a batch."""
+    inputs = _inputs(batch, name)
+    if len(batch) < 2:
+        raise TypeError(f"{name}: expected batches (inputs, labels) of tensors, got one part")
+    check_labels(batch[1])
+    return inputs, batch[1]
+
+
+def _logits_of(replaced: CalibratedModel, batch: Any) -> tuple[Tensor, Tensor]:
     device = replaced.calibration.weight.device
-    inputs, labels = batch[0].to(device), batch[1].to(device)
+    inputs, labels = (part.to(device) for part in _parts(batch, "calibration_loader"))
     classes = replaced.calibration.out_features
     if int(labels.min()) < 0 or int(labels.max()) >= classes:
         wrong = labels[(labels < 0) | (labels >= classes)][0].item()

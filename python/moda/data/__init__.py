@@ -7,9 +7,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from moda.checks import one_of
 from moda.data import cifar, digits, imagefolder, svhn
 from moda.data.replacement import replacement_part
 from moda.data.splits import DataSplits
+from moda.files import as_path
 from moda.lazy import submodules
 
 __all__ = ["NAMES", "DataSplits", "load"]
@@ -43,15 +45,14 @@ def load(name: str, root: str | Path = "data", **options: Any) -> DataSplits:
         FileNotFoundError: the data set is not in `root`; the message says what to put where.
         ImportError: a package that it needs is missing; the message says which.
     """
-    if name not in NAMES:
-        raise ValueError(f"name: expected one of {', '.join(NAMES)}, got {name!r}")
+    one_of(NAMES)("name", name)
     replacement = options.pop("replacement", None)
     loader = _LOADERS[name]
     known = [option for option in inspect.signature(loader).parameters if option != "root"]
     unknown = sorted(set(options) - set(known))
     if unknown:
         raise TypeError(f"options: {name} takes {', '.join(known)}, got {', '.join(unknown)}")
-    splits = loader(Path(root).expanduser(), **options)
+    splits = loader(as_path("root", root).expanduser(), **options)
     return splits if replacement is None else _replacement(splits, replacement)
 
 
@@ -59,7 +60,7 @@ def _replacement(splits: DataSplits, arguments: Any) -> DataSplits:
     known = set(inspect.signature(replacement_part).parameters) - {"splits"}
     if not isinstance(arguments, Mapping) or not {"part", "mixed_class"} <= set(arguments) <= known:
         raise TypeError(
-            f"replacement: expected a mapping with part and mixed_class of {sorted(known)}, got {arguments}"
+            f"replacement: expected a mapping with part and mixed_class of {sorted(known)}, got {arguments!r:.200}"
         )
     return replacement_part(splits, **arguments)
 

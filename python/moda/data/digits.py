@@ -8,6 +8,7 @@ from torch.nn import functional as F
 from moda.checks import check_count
 from moda.data.splits import DataSplits, InMemory, require
 
+MOST_SEED = (1 << 32) - 1
 MOST_VALUES = 1 << 18
 """Numbers of an image at most: all images are in memory, 2 GiB with so many."""
 
@@ -17,7 +18,7 @@ def load(root: object, *, seed: int = 0, channels: int = 3, image_size: int = 8)
 
     Args:
         root: not used.
-        seed: the seed of the split, at least 0.
+        seed: the seed of the split, in [0, 2^32).
         channels: the number of times the grey channel is repeated.
         image_size: the height and width; images are resized bilinearly unless it is 8.
 
@@ -25,7 +26,7 @@ def load(root: object, *, seed: int = 0, channels: int = 3, image_size: int = 8)
         TypeError, ValueError: an argument is not as above.
         ImportError: scikit-learn is missing.
     """
-    check_count("seed", seed, least=0)
+    check_count("seed", seed, least=0, most=MOST_SEED)
     check_count("channels", channels)
     check_count("image_size", image_size)
     if channels * image_size**2 > MOST_VALUES:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+from moda.checks import check_count, check_number
 
 Integers = npt.NDArray[np.int64]
 _TRIES = 10_000
@@ -41,17 +44,14 @@ def dirichlet_split(
         train_share: share of the sample to train on, in [0, 1].
 
     Raises:
-        ValueError: an argument is not as above, or no draw gives every class so many samples.
+        TypeError, ValueError: an argument is not as above, or no draw gives every class so many samples.
     """
-    labels = np.asarray(labels).astype(np.int64, casting="safe") if np.size(labels) else np.zeros(0, np.int64)
-    classes = int(labels.max()) + 1 if labels.size else 0
+    labels, classes = _checked_labels(labels)
     counts = np.bincount(labels, minlength=classes)
-    if not classes or not counts.all():
-        raise ValueError("labels: expected integers in [0, K) with samples of every class")
-    if not alpha > 0:
-        raise ValueError(f"alpha: expected a number above 0, got {alpha}")
-    if not 0 <= train_share <= 1:
-        raise ValueError(f"train_share: expected a number in [0, 1], got {train_share}")
+    check_count("seed", seed, least=0, most=(1 << 32) - 1)
+    alpha = check_number("alpha", alpha, above=0)
+    check_count("least", least, least=0)
+    check_number("train_share", train_share, at_least=0, at_most=1)
     generator = np.random.RandomState(seed)
     for _ in range(_TRIES):
         proportions = generator.dirichlet(np.repeat(alpha, classes))
@@ -66,3 +66,17 @@ def dirichlet_split(
             cut = int(train_share * len(chosen))
             return DirichletSplit(np.array(chosen[:cut], np.int64), np.array(chosen[cut:], np.int64))
     raise ValueError(f"least: expected a number that draws reach, got {least} of classes with {counts.min()} samples")
+
+
+def _checked_labels(labels: Any) -> tuple[Integers, int]:
+    """The labels as (n,) int64, and K."""
+    try:
+        given = np.asarray(labels)
+    except (TypeError, ValueError, RuntimeError):  # a tensor that is not on the CPU or has no numbers, lists of lists
+        given = np.zeros(0, np.object_)
+    if given.ndim != 1 or (given.size and not np.issubdtype(given.dtype, np.integer)):
+        raise TypeError(f"labels: expected a sequence of integers, got {type(labels).__name__}")
+    # K classes with samples of each take K samples at least, so that a larger one needs no look at the others.
+    if not given.size or given.min() < 0 or given.max() >= len(given) or not np.bincount(given.astype(np.int64)).all():
+        raise ValueError("labels: expected integers in [0, K) with samples of every class")
+    return given.astype(np.int64), int(given.max()) + 1

@@ -73,7 +73,7 @@ def read_class_list(path: Path) -> dict[str, str]:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: it holds no class, or one twice.
+        ValueError: it holds no class, one twice, or what is no folder's name.
     """
     if not path.exists():
         raise FileNotFoundError(f"class_list: {path} is not there")
@@ -86,8 +86,10 @@ def read_class_list(path: Path) -> dict[str, str]:
         folder, _, name = line.strip().partition(" ")
         if not folder:
             continue
+        if folder in (".", "..") or "/" in folder or "\\" in folder or "\0" in folder:
+            raise ValueError(f"class_list: {path}, line {number}: expected the name of a folder, got {folder!r:.80}")
         if folder in names:
-            raise ValueError(f"class_list: {path}, line {number}: {folder} occurs a second time")
+            raise ValueError(f"class_list: {path}, line {number}: {folder:.80} occurs a second time")
         names[folder] = name.strip() or folder
     if not names:
         raise ValueError(f"class_list: {path} names no class; expected lines of `<folder> <name>`")

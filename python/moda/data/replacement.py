@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, TensorDataset
 
+from moda.checks import check_count, check_number, one_of
 from moda.data.splits import DataSplits, InMemory
 
 PARTS = ("strong", "weak")
@@ -55,17 +56,19 @@ def replacement_part(
         seed: the seed of the choice and order of the weak samples.
 
     Raises:
-        ValueError: an argument is not as above.
+        TypeError, ValueError: an argument is not as above.
     """
+    if not isinstance(splits, DataSplits):
+        raise TypeError(f"splits: expected a DataSplits, got {type(splits).__name__}")
     strong = range(splits.num_classes // 2)
     if splits.num_classes < 4:
         raise ValueError(f"splits: expected at least 4 classes, got {splits.num_classes}")
-    if part not in PARTS:
-        raise ValueError(f"part: expected one of {', '.join(PARTS)}, got {part!r}")
+    one_of(PARTS)("part", part)
+    check_count("mixed_class", mixed_class, least=0)
+    check_number("fraction", fraction, above=0, at_most=1)
+    check_count("seed", seed, least=0)
     if mixed_class not in strong:
         raise ValueError(f"mixed_class: expected a strong class, in [0, {len(strong)}), got {mixed_class}")
-    if not 0 < fraction <= 1:
-        raise ValueError(f"fraction: expected a number in (0, 1], got {fraction}")
     if part == "strong":
         return _restricted(splits, list(strong))
     classes = [*range(len(strong), splits.num_classes), mixed_class]

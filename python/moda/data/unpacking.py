@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from numbers import Number
 from typing import Any, TypeAlias
 
 import torch
@@ -44,8 +45,39 @@ class Inputs:
         return model(*self.args, **self.kwargs)
 
 
-def unpacked(batch: Any, unpack: Unpack | None = None) -> tuple[Inputs, Tensor]:
-    """A batch's inputs and labels.
+def check_loader(loader: Any, *, name: str = "loader", again: bool = False) -> None:
+    """Refuse what gives no batches.
+
+    Args:
+        loader: what should give batches.
+        name: what errors call it.
+        again: whether it is run through more than once, which an iterator cannot be.
+
+    Raises:
+        TypeError: it is nothing of that kind.
+    """
+    gives = hasattr(type(loader), "__iter__") or hasattr(type(loader), "__getitem__")
+    if not gives or isinstance(loader, str | bytes | Number | Tensor | Mapping | type):
+        raise TypeError(f"{name}: expected batches of (inputs, labels), got {type(loader).__name__}")
+    if again and isinstance(loader, Iterator):
+        raise TypeError(
+            f"{name}: expected batches that can be run through again, such as a list or a DataLoader, "
+            f"got a {type(loader).__name__}, which gives them once"
+        )
+
+
+def check_callable(function: Any, name: str) -> None:
+    """Refuse what is neither None nor a function.
+
+    Raises:
+        TypeError: it is something else.
+    """
+    if function is not None and not callable(function):
+        raise TypeError(f"{name}: expected a function, got {type(function).__name__}")
+
+
+def unpacked(batch: Any, unpack: Unpack | None = None, name: str = "loader") -> tuple[Inputs, Tensor]:
+    """A batch's inputs and labels; `name` is what errors call the loader.
 
     Without `unpack`, a batch is (inputs, labels), where inputs may be several tensors in a tuple, list or dict;
     (input, input, ..., labels); or a dict that has its labels under "labels", the rest being keyword arguments.
@@ -59,33 +91,33 @@ def unpacked(batch: Any, unpack: Unpack | None = None) -> tuple[Inputs, Tensor]:
             raise TypeError(f"unpack: expected a function that gives (inputs, labels), got {type(pair).__name__} of it")
         return Inputs.of(pair[0]), pair[1]
     if isinstance(batch, Mapping):
-        return _of_mapping(batch)
+        return _of_mapping(batch, name)
     if not isinstance(batch, tuple | list):
-        raise _other_form(f"{type(batch).__name__}")
+        raise _other_form(name, f"{type(batch).__name__}")
     if len(batch) < 2:
-        raise _other_form(f"{type(batch).__name__} of {len(batch)}")
+        raise _other_form(name, f"{type(batch).__name__} of {len(batch)}")
     several = len(batch) > 2 and not _are_labels(batch[1]) and _are_labels(batch[-1])
     inputs, labels = (list(batch[:-1]), batch[-1]) if several else batch[:2]
     if not isinstance(labels, Tensor):
-        raise _other_form(f"labels of type {type(labels).__name__}")
+        raise _other_form(name, f"labels of type {type(labels).__name__}")
     if not isinstance(inputs, Tensor | Mapping | tuple | list):
-        raise _other_form(f"inputs of type {type(inputs).__name__}")
+        raise _other_form(name, f"inputs of type {type(inputs).__name__}")
     return Inputs.of(inputs), labels
 
 
-def _other_form(what: str) -> TypeError:
+def _other_form(name: str, what: str) -> TypeError:
     return TypeError(
-        f"loader: expected batches of (inputs, labels), got {what}; dicts with 'labels' will do too, and unpack= takes "
+        f"{name}: expected batches of (inputs, labels), got {what}; dicts with 'labels' will do too, and unpack= takes "
         "others apart"
     )
 
 
-def _of_mapping(batch: Mapping[str, Any]) -> tuple[Inputs, Tensor]:
+def _of_mapping(batch: Mapping[str, Any], name: str) -> tuple[Inputs, Tensor]:
     key = next((key for key in _LABELS if key in batch), None)
     if key is None:
-        raise _other_form(f"a dict of {sorted(map(str, batch))}")
+        raise _other_form(name, f"a dict of {sorted(map(str, batch))}")
     if not isinstance(batch[key], Tensor):
-        raise _other_form(f"labels of type {type(batch[key]).__name__}")
+        raise _other_form(name, f"labels of type {type(batch[key]).__name__}")
     return Inputs((), {name: value for name, value in batch.items() if name != key}), batch[key]
 
 

@@ -16,8 +16,9 @@ from moda.decomposition.scores import Attributions
 from moda.decomposition.targets import Target, evaluated, named
 from moda.inference import device_of, evaluating
 from moda.observation.taps import Taps, observing
-from moda.outputs import Output, logits_of
+from moda.outputs import Output, check_output, logits_of
 from moda_kernels import AttributionSums
+from moda_kernels.distributed import check_group
 from moda_kernels.validation import check_label_range
 
 if TYPE_CHECKING:
@@ -67,11 +68,14 @@ def attribute(
             the target does not depend on any tap.
     """
     name, function = named(target)
+    gradients = _Gradients(num_classes, backend)
+    given = batches(loader, "Attributing", progress, unpack)
+    check_output(output)
+    check_group(group)
     with observing(model) as taps:
         device = device_of(taps.model)
-        gradients = _Gradients(num_classes, backend)
         with evaluating(taps.model), _without_parameter_gradients(taps.model), torch.enable_grad():
-            for inputs, labels, own in batches(loader, "Attributing", progress, unpack):
+            for inputs, labels, own in given:
                 check_label_range(labels[:own], num_classes)
                 counted = labels[:own].to(device).long()
                 logits = logits_of(gradients.forward(taps, inputs.to(device), counted), num_classes, output)
@@ -91,6 +95,7 @@ class _Gradients:
 
     def __init__(self, num_classes: int, backend: str) -> None:
         self._make = partial(AttributionSums, num_classes, backend=backend)
+        self._make()  # which checks both
         self._sums: dict[int, AttributionSums] = {}
         self._sizes = torch.zeros(num_classes, dtype=torch.int64)
         self._overwritten: set[int] = set()  # taps that the model overwrites later

@@ -25,6 +25,8 @@ def masks_from_scores(scores: NeuronScores, epsilon: float = 0.05) -> dict[str, 
     Raises:
         TypeError, ValueError: a score is not finite or below 0, or `epsilon` is not in [0, 1].
     """
+    if not isinstance(scores, NeuronScores):
+        raise TypeError(f"scores: expected Attributions or ActivationShares, got {type(scores).__name__}")
     check_scores(scores.scores)
     return masks_from_shares(scores.shares, epsilon)
 
@@ -46,7 +48,7 @@ def masks_from_shares(shares: Mapping[str, Tensor], epsilon: float = 0.05) -> di
         TypeError, ValueError: an argument is not as above.
     """
     check_fraction("epsilon", epsilon)
-    check_scores(shares)
+    check_scores(shares, "shares")
     together = torch.cat([given.double() for given in shares.values()], dim=1)
     ordered, order = together.sort(dim=1, descending=True, stable=True)
     running = ordered.cumsum(1)

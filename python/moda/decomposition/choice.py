@@ -23,7 +23,7 @@ from moda.decomposition.scores import NeuronScores
 from moda.decomposition.settings import check_fraction
 from moda.inference import device_of, evaluating
 from moda.observation.taps import Taps, observing
-from moda.outputs import Output, logits_of
+from moda.outputs import Output, check_output, logits_of
 from moda_kernels.validation import check_label_range
 
 CANDIDATES = (0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.15, 0.2, 0.3)
@@ -113,19 +113,25 @@ def choose_epsilon(
     Raises:
         TypeError, ValueError: an argument is not as above, or the loader lacks samples of a class.
     """
+    if not isinstance(scores, NeuronScores):
+        raise TypeError(f"scores: expected Attributions or ActivationShares, got {type(scores).__name__}")
+    if isinstance(candidates, str | bytes) or not isinstance(candidates, Sequence):
+        raise TypeError(f"candidates: expected a sequence of epsilons, got {type(candidates).__name__}")
     for value in candidates:
         check_fraction("candidates", value)
     if not candidates:
         raise ValueError("candidates: expected at least one epsilon, got none")
+    check_output(output)
     if isinstance(tolerance, bool) or not isinstance(tolerance, (int, float)):
         raise TypeError(f"tolerance: expected a number of percentage points, got {type(tolerance).__name__}")
     if not tolerance >= 0:
         raise ValueError(f"tolerance: expected percentage points of at least 0, got {tolerance}")
+    given = batches(loader, "Choosing epsilon", progress, unpack)
     epsilons = sorted(set(map(float, candidates)))
     with observing(model) as taps, evaluating(taps.model), torch.no_grad():
         device = device_of(taps.model)
         pairs = _Pairs(scores, epsilons, device, output)
-        for inputs, labels, _ in batches(loader, "Choosing epsilon", progress, unpack):
+        for inputs, labels, _ in given:
             check_label_range(labels, scores.num_classes)
             pairs.add(taps, inputs.to(device), labels.to(device).long())
     curve = pairs.curve()

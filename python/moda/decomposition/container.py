@@ -16,6 +16,7 @@ from moda.decomposition.files import METADATA_FILE, read_decomposition, write_de
 from moda.decomposition.heads import check_heads
 from moda.decomposition.settings import Combine, check_combine, check_settings
 from moda.files import format_errors
+from moda_kernels.validation import shown
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,6 +53,8 @@ class Decomposition:
     def __post_init__(self) -> None:
         _check_masks(self.masks)
         check_combine(self.combine)
+        if not isinstance(self.heads, Mapping):
+            raise TypeError(f"heads: expected a mapping of names to tensors, got {type(self.heads).__name__}")
         if (self.combine == "probability") != bool(self.heads):
             wanted = "heads" if self.combine == "probability" else "no heads"
             raise ValueError(f"heads: expected {wanted} where outputs combine by {self.combine!r}")
@@ -146,12 +149,9 @@ def check_classes(classes: Iterable[int], num_classes: int) -> list[int]:
         >>> check_classes((2, 0), num_classes=3)
         [2, 0]
     """
-    if isinstance(classes, (int, str)):
-        raise TypeError(f"classes: expected a sequence of class indices, got {classes!r}")
-    try:
-        chosen = [operator.index(c) for c in classes]
-    except TypeError:
-        raise TypeError(f"classes: expected a sequence of class indices, got {classes!r}") from None
+    chosen = _indices(classes)
+    if chosen is None:
+        raise TypeError(f"classes: expected a sequence of class indices, got {shown(classes)}")
     if not chosen:
         raise ValueError("classes: expected at least one class, got none")
     unknown = sorted({c for c in chosen if not 0 <= c < num_classes})
@@ -161,6 +161,17 @@ def check_classes(classes: Iterable[int], num_classes: int) -> list[int]:
     if twice:
         raise ValueError(f"classes: expected every class once, got {twice} more than once")
     return chosen
+
+
+def _indices(classes: Any) -> list[int] | None:
+    """The classes as integers, None if they are none; a bool is no class, nor is a string a sequence of them."""
+    try:
+        given = None if isinstance(classes, str | bytes | Mapping) else list(classes)
+        if given is None or any(isinstance(each, bool) for each in given):
+            return None
+        return [operator.index(each) for each in given]
+    except TypeError:
+        return None
 
 
 def _check_masks(masks: Mapping[str, Tensor]) -> None:

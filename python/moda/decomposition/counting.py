@@ -17,6 +17,7 @@ from moda.inference import device_of, evaluating
 from moda.observation.run import OTHER_CALLS
 from moda.observation.taps import Taps, observing
 from moda_kernels import FiringCounter
+from moda_kernels.distributed import check_group
 
 if TYPE_CHECKING:
     from moda_kernels.distributed import Group
@@ -62,6 +63,7 @@ def count_firings(
             not the same ones in every forward pass.
     """
     counter = FiringCounter(num_classes, threshold=threshold, backend=backend)
+    check_group(group)
     names = run_counter(counter, model, batches(loader, "Counting firings", progress, unpack), group)
     return FiringRates(
         taps=names,
@@ -100,6 +102,7 @@ def activation_shares(
         TypeError, ValueError: as `count_firings`.
     """
     counter = FiringCounter(num_classes, backend=backend, sums=True)
+    check_group(group)
     names = run_counter(counter, model, batches(loader, "Adding up activations", progress, unpack), group)
     return ActivationShares(
         scores={tap: mean.float().cpu() for tap, mean in zip(names, counter.means, strict=True)},

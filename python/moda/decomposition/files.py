@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moda.checks import Check, digest, integer, items, json_value, mapping, number, record, text
+from moda.checks import Check, digest, integer, items, json_value, mapping, number, one_of, record, text
 from moda.decomposition.rates import FiringRates
 from moda.decomposition.scores import ActivationShares, Attributions, NeuronScores, check_scores
 from moda.files import (
@@ -160,6 +160,8 @@ def save_rates(rates: FiringRates, folder: str | Path, metadata: Mapping[str, An
         metadata: what else is worth keeping, anything that JSON can hold.
     """
     folder = as_path("folder", folder)
+    if not isinstance(rates, FiringRates):
+        raise TypeError(f"rates: expected FiringRates, got {type(rates).__name__}")
     check_own_folder(folder, RATES_FILE)
     counts = tensor_bytes(rates.counts)
     described = {
@@ -168,7 +170,7 @@ def save_rates(rates: FiringRates, folder: str | Path, metadata: Mapping[str, An
         "firing_threshold": rates.threshold,
         "taps": described_sites(rates.counts),
         "counts_sha256": sha256_of_bytes(counts),
-        "metadata": dict(metadata or {}),
+        "metadata": {} if metadata is None else metadata,
     }
     RATES.write_with(folder / RATES_FILE, described, {COUNTS_FILE: counts})
 
@@ -207,7 +209,7 @@ def rates_metadata(folder: str | Path) -> dict[str, Any]:
     Raises:
         FormatError (a ValueError): the description is missing or malformed.
     """
-    metadata: dict[str, Any] = RATES.read(Path(folder) / RATES_FILE)["metadata"]
+    metadata: dict[str, Any] = RATES.read(as_path("folder", folder) / RATES_FILE)["metadata"]
     return metadata
 
 
@@ -222,6 +224,8 @@ def save_scores(scores: NeuronScores, folder: str | Path, metadata: Mapping[str,
         metadata: what else is worth keeping, anything that JSON can hold.
     """
     folder = as_path("folder", folder)
+    if not isinstance(scores, NeuronScores):
+        raise TypeError(f"scores: expected Attributions or ActivationShares, got {type(scores).__name__}")
     check_own_folder(folder, SCORES_DESCRIPTION_FILE)
     stored = tensor_bytes(scores.scores)
     described = {
@@ -230,7 +234,7 @@ def save_scores(scores: NeuronScores, folder: str | Path, metadata: Mapping[str,
         **scores.described(),
         "taps": described_sites(scores.scores),
         "scores_sha256": sha256_of_bytes(stored),
-        "metadata": dict(metadata or {}),
+        "metadata": {} if metadata is None else metadata,
     }
     SCORES[scores.rule].write_with(folder / SCORES_DESCRIPTION_FILE, described, {SCORES_FILE: stored})
 
@@ -243,6 +247,7 @@ def load_scores(folder: str | Path, rule: str) -> tuple[NeuronScores, dict[str, 
             other.
     """
     folder = as_path("folder", folder)
+    one_of(SCORES)("rule", rule)
     described = SCORES[rule].read(folder / SCORES_DESCRIPTION_FILE)
     num_classes, class_sizes = described["num_classes"], torch.tensor(described["class_sizes"], dtype=torch.int64)
     with format_errors(folder / SCORES_DESCRIPTION_FILE):

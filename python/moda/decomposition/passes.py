@@ -11,10 +11,11 @@ from rich.progress import track
 from torch import Tensor
 from torch.utils.data import DistributedSampler
 
-from moda.data.unpacking import Inputs, Unpack, unpacked
+from moda.data.unpacking import Inputs, Unpack, check_callable, check_loader, unpacked
 from moda.observation.names import NO_ACTIVATION
 from moda.observation.taps import Taps
 from moda_kernels.distributed import gather_objects, resolve_group
+from moda_kernels.validation import check_flag
 
 if TYPE_CHECKING:
     from moda_kernels.distributed import Group
@@ -24,7 +25,18 @@ Batch: TypeAlias = "tuple[Inputs, Tensor, int]"
 
 
 def batches(loader: Iterable[Any], doing: str, progress: bool, unpack: Unpack | None) -> Iterator[Batch]:
-    """The batches of a loader; a progress bar says what is being done, where somebody looks at a terminal."""
+    """The batches of a loader; a progress bar says what is being done, where somebody looks at a terminal.
+
+    Raises:
+        TypeError: `loader` gives no batches, `unpack` is no function or `progress` no bool.
+    """
+    check_loader(loader)
+    check_callable(unpack, "unpack")
+    check_flag(progress, "progress")
+    return _batches(loader, doing, progress, unpack)
+
+
+def _batches(loader: Iterable[Any], doing: str, progress: bool, unpack: Unpack | None) -> Iterator[Batch]:
     console = Console(stderr=True)
     uncounted = _own_samples(loader)
     if progress and console.is_terminal:  # a log file wants no bar

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
+
+from moda.checks import items, text
+from moda.decomposition.per_class import check_class_sizes, check_per_neuron
+from moda_kernels.validation import check_magnitude, shown
 
 
 @dataclass(frozen=True, eq=False)
@@ -17,6 +23,9 @@ class FiringRates:
         counts: per tap (K, C) int64.
         class_sizes: (K,) int64.
         threshold: the magnitude that a position had to exceed.
+
+    Raises:
+        TypeError, ValueError: an attribute is not as above.
     """
 
     taps: tuple[str, ...]
@@ -26,10 +35,15 @@ class FiringRates:
     threshold: float = 0.0
 
     def __post_init__(self) -> None:
+        items(text(empty=True), least=1)("taps", self.taps)
         for name in ("rates", "counts"):
-            given = list(getattr(self, name))
-            if given != list(self.taps):
-                raise ValueError(f"{name}: expected the taps {list(self.taps)} in this order, got {given}")
+            given = getattr(self, name)
+            if isinstance(given, Mapping) and list(given) != list(self.taps):
+                raise ValueError(f"{name}: expected the taps {list(self.taps)} in this order, got {shown(list(given))}")
+        check_class_sizes(self.class_sizes)
+        check_per_neuron("rates", self.rates, self.num_classes)
+        check_per_neuron("counts", self.counts, self.num_classes, torch.int64)
+        check_magnitude(self.threshold, "threshold")
 
     @property
     def num_classes(self) -> int:

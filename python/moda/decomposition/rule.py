@@ -22,6 +22,7 @@ from moda.decomposition.scores import NeuronScores
 from moda.decomposition.settings import BudgetRule, FiringRule
 from moda.observation.taps import Taps
 from moda.outputs import Output
+from moda_kernels.validation import check_flag, check_strided
 
 
 def masks_from_rates(
@@ -65,6 +66,9 @@ def masks_from_rates(
 def _check_rates(rates: Tensor) -> None:
     if not isinstance(rates, Tensor) or not rates.dtype.is_floating_point:
         raise TypeError(f"rates: expected a floating-point tensor, got {getattr(rates, 'dtype', type(rates).__name__)}")
+    check_strided(rates, "rates")
+    if rates.is_meta:
+        raise TypeError("rates: expected a tensor with numbers, got one on device meta")
     if rates.dim() != 2 or 0 in rates.shape:
         raise ValueError(f"rates: expected shape (classes, neurons), got {tuple(rates.shape)}")
     if not bool(((rates >= 0) & (rates <= 1)).all()):
@@ -116,6 +120,8 @@ def decompose(
         UserWarning: a whole layer has no score for a class, so that the neuron kept there is an arbitrary one; or, with
             firing rates, classes keep nearly all neurons.
     """
+    check_flag(allow_empty_classes, "allow_empty_classes")
+    check_flag(progress, "progress")
     for_auto: dict[str, Any] = {
         "model": model,
         "loader": loader,
@@ -134,7 +140,7 @@ def decompose(
         )
     _check_unused({"threshold": threshold, "min_fraction": min_fraction}, "firing rates", scores.noun)
     _check_seen(scores, allow_empty_classes)
-    if epsilon != "auto":
+    if not (isinstance(epsilon, str) and epsilon == "auto"):
         _check_unused(for_auto, 'epsilon="auto"', f"epsilon={epsilon}")
         return _by_budget(scores, _or(epsilon, 0.05))
     if model is None or loader is None:

@@ -9,6 +9,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from moda.checks import text
+from moda.decomposition.per_class import check_class_sizes, check_per_neuron
+
 
 @dataclass(frozen=True, eq=False)
 class NeuronScores:
@@ -19,7 +22,7 @@ class NeuronScores:
         class_sizes: (K,) int64.
 
     Raises:
-        ValueError: a tap's scores are not of every class, or of no neuron.
+        TypeError, ValueError: an attribute is not as above; what the scores are is looked at by `check_scores`.
     """
 
     rule: ClassVar[str]
@@ -31,12 +34,8 @@ class NeuronScores:
     class_sizes: Tensor
 
     def __post_init__(self) -> None:
-        if not self.scores:
-            raise ValueError("scores: expected at least one tap, got none")
-        for tap, given in self.scores.items():
-            if given.dim() != 2 or given.shape[0] != self.num_classes or given.shape[1] == 0:
-                expected = f"({self.num_classes}, neurons)"
-                raise ValueError(f"scores[{tap!r}]: expected shape {expected}, got {tuple(given.shape)}")
+        check_class_sizes(self.class_sizes)
+        check_per_neuron("scores", self.scores, self.num_classes)
 
     @property
     def taps(self) -> tuple[str, ...]:
@@ -86,6 +85,10 @@ class Attributions(NeuronScores):
     noun: ClassVar[str] = "attributions"
     target: str = "margin"
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        text()("target", self.target)
+
     def described(self) -> dict[str, str]:
         """The target."""
         return {"target": self.target}
@@ -99,21 +102,15 @@ class ActivationShares(NeuronScores):
     noun: ClassVar[str] = "activation shares"
 
 
-def check_scores(scores: Mapping[str, Tensor]) -> None:
-    """Per tap (K, C) floating point, finite and at least 0.
+def check_scores(scores: Mapping[str, Tensor], name: str = "scores") -> None:
+    """Per tap (K, C) floating point, finite and at least 0; `name` is what errors call them.
 
     Raises:
         TypeError, ValueError: they are not.
     """
-    if not scores:
-        raise ValueError("scores: expected at least one tap, got none")
+    check_per_neuron(name, scores)
     for tap, given in scores.items():
-        if not isinstance(given, Tensor) or not given.dtype.is_floating_point:
-            found = getattr(given, "dtype", type(given).__name__)
-            raise TypeError(f"scores[{tap!r}]: expected a floating-point tensor, got {found}")
-        if given.dim() != 2 or 0 in given.shape:
-            raise ValueError(f"scores[{tap!r}]: expected shape (classes, neurons), got {tuple(given.shape)}")
         if not bool(given.isfinite().all()):
-            raise ValueError(f"scores[{tap!r}]: expected finite numbers, got NaN or infinity")
+            raise ValueError(f"{name}[{tap!r}]: expected finite numbers, got NaN or infinity")
         if bool((given < 0).any()):
-            raise ValueError(f"scores[{tap!r}]: expected numbers of at least 0, got {given.min().item():g}")
+            raise ValueError(f"{name}[{tap!r}]: expected numbers of at least 0, got {given.min().item():g}")

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar, Literal, TypeAlias, get_args
 
-from moda.checks import json_value, one_of, text
+from moda.checks import check_number, json_value, one_of, text
 
 __all__ = ["BudgetRule", "Combine", "FiringRule", "check_combine", "check_fraction", "check_settings"]
 
@@ -128,7 +128,4 @@ def check_combine(value: Any) -> None:
 
 def check_fraction(name: str, value: float) -> None:
     """Raise TypeError or ValueError unless `value`, the argument `name`, is a number in [0, 1]."""
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
-        raise TypeError(f"{name}: expected a number in [0, 1], got {type(value).__name__}")
-    if not 0 <= value <= 1:
-        raise ValueError(f"{name}: expected a number in [0, 1], got {value}")
+    check_number(name, value, at_least=0, at_most=1)

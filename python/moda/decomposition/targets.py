@@ -43,7 +43,7 @@ def named(target: str | Target) -> tuple[str, Target]:
     """
     if isinstance(target, str):
         if target not in TARGETS:
-            raise ValueError(f"target: expected one of {', '.join(TARGETS)} or a function, got {target!r}")
+            raise ValueError(f"target: expected one of {', '.join(TARGETS)} or a function, got {target!r:.80}")
         return target, TARGETS[target]
     if not callable(target):
         raise TypeError(f"target: expected one of {', '.join(TARGETS)} or a function, got {type(target).__name__}")

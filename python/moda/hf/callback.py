@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from moda.data.unpacking import check_callable
 from moda.observation.taps import Taps, observe, taps_of
 from moda_kernels import ModularLoss
 
@@ -45,6 +46,9 @@ class ModularTrainerCallback(TrainerCallback):
     def __init__(
         self, loss: ModularLoss | None = None, *, labels: Callable[[Mapping[str, Any]], Tensor] | None = None
     ) -> None:
+        if not isinstance(loss, ModularLoss | None):
+            raise TypeError(f"loss: expected a ModularLoss or None, got {type(loss).__name__}")
+        check_callable(labels, "labels")
         self.loss = ModularLoss() if loss is None else loss
         self.labels = labels
         self._taps: Taps | None = None

@@ -12,6 +12,7 @@ import json
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,9 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
 
+from moda.checks import check_count, check_names, check_number, items, mapping, text
 from moda.decomposition.container import Decomposition
+from moda.files import as_path
 from moda.inference import fastest_layout
 from moda.methods.base import TASK, Loader, Phase, check_choice
 from moda.methods.genetic import Slot, decode, first_population, mutated_genes, next_generation, published_groups
@@ -40,6 +43,7 @@ from moda.methods.search_file import read_search, write_search
 from moda.methods.splitter import chosen_widths, owners_of
 from moda.methods.tournament import JointFitness, joint_fitness, task_sizes
 from moda.observation.taps import observe
+from moda_kernels.validation import MOST_CLASSES, check_flag
 
 Genes = npt.NDArray[np.uint8]
 
@@ -97,18 +101,35 @@ class CNNSplitter:
 
     def __post_init__(self) -> None:
         for name, least in (("generations", 0), ("population", 2), ("parents", 1), ("elites", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}: expected at least {least}, got {getattr(self, name)}")
+            check_count(name, getattr(self, name), least)
         if self.parents > self.population or self.elites >= self.population:
             raise ValueError(
                 f"parents, elites: expected at most {self.population} and {self.population - 1} of a population of "
                 f"{self.population}, got {self.parents} and {self.elites}"
             )
         for name in ("alpha", "target_accuracy", "confidence"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name}: expected a number in [0, 1], got {getattr(self, name)}")
-        if not 0 <= self.mutation_percent <= 100:
-            raise ValueError(f"mutation_percent: expected a number in [0, 100], got {self.mutation_percent}")
+            check_number(name, getattr(self, name), at_least=0, at_most=1)
+        check_number("mutation_percent", self.mutation_percent, at_least=0, at_most=100)
+        self._check_choices()
+
+    def _check_choices(self) -> None:
+        if not isinstance(self.thresholds, Mapping):
+            raise TypeError(f"thresholds: expected a mapping of layers to shares, got {type(self.thresholds).__name__}")
+        for layers, share in self.thresholds.items():
+            check_count("thresholds: a number of layers", layers)
+            check_number(f"thresholds[{layers}]", share, at_least=0, at_most=1)
+        for name in ("sensitive", "sites"):
+            check_names(name, getattr(self, name))
+        for name in ("sensitive_ratios", "other_ratios"):
+            ratios = items(partial(check_number, at_least=0, at_most=1), least=1)(name, getattr(self, name))
+            object.__setattr__(self, name, tuple(ratios))
+        if self.patience is not None:
+            check_count("patience", self.patience)
+        mapping(text())("shared", self.shared)
+        check_count("seed", self.seed, least=0, most=(1 << 32) - 1)
+        check_flag(self.progress, "progress")
+        if self.state_file is not None:
+            object.__setattr__(self, "state_file", as_path("state_file", self.state_file))
 
     # ---- the interface of a method ---
 
@@ -118,8 +139,7 @@ class CNNSplitter:
         Raises:
             ValueError: there are fewer than two classes, a layer of one neuron alone, or an unknown tap is named.
         """
-        if num_classes < 2:
-            raise ValueError(f"num_classes: expected at least 2, got {num_classes}")
+        check_count("num_classes", num_classes, least=2, most=MOST_CLASSES)
         model.requires_grad_(False)
         model.eval()
         taps = observe(model, example=example)

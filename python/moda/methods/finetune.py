@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from moda.composition.measure import accuracy
-from moda.data.unpacking import Inputs, unpacked
+from moda.data.unpacking import Inputs, check_callable, check_loader, unpacked
 from moda.decomposition.container import check_classes
-from moda.inference import device_of
+from moda.inference import check_module, device_of
 from moda.methods.base import Loader
 from moda.settings import Settings, setting
+from moda_kernels.validation import MOST_CLASSES, check_flag
 
 OPTIMIZERS = ("sgd", "adamw")
 
@@ -138,13 +139,22 @@ def fine_tune(
         report: called with what every epoch came to.
 
     Raises:
-        TypeError: `module` is no module.
+        TypeError: `module` is no module, or an argument is not as above.
         ValueError: test data without `published`, or with validation data; unknown or no classes; or the loader
             gives no sample of them.
     """
-    if not isinstance(module, nn.Module):
-        raise TypeError(f"module: expected a torch.nn.Module, got {type(module).__name__}")
+    check_module(module, "module")
+    if not any(True for _ in module.parameters()):
+        raise ValueError("module: expected parameters to train, got none")
+    if settings is not None and not isinstance(settings, FineTuning):
+        raise TypeError(f"settings: expected FineTuning or None, got {type(settings).__name__}")
     settings = settings or FineTuning()
+    check_loader(loader, again=settings.epochs > 1)
+    for name, chooser in (("validation", validation), ("test", test)):
+        if chooser is not None:
+            check_loader(chooser, name=name, again=settings.epochs > 1)
+    check_callable(report, "report")
+    check_flag(published, "published")
     if test is not None and not published:
         raise ValueError(
             "test: choosing an epoch by test data is for published=True alone; give validation data instead"
@@ -180,7 +190,7 @@ def _classes_of(module: nn.Module, classes: Sequence[int] | None) -> list[int]:
         if own is None:
             raise ValueError("classes: expected the classes of the module's logits, as the module does not name them")
         return list(own)
-    wanted = check_classes(classes, max((int(c) for c in classes), default=0) + 1)
+    wanted = check_classes(classes, MOST_CLASSES)
     if own is not None and list(own) != wanted:
         raise ValueError(f"classes: expected those of the module, {list(own)}, got {wanted}")
     return wanted

@@ -6,7 +6,6 @@ takes those of the epoch with the fewest neurons among the epochs that lose at m
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moda.checks import check_count, check_names, check_number, mapping, text
 from moda.decomposition.container import Decomposition
 from moda.inference import device_of, evaluating, fastest_layout
 from moda.methods.base import TASK, Loader, Phase, Prepared, check_choice
@@ -100,14 +100,15 @@ class GradSplitter:
 
     def __post_init__(self) -> None:
         for name in ("head_epochs", "epochs", "hidden"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+            check_count(name, getattr(self, name))
         for name in ("head_rate", "mask_rate"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name}: expected a number above 0, got {getattr(self, name)}")
+            check_number(name, getattr(self, name), above=0)
         for name in ("weight", "tolerance"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name}: expected a number of at least 0, got {getattr(self, name)}")
+            check_number(name, getattr(self, name), at_least=0)
+        check_names("sites", self.sites)
+        mapping(text())("shared", self.shared)
+        if self.classes_at_once is not None:
+            check_count("classes_at_once", self.classes_at_once)
 
     def prepare(self, model: nn.Module, num_classes: int, example: Any) -> PreparedSplitter:
         """Freeze the network, observe it, and give every class masks and a head.

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moda.checks import one_of
+from moda.checks import check_count, check_number, one_of
 from moda.decomposition.attribution import attribute
 from moda.decomposition.container import Decomposition
 from moda.decomposition.counting import activation_shares, count_firings
@@ -19,6 +18,7 @@ from moda.methods.base import TASK, Loader, Phase, Prepared, check_trainable
 from moda.methods.mwt import check_training, sgd_phase
 from moda.observation.taps import Taps, observe
 from moda_kernels import modular_losses
+from moda_kernels.validation import MOST_CLASSES
 
 AFFINITY, DISPERSION, COMPACTNESS = "affinity", "dispersion", "compactness"
 
@@ -69,8 +69,7 @@ class MODA:
 
     def __post_init__(self) -> None:
         for name in (AFFINITY, DISPERSION, COMPACTNESS):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name}: expected a number of at least 0, got {getattr(self, name)}")
+            check_number(name, getattr(self, name), at_least=0)
         check_training(self.epochs, self.learning_rate, self.momentum)
         one_of(RULES)("rule", self.rule)
         FiringRule(self.threshold, self.min_fraction)  # which checks them, as the next one does
@@ -82,8 +81,7 @@ class MODA:
         Raises:
             ValueError: there are fewer than two classes, the network is frozen, or it calls no activation function.
         """
-        if num_classes < 2:
-            raise ValueError(f"num_classes: expected at least 2, got {num_classes}")
+        check_count("num_classes", num_classes, least=2, most=MOST_CLASSES)
         check_trainable(model, self.name)
         taps = observe(model, example=example)
         return PreparedTaps(model, num_classes, {"model": list(model.parameters()), "generators": []}, taps=taps)

@@ -7,7 +7,6 @@ package's kernels with gates in the place of pooled activations.
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,12 +18,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
+from moda.checks import check_count, check_names, check_number
 from moda.decomposition.container import Decomposition
 from moda.methods.base import TASK, Loader, Phase, Prepared, check_choice, check_trainable
 from moda.methods.convolutions import FastConvolutions
 from moda.methods.gated import GENERATOR, Gates, gate_masks
 from moda.methods.sites import GateSite, convolution_sites, find_sites
 from moda_kernels import modular_losses
+from moda_kernels.validation import MOST_CLASSES
 
 COHESION, COUPLING = "cohesion", "coupling"
 
@@ -69,11 +70,10 @@ class MwT:
 
     def __post_init__(self) -> None:
         for name in ("cohesion", "coupling"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name}: expected a number of at least 0, got {getattr(self, name)}")
+            check_number(name, getattr(self, name), at_least=0)
         check_training(self.epochs, self.learning_rate, self.momentum)
-        if not 0 < self.threshold <= 1:
-            raise ValueError(f"threshold: expected a number in (0, 1], got {self.threshold}")
+        check_number("threshold", self.threshold, above=0, at_most=1)
+        check_names("layers", self.layers)
 
     def prepare(self, model: nn.Module, num_classes: int, example: Any) -> PreparedGates:
         """Give every convolution but the first a gate, behind the norm that follows it.
@@ -82,8 +82,7 @@ class MwT:
             ValueError: there are fewer than two classes, no convolution to gate, a layer that is not called once or has
                 a single neuron, or the network is frozen.
         """
-        if num_classes < 2:
-            raise ValueError(f"num_classes: expected at least 2, got {num_classes}")
+        check_count("num_classes", num_classes, least=2, most=MOST_CLASSES)
         check_trainable(model, self.name)
         found = find_sites(model, example)
         sites = convolution_sites(found) if self.layers is None else named(found, self.layers)
@@ -126,13 +125,10 @@ class MwT:
 
 
 def check_training(epochs: int, learning_rate: float, momentum: float) -> None:
-    """Raise ValueError unless these can be settings of a training."""
-    if epochs < 1:
-        raise ValueError(f"epochs: expected at least 1, got {epochs}")
-    if not 0 < learning_rate < math.inf:
-        raise ValueError(f"learning_rate: expected a number above 0, got {learning_rate}")
-    if not 0 <= momentum < 1:
-        raise ValueError(f"momentum: expected a number in [0, 1), got {momentum}")
+    """Raise TypeError or ValueError unless these can be settings of a training."""
+    check_count("epochs", epochs)
+    check_number("learning_rate", learning_rate, above=0)
+    check_number("momentum", momentum, at_least=0, below=1)
 
 
 def named(found: Sequence[Any], layers: Sequence[str]) -> list[Any]:

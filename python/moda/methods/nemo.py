@@ -6,7 +6,6 @@ each MLP are gated, a gate being shared by all tokens of a sample; the first enc
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -14,11 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moda.checks import check_count, check_names, check_number
 from moda.decomposition.container import Decomposition
 from moda.methods.base import TASK, Loader, Phase, check_choice, check_trainable
 from moda.methods.contrastive import contrastive_loss, distillation_loss
 from moda.methods.mwt import PreparedGates, check_training, decomposition_of_gates, gated, named, sgd_phase
 from moda.methods.sites import GateSite, convolution_sites, find_sites, token_sites
+from moda_kernels.validation import MOST_CLASSES, check_flag
 
 CONTRAST = "contrast"
 
@@ -98,13 +99,15 @@ class NeMo:
     name = "nemo"
 
     def __post_init__(self) -> None:
-        if not 0 <= self.contrast < math.inf:
-            raise ValueError(f"contrast: expected a number of at least 0, got {self.contrast}")
-        if not 0 < self.temperature < math.inf:
-            raise ValueError(f"temperature: expected a number above 0, got {self.temperature}")
+        check_number("contrast", self.contrast, at_least=0)
+        check_number("temperature", self.temperature, above=0)
         check_training(self.epochs, self.learning_rate, self.momentum)
-        if not 0 < self.threshold <= 1:
-            raise ValueError(f"threshold: expected a number in (0, 1], got {self.threshold}")
+        check_number("threshold", self.threshold, above=0, at_most=1)
+        check_names("layers", self.layers)
+        for name in ("attention", "published"):
+            check_flag(getattr(self, name), name)
+        if not isinstance(self.teacher, nn.Module | None):
+            raise TypeError(f"teacher: expected a torch.nn.Module or None, got {type(self.teacher).__name__}")
 
     def prepare(self, model: nn.Module, num_classes: int, example: Any) -> PreparedGates:
         """Give convolutions, or a Transformer's linear layers, a gate.
@@ -113,8 +116,7 @@ class NeMo:
             ValueError: there are fewer than two classes, no layer to gate or one of a single neuron, or the network is
                 frozen.
         """
-        if num_classes < 2:
-            raise ValueError(f"num_classes: expected at least 2, got {num_classes}")
+        check_count("num_classes", num_classes, least=2, most=MOST_CLASSES)
         check_trainable(model, self.name)
         sites = self._sites(find_sites(model, example))
         check_choice({site.layer: site.width for site in sites}, "layers")

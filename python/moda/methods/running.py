@@ -8,8 +8,9 @@ from typing import Generic
 
 from torch import nn
 
-from moda.data.unpacking import unpacked
+from moda.data.unpacking import check_callable, check_loader, unpacked
 from moda.decomposition.container import Decomposition
+from moda.inference import check_module
 from moda.methods.base import EpochSummary, Loader, Method, PreparedT, train
 
 
@@ -52,10 +53,13 @@ def modularize(
         TypeError: `model` is no module, or `method` no method.
         ValueError: the loader gives no batch, or the method does not fit the network; the message says what to do.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    check_module(model)
     if not isinstance(method, Method):
         raise TypeError(f"method: expected a modularization method, got {type(method).__name__}")
+    check_loader(loader, again=True)
+    if validation is not None:
+        check_loader(validation, name="validation", again=True)
+    check_callable(report, "report")
     first = next(iter(loader), None)
     if first is None:
         raise ValueError("loader: expected at least one batch, got none")

@@ -19,9 +19,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from moda.checks import check_count
 from moda.decomposition.heads import HEAD_TENSORS
 from moda.inference import device_of
 from moda.observation.taps import Taps
+from moda_kernels.validation import MOST_CLASSES
 
 PUBLISHED_HIDDEN = 10
 """Hidden neurons of a head."""
@@ -183,8 +185,7 @@ class Splitter(nn.Module):
         layout: torch.memory_format = torch.contiguous_format,
     ) -> None:
         super().__init__()
-        if num_classes < 2:
-            raise ValueError(f"num_classes: expected at least 2, got {num_classes}")
+        check_count("num_classes", num_classes, least=2, most=MOST_CLASSES)
         if classes_at_once is not None and classes_at_once < 1:
             raise ValueError(f"classes_at_once: expected at least 1, got {classes_at_once}")
         self.__dict__["taps"] = taps  # the frozen network is no part of this module

@@ -9,13 +9,15 @@ from torch import nn
 
 from moda.composition.compose import compose
 from moda.composition.ensemble import united
-from moda.decomposition.container import Decomposition, check_classes
+from moda.decomposition.container import Decomposition, chosen_classes
+from moda.inference import check_module
 from moda.methods.finetune import HeadedModule
 from moda.methods.gated import GENERATOR
 from moda.methods.transformers import CutTransformer
 from moda.models.vit import DeiT, ViT
 from moda.observation.taps import Taps
 from moda.outputs import Output
+from moda_kernels.validation import check_flag, shown
 
 Head = Literal["new", "own"]
 
@@ -62,12 +64,14 @@ def union_module(
     Raises:
         TypeError, ValueError: an argument is not as above.
     """
-    chosen = check_classes(classes, decomposition.num_classes)
+    chosen = chosen_classes(decomposition, classes)
+    check_flag(published, "published")
     if decomposition.combine != "rows":
         raise ValueError(f"decomposition: expected modules that unite ('rows'), got {decomposition.combine!r}")
-    if head not in ("new", "own"):
-        raise ValueError(f"head: expected 'new' or 'own', got {head!r}")
+    if not isinstance(head, str) or head not in ("new", "own"):
+        raise ValueError(f"head: expected 'new' or 'own', got {shown(head)}")
     network = model.model if isinstance(model, Taps) else model
+    check_module(network)
     gates = [path for path, _ in network.named_modules() if path.rpartition(".")[2] == GENERATOR]
     if gates:
         raise ValueError(f"model: has gates still ({gates[0]}); take them away with prepared.gates.remove()")

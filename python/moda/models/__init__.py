@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from moda.checks import check_count, one_of
 from moda.lazy import submodules
 from moda.models.incecnn import incecnn
 from moda.models.lenet import lenet5
@@ -54,7 +55,9 @@ _OF_ANY_SIZE: dict[str, Callable[..., nn.Module]] = {
 MOST_PARAMETERS = 1 << 31
 """What `create` makes at most: 8 GiB of weights, some hundred times the largest published model here."""
 WIDE, LARGE = 2, 512
-"""Width and image size above which models are counted before they are made."""
+"""Width, and image size, classes and channels, above which models are counted before they are made."""
+LARGEST = 1 << 24
+"""Of a size: with larger ones the shapes of tensors leave the range of integers."""
 
 NAMES: tuple[str, ...] = (*_OF_ONE_SIZE, *_OF_ANY_SIZE)
 """What `create` knows."""
@@ -83,13 +86,16 @@ def create(
         >>> model(torch.zeros(2, 3, 8, 8)).shape
         torch.Size([2, 4])
     """
-    if name not in NAMES:
-        raise ValueError(f"name: expected one of {', '.join(NAMES)}, got {name!r}")
+    one_of(NAMES)("name", name)
+    check_count("num_classes", num_classes, most=LARGEST)
+    check_count("in_channels", in_channels, most=LARGEST)
+    if image_size is not None:
+        check_count("image_size", image_size, most=LARGEST)
     options: dict[str, Any] = {"num_classes": num_classes, "in_channels": in_channels, "width": width}
     if name in _OF_ONE_SIZE and image_size is not None:
         options["image_size"] = image_size
     make = _OF_ANY_SIZE.get(name) or _OF_ONE_SIZE[name]
-    if _may_be_large(width, WIDE) or _may_be_large(image_size, LARGE):
+    if _may_be_large(width, WIDE) or any(_may_be_large(size, LARGE) for size in (image_size, num_classes, in_channels)):
         _check_size(make, options)
     return make(**options)
 
@@ -101,7 +107,9 @@ def _may_be_large(value: Any, usual: int) -> bool:
 def _check_size(make: Callable[..., nn.Module], options: dict[str, Any]) -> None:
     """Count the parameters of a model that takes no memory: the numbers may be those of a file from elsewhere."""
     width = options["width"]
-    expected = f"width: expected a model of at most {MOST_PARAMETERS:,} parameters, got {width}"
+    sizes = {size: value for size, value in options.items() if size != "width"}
+    name = "width" if _may_be_large(width, WIDE) else max(sizes, key=lambda size: int(sizes[size]))
+    expected = f"{name}: expected a model of at most {MOST_PARAMETERS:,} parameters, got {options[name]}"
     if _may_be_large(width, MOST_PARAMETERS) and width < math.inf:  # tensors cannot even have such shapes
         raise ValueError(expected)
     with torch.device("meta"):

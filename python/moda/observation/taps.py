@@ -33,6 +33,7 @@ from torch._C import _functorch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_leaves, tree_map
 
+from moda.checks import one_of
 from moda.observation.activations import Known
 from moda.observation.attached import PART, Caller, Norm, Part, Root, Site, Whole, attach, detach, part_of
 from moda.observation.labels import dim_of_samples
@@ -53,6 +54,7 @@ from moda.observation.run import (
     Run,
     is_replayed,
 )
+from moda_kernels.validation import shown
 
 Route = Literal["grouped", "fused", "auto"]
 
@@ -647,10 +649,10 @@ def observe(
         ValueError: `model` is observed already; an argument is not as above; or the example shows no activation.
     """
     _check_model(model)
-    if route not in ("grouped", "fused", "auto"):
-        raise ValueError(f"route: expected 'grouped', 'fused' or 'auto', got {route!r}")
+    one_of(("grouped", "fused", "auto"))("route", route)
+    _check_activations(activations)
     if not isinstance(sample_dim, int) or isinstance(sample_dim, bool) or sample_dim < 0:
-        raise TypeError(f"sample_dim: expected an axis of the inputs, counted from 0, got {sample_dim!r}")
+        raise TypeError(f"sample_dim: expected an axis of the inputs, counted from 0, got {shown(sample_dim)}")
     _check_neuron_dim(neuron_dim)
     _check_sites(model, sites)
     if not isinstance(fuse_norms, bool):
@@ -824,7 +826,9 @@ def _check_model(model: nn.Module) -> None:
 
 def _check_sites(model: nn.Module, sites: Sequence[str]) -> None:
     if isinstance(sites, str):
-        raise TypeError(f"sites: expected a sequence of module paths, got the string {sites!r}")
+        raise TypeError(f"sites: expected a sequence of module paths, got the string {shown(sites)}")
+    if not isinstance(sites, Sequence) or not all(isinstance(site, str) for site in sites):
+        raise TypeError(f"sites: expected a sequence of module paths, got {shown(sites)}")
     known = {path for path, _ in model.named_modules() if path}
     unknown = [site for site in sites if site not in known]
     if unknown:
@@ -834,7 +838,15 @@ def _check_sites(model: nn.Module, sites: Sequence[str]) -> None:
 def _check_neuron_dim(neuron_dim: Any) -> None:
     values = list(neuron_dim.values()) if isinstance(neuron_dim, Mapping) else [neuron_dim]
     if neuron_dim is not None and not all(isinstance(value, int) and not isinstance(value, bool) for value in values):
-        raise TypeError(f"neuron_dim: expected an axis, or axes by names of taps, got {neuron_dim!r}")
+        raise TypeError(f"neuron_dim: expected an axis, or axes by names of taps, got {shown(neuron_dim)}")
+
+
+def _check_activations(activations: Any) -> None:
+    if isinstance(activations, str) or not isinstance(activations, Sequence):
+        raise TypeError(f"activations: expected classes of modules and functions, got {type(activations).__name__}")
+    wrong = [each for each in activations if not callable(each)]
+    if wrong:
+        raise TypeError(f"activations: expected classes of modules and functions, got {shown(wrong[0])} among them")
 
 
 def _run_example(taps: Taps, example: Any) -> None:

@@ -6,8 +6,9 @@ import csv
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
+from moda.checks import cell_number, number
 from moda.files import FormatError, as_path, read_csv, write_bytes, write_errors
 
 
@@ -65,9 +66,15 @@ def read_metrics(path: str | Path) -> list[dict[str, float]]:
     path = as_path("path", path)
     rows = read_csv(path)[1]
     try:
-        return [{name: float(cell) for name, cell in row.items() if cell} for row in rows]
-    except (TypeError, ValueError) as error:
+        return [{name: _number(name, cell) for name, cell in row.items() if cell} for row in rows]
+    except ValueError as error:
         raise FormatError(f"{path}: not a table of numbers: {error}") from None
+
+
+def _number(name: str | None, cell: Any) -> float:
+    """The number in a cell; one of a column that is too many is refused, and an accuracy that is no share."""
+    value = cell_number("a cell without a column" if name is None else name, cell)
+    return number(0, 1)(name, value) if name is not None and name.endswith("accuracy") else value
 
 
 def _step(row: Mapping[str, str]) -> float:

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from moda.checks import integer, items, json_value, mapping, number, record, text
 from moda.composition.measure import mean_over_pairs, overlap_matrix
-from moda.files import Format, as_path
+from moda.files import Format, as_path, format_errors
 from moda.runs.finished import FinishedRun
 from moda.study.analysis import analyze, class_similarities
 
 __all__ = ["analyze_run", "check_analysis", "read_analysis", "write_analysis"]
 
+ROUNDING = 1e-3
+"""By which a mean of cosines in float32 may leave [-1, 1]."""
+
 _share = number(0)
-_matrix = items(items(number()))
+_cosines = items(items(number(-1 - ROUNDING, 1 + ROUNDING)))
 ANALYSIS = Format(
     "moda-analysis",
     {
@@ -38,7 +42,7 @@ ANALYSIS = Format(
                 }
             )
         ),
-        "similarity": mapping(_matrix),
+        "similarity": mapping(_cosines),
     },
     largest=1 << 30,
 )
@@ -89,4 +93,24 @@ def read_analysis(path: str | Path) -> dict[str, Any]:
         FormatError (a ValueError): the file is missing, malformed or of another version.
     """
     path = as_path("path", path)
-    return ANALYSIS.read(path)
+    analysis = ANALYSIS.read(path)
+    with format_errors(path):
+        _check_sizes(analysis)
+    return analysis
+
+
+def _check_sizes(analysis: Mapping[str, Any]) -> None:
+    """There is a size for each class, and in each matrix a number for each two of them; taps come once each."""
+    classes = len(analysis["class_names"])
+    if len(analysis["sizes"]) != classes:
+        raise ValueError(f"sizes: expected {classes} numbers, one for each class, got {len(analysis['sizes'])}")
+    matrices = {f"similarity[{tap!r}]": matrix for tap, matrix in analysis["similarity"].items()}
+    for name, matrix in {"overlaps": analysis["overlaps"], **matrices}.items():
+        if [len(row) for row in matrix] != [classes] * classes:
+            raise ValueError(f"{name}: expected {classes} lists of {classes} numbers")
+    taps = [layer["tap"] for layer in analysis["layers"]]
+    if len(set(taps)) != len(taps):
+        raise ValueError("layers: expected every tap once")
+    for index, layer in enumerate(analysis["layers"]):
+        for name in ("dead", "shared_by_all"):
+            integer(0, layer["neurons"])(f"layers[{index}].{name}", layer[name])

@@ -227,7 +227,9 @@ class MethodFigures:
     def of(cls, entries: Mapping[str, Any]) -> MethodFigures:
         """Give the figures in a file's entries."""
         named = {name: entries[name] for name in cls.__dataclass_fields__ if name != "sizes"}
-        return cls(**named, sizes=tuple(SizeFigures(**size) for size in entries["sizes"]))
+        return cls(
+            **named, sizes=tuple(SizeFigures(**{name: size[name] for name in _size}) for size in entries["sizes"])
+        )
 
 
 _share, _signed = number(0), optional(number())

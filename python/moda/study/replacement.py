@@ -51,7 +51,9 @@ _RESULT: dict[str, Check] = {
     "masks_sha256": digest,
     "weak_weights_sha256": digest,
 }
-REPLACEMENTS = Format("moda-replacement", {"results": items(record(_RESULT))}, formerly="moda-repair")
+_MEANS = dict.fromkeys(("target_before", "target_after", "others_before", "others_after"), number(0, 1))
+"""What follows from the accuracies, for who reads the file by other means."""
+REPLACEMENTS = Format("moda-replacement", {"results": items(record(_RESULT, _MEANS))}, formerly="moda-repair")
 
 
 @dataclass(frozen=True)
@@ -259,6 +261,10 @@ def read_replacements(path: str | Path) -> list[ReplacementResult]:
 def _result(entry: dict[str, Any]) -> ReplacementResult:
     """Give the result that `entry` holds, every field of it."""
     accuracies = {name: tuple(entry[name]) for name in ("before", "after")}
+    if len(accuracies["after"]) != len(accuracies["before"]):
+        raise ValueError(
+            f"after: expected {len(accuracies['before'])} accuracies as before, got {len(accuracies['after'])}"
+        )
     return ReplacementResult(**{**entry, **accuracies, "strategy": current_strategy(entry["strategy"])})
 
 

@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor, nn
 
-from moda.checks import integer, number
+from moda.checks import cell_integer, cell_number, integer, number
 from moda.composition.composer import composer_of
 from moda.composition.measure import flops, plan_size
 from moda.composition.observed import observed
@@ -246,10 +246,12 @@ def from_row(row: Mapping[str, str]) -> ReuseResult:
     Raises:
         ValueError: a cell is no number, or one that it cannot be.
     """
-    accuracies = {name: number(0, 1)(name, float(row[name])) for name in ("composed", "modular")}
-    costs = {name: number(0)(name, float(row[name])) for name in ("size", "flops")}
-    standard = number(0, 1)("standard", float(row["standard"])) if row["standard"] else None
-    classes = [integer(0)("classes", int(index)) for index in row["classes"].split()]
+    accuracies = {name: number(0, 1)(name, cell_number(name, row[name])) for name in ("composed", "modular")}
+    costs = {name: number(0)(name, cell_number(name, row[name])) for name in ("size", "flops")}
+    standard = number(0, 1)("standard", cell_number("standard", row["standard"])) if row["standard"] else None
+    classes = [integer(0)("classes", cell_integer("classes", index)) for index in row["classes"].split(" ")]
+    if classes != sorted(set(classes)):
+        raise ValueError(f"classes: expected each once, in ascending order, got {row['classes']!r:.80}")
     return ReuseResult(classes=tuple(classes), standard=standard, **accuracies, **costs)
 
 

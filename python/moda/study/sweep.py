@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from moda.checks import integer, number, one_of
+from moda.checks import cell_integer, cell_number, integer, number, one_of
 from moda.composition.measure import accuracy, mean_over_pairs, module_sizes, overlap_matrix
 from moda.decomposition.container import Decomposition
 from moda.decomposition.rule import decompose
@@ -304,9 +304,11 @@ def read_sweep(path: str | Path) -> list[SweepPoint]:
 
 
 def _numbers(row: dict[str, str]) -> dict[str, Any]:
-    values: dict[str, Any] = {name: None if not cell and name in TERMS else float(cell) for name, cell in row.items()}
+    values: dict[str, Any] = {
+        name: None if not cell and name in TERMS else cell_number(name, cell) for name, cell in row.items()
+    }
     for name in ("reuse_accuracy", "modular_accuracy", "test_accuracy"):
         number(0, 1)(name, values[name])
     for name in ("value", "module_size", "overlap", "composed_size"):
         number(0)(name, values[name])
-    return values | {"tasks": integer(0)("tasks", int(row["tasks"]))}
+    return values | {"tasks": integer(0)("tasks", cell_integer("tasks", row["tasks"]))}

@@ -9,7 +9,8 @@ from typing import Any
 import lightning
 from torch import Tensor, nn
 
-from moda.data.unpacking import unpacked
+from moda.checks import text
+from moda.data.unpacking import check_callable, unpacked
 from moda.observation.taps import Taps, observe, taps_of
 from moda_kernels import ModularLoss
 
@@ -52,8 +53,11 @@ class ModularCallback(lightning.Callback):
         attribute: str = "model",
         labels: Callable[[Any], Tensor] = labels_of,
     ) -> None:
+        if not isinstance(loss, ModularLoss | None):
+            raise TypeError(f"loss: expected a ModularLoss or None, got {type(loss).__name__}")
+        check_callable(labels, "labels")
         self.loss = ModularLoss() if loss is None else loss
-        self.attribute = attribute
+        self.attribute: str = text()("attribute", attribute)
         self.labels = labels
         self._taps: Taps | None = None
         self._own = False  # whether the taps are the callback's, to be removed again

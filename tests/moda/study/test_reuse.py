@@ -92,7 +92,7 @@ def test_tables_hold_what_was_measured(study, tmp_path):
     ("text", "message"),
     [
         ("a,b\n1,2\n", "expected the columns classes, composed, modular, standard, size, flops, got ['a', 'b']"),
-        ("classes,composed,modular,standard,size,flops\n0 1,x,1,,1,1\n", "could not convert string to float: 'x'"),
+        ("classes,composed,modular,standard,size,flops\n0 1,x,1,,1,1\n", "composed: expected a number, got 'x'"),
     ],
 )
 def test_malformed_files_are_refused(tmp_path, text, message):
