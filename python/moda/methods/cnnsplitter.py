@@ -124,7 +124,7 @@ class CNNSplitter:
             ratios = items(partial(check_number, at_least=0, at_most=1), least=1)(name, getattr(self, name))
             object.__setattr__(self, name, tuple(ratios))
         if self.patience is not None:
-            check_count("patience", self.patience)
+            check_count("patience", self.patience, least=0)
         mapping(text())("shared", self.shared)
         check_count("seed", self.seed, least=0, most=(1 << 32) - 1)
         check_flag(self.progress, "progress")
