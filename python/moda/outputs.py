@@ -10,7 +10,7 @@ from torch import Tensor
 
 from moda.structure import Structure, flatten_output
 
-__all__ = ["Output", "check_output", "logit_places", "logits_of", "pick"]
+__all__ = ["Output", "check_output", "class_dim", "logit_places", "logits_of", "pick"]
 
 Output = str | int | Sequence["str | int"] | None
 """A key or place of an output, several of them, or None for what the model's outputs say themselves."""
@@ -33,8 +33,9 @@ def check_output(output: Any) -> None:
 def logit_places(
     structure: Structure, shapes: Sequence[Sequence[int]], num_classes: int, output: Output = None
 ) -> list[int]:
-    """Which of the output's tensors hold logits `(N, num_classes)` or `(N, num_classes, ...)`.
+    """Which of the output's tensors hold logits.
 
+    They are `(N, num_classes)` or `(N, num_classes, ...)`; where there are none, of tokens: `(N, T, num_classes)`.
     One tensor alone is the logits. Of several, those called `logits` are, if there are any; else all that have
     `num_classes` columns (main and auxiliary heads).
 
@@ -43,18 +44,35 @@ def logit_places(
     """
     paths = list(structure.paths())
     fitting = [place for place, shape in enumerate(shapes) if len(shape) >= 2 and shape[1] == num_classes]
+    if not fitting:
+        fitting = [place for place, shape in enumerate(shapes) if len(shape) == 3 and shape[2] == num_classes]
     if output is not None:
         return _named(paths, fitting, num_classes, output)
     if len(paths) == 1 and not fitting:
         shape = shapes[0]
         if len(shape) >= 2:
-            raise ValueError(f"decomposition: has {num_classes} classes, but the model puts out {shape[1]} logits")
+            put_out = shape[1] if len(shape) == 2 else f"{tuple(shape)}"
+            raise ValueError(f"decomposition: has {num_classes} classes, but the model puts out {put_out} logits")
         raise ValueError(f"model: expected logits (N, {num_classes}) as its output, got shape {tuple(shape)}")
     called = [place for place in fitting if "logits" in paths[place]]
     if not fitting:
         got = ", ".join(f"{path} {tuple(shape)}" for path, shape in zip(paths, shapes, strict=True))
         raise ValueError(f"model: expected an output of logits (N, {num_classes}), got {got or 'no tensor'}")
     return called or fitting
+
+
+def class_dim(shape: Sequence[int], num_classes: int) -> int:
+    """The axis of classes in logits of this shape.
+
+    Raises:
+        ValueError: of three axes the second and the third could be it.
+    """
+    if len(shape) == 3 and shape[1] == shape[2] == num_classes:
+        raise ValueError(
+            f"model: logits of shape {tuple(shape)} do not tell which axis has the {num_classes} classes; give it "
+            "inputs of another length"
+        )
+    return 1 if shape[1] == num_classes else 2
 
 
 def _named(paths: Sequence[str], fitting: Sequence[int], num_classes: int, output: Any) -> list[int]:
@@ -84,7 +102,8 @@ def pick(value: Any, classes: Sequence[int], num_classes: int, output: Output = 
     places = logit_places(structure, [tuple(x.shape) for x in tensors], num_classes, output)
     picked: list[Tensor] = list(tensors)
     for place in places:
-        picked[place] = tensors[place].index_select(1, torch.tensor(classes, device=tensors[place].device))
+        dim = class_dim(tensors[place].shape, num_classes)
+        picked[place] = tensors[place].index_select(dim, torch.tensor(classes, device=tensors[place].device))
     return structure.rebuild(iter(picked))
 
 

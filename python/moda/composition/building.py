@@ -145,7 +145,7 @@ class GraphBuilder:
         if place in self.plan.pick.places:
             classes = self.plan.pick.classes
             every = np.array_equal(classes, np.arange(self.plan.pick.num_classes))
-            grid[1] = None if every else classes
+            grid[self.plan.pick.places[place]] = None if every else classes
         return self.take(value, tuple(grid))
 
     def _size(self, node: fx.Node) -> Any:

@@ -24,13 +24,13 @@ from moda.composition.planning import GraphPlan, Pick, merged, output_of
 from moda.composition.reader import Reader
 from moda.composition.report import Layer
 from moda.composition.rules import Rule, Tap
-from moda.composition.values import Bools, Grid, shape_of
+from moda.composition.values import Bools, Grid, is_free, shape_of
 from moda.decomposition.container import Decomposition, check_classes
 from moda.inference import device_of
 from moda.observation.attached import PART
 from moda.observation.record import version_of
 from moda.observation.taps import Taps
-from moda.outputs import Output, logit_places
+from moda.outputs import Output, class_dim, logit_places
 
 __all__ = ["Composer", "Plan", "composer_of"]
 
@@ -81,7 +81,7 @@ class Composer:
         self.refused: dict[str, str] = {}
         self.captured: dict[str, Captured] = {}
         self.readers: dict[str, Reader] = {}
-        self.places: dict[str, tuple[int, ...]] = {}
+        self.places: dict[str, dict[int, int]] = {}
         first: CaptureError | None = None
         moves: dict[Any, Labels] = {}
         for mode in ("eval", "train"):
@@ -169,8 +169,9 @@ class Composer:
         names = self.names[mode]
         check_taps(names, [self.widths[name] for name in names], self._masked, self._every)
         values = output_of(captured.graph)
-        shapes = [shape_of(value) if _is_value(value) else () for value in values]  # type: ignore[arg-type]
-        self.places[mode] = tuple(logit_places(captured.outputs, shapes, self.num_classes, self.output))
+        shapes = [_fixed_shape(value) for value in values]
+        places = logit_places(captured.outputs, shapes, self.num_classes, self.output)
+        self.places[mode] = {place: class_dim(shapes[place], self.num_classes) for place in places}
         for rule in self.readers[mode].rules.values():
             if isinstance(rule, Tap) and rule.index >= len(names):
                 raise ValueError(f"model: calls more activation functions in {mode} mode than were observed")
@@ -340,8 +341,11 @@ def _refilled(graph: GraphPlan, rule: Rule) -> bool:
     )
 
 
-def _is_value(value: object) -> bool:
-    return isinstance(value, fx.Node) and isinstance(value.meta.get("val"), Tensor)
+def _fixed_shape(value: object) -> tuple[int, ...]:
+    """The sizes of an output; -1 for those that follow the input, which are of no classes."""
+    if not (isinstance(value, fx.Node) and isinstance(value.meta.get("val"), Tensor)):
+        return ()
+    return tuple(-1 if is_free(value, dim) else size for dim, size in enumerate(shape_of(value)))
 
 
 def _copied(tensor: Tensor, kept: Kept) -> Tensor:

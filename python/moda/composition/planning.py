@@ -32,6 +32,7 @@ from moda.composition.values import (
     any_to,
     is_free,
     is_tensor,
+    on_axis,
     same,
     shape_of,
     symbols_of,
@@ -46,12 +47,12 @@ class Pick:
     """Outputs of which only some classes are given out.
 
     Attributes:
-        places: which of the graph's outputs.
+        places: which of the graph's outputs, and the axis of classes of each.
         classes: in the order they are given out.
         num_classes: of the whole model.
     """
 
-    places: tuple[int, ...]
+    places: Mapping[int, int]
     classes: Indices
     num_classes: int
 
@@ -158,7 +159,7 @@ class GraphPlan:
     def _find_needs(self, extra: Mapping[fx.Node, Bools]) -> None:
         for place, value in enumerate(output_of(self.reader.graph)):
             if isinstance(value, fx.Node) and value in self.zeros:
-                self.ask(value, self._chosen(value) if place in self.pick.places else _ALL)
+                self.ask(value, self._chosen(value, place) if place in self.pick.places else _ALL)
         for node in self.reader.sizes:
             if node.target is _SIZE and symbols_of(node.meta["val"]) <= self._known_sizes:
                 continue  # computed of the sizes of inputs
@@ -200,18 +201,16 @@ class GraphPlan:
             return False
         return all(symbols_of(size) <= self._known_sizes for size in node.meta["val"].shape)
 
-    def _chosen(self, value: fx.Node) -> Bools:
+    def _chosen(self, value: fx.Node, place: int) -> Bools:
         chosen = np.zeros(self.pick.num_classes, dtype=np.bool_)
         chosen[self.pick.classes] = True
-        shape = [1] * rank_of(value)
-        shape[1] = -1
-        return chosen.reshape(shape)
+        return on_axis(chosen, self.pick.places[place], rank_of(value))
 
     def _order_classes(self) -> None:
         """Let the layer that makes the outputs give them in the caller's order, so that nothing is moved behind it."""
         outputs = output_of(self.reader.graph)
-        for place in self.pick.places:
-            node, dim = outputs[place], 1
+        for place, dim in self.pick.places.items():
+            node = outputs[place]
             while isinstance(node, fx.Node) and len(node.users) == 1 and node in self.zeros:
                 rule = self.reader.rules[node]
                 if self.zeros[node].shape[dim] != self.pick.num_classes or (

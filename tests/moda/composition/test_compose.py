@@ -818,6 +818,37 @@ def test_a_model_that_is_as_it_was_is_read_once():
     assert composer_of(taps, decomposition, x) is first
 
 
+class Tokens(nn.Module):
+    """A label for every token: logits (N, T, 4), and something beside them that has as many columns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden, self.last = nn.Linear(3, 12), nn.Linear(12, 4)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        hidden = torch.relu(self.hidden(x))
+        return {"logits": self.last(hidden), "hidden": hidden[..., :4]}
+
+
+def test_logits_of_tokens() -> None:
+    model = Tokens().eval()
+    decomposition = random_modules(widths(watched(model), torch.randn(2, 6, 3)), 4, 0.4)
+    classes = [3, 1]
+    composed, masked = compose(model, decomposition, classes), mask(model, decomposition, classes)
+    for shape in ((5, 7, 3), (4, 2, 3)):
+        x = torch.randn(shape)
+        got, expected = composed(x), masked(x)
+        assert got["logits"].shape == (*shape[:2], 2)
+        assert got["hidden"].shape == (*shape[:2], 4)
+        for name in expected:
+            torch.testing.assert_close(got[name], expected[name])
+    assert composed.get_parameter("last.weight").shape[0] == 2
+    with pytest.raises(ValueError, match=r"logits of shape \(2, 4, 4\) do not tell which axis has the 4 classes"):
+        masked(torch.randn(2, 4, 3))
+    with pytest.raises(ValueError, match="do not tell which axis"):
+        compose(model, decomposition, classes, example=torch.randn(2, 4, 3))
+
+
 class FoldedHeads(nn.Module):
     """Attention-like: heads are folded into the batch, in one order or the other, where all of a head's neurons are needed."""
 
