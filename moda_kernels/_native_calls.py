@@ -315,7 +315,7 @@ def losses_backward(
     extension().losses_backward(
         _losses_fields(layers, gradients),
         _segment_fields(segments, room),
-        [0.0 if gradient is None else float(gradient) for gradient in upstream],
+        [0.0 if gradient is None else float(resolved(gradient)) for gradient in upstream],
         workspace.data_ptr(),
         torch.get_num_threads(),
     )

@@ -92,11 +92,14 @@ def resolved(tensor: Tensor) -> Tensor:
     """The tensor with its values in memory of its own, for gradients that autograd hands to a kernel.
 
     Raises:
-        TypeError: its type has no such memory.
+        TypeError: its type has no such memory, or it stands for several gradients.
     """
     problem = _problem(tensor)
     if problem is None:
         return tensor
-    if type(tensor) not in _TYPES:
+    batched = torch._C._functorch.is_batchedtensor(tensor) or torch._C._functorch.is_legacy_batchedtensor(tensor)
+    if batched:
+        problem = "a batch of gradients (is_grads_batched, or vmap over a backward pass)"
+    if batched or type(tensor) not in _TYPES:
         raise TypeError(f'gradient: expected plain strided memory, got {problem}; backend="torch" takes it')
     return torch.zeros(tensor.shape, dtype=tensor.dtype, device=tensor.device).add_(tensor)

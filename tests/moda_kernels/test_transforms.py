@@ -122,3 +122,17 @@ def test_a_second_derivative_of_the_losses_kernels_is_an_error_that_says_what_to
 @needs_native
 def test_second_derivatives_of_the_fused_operation():
     torch.testing.assert_close(penalty(pooled, "native"), penalty(pooled, "torch"))
+
+
+@needs_native
+@pytest.mark.parametrize("function", [losses, pooled])
+def test_a_batch_of_gradients_is_taken_or_the_error_says_what_takes_it(function):
+    def together(backend: str) -> Tensor:
+        x = batch().requires_grad_()
+        weights = torch.tensor([1.0, 2.0], dtype=torch.float64)
+        return torch.autograd.grad(function(x, backend), x, weights, is_grads_batched=True)[0]
+
+    one = gradient(function, batch())
+    torch.testing.assert_close(together("torch"), torch.stack([one, 2 * one]))
+    with pytest.raises(TypeError, match='gradient: .*a batch of gradients .*backend="torch"'):
+        together("native")
