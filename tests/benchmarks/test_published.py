@@ -13,6 +13,7 @@ from moda import models
 from moda.bench import published
 from moda.bench.clock import Budget
 from moda.bench.methods import method_cases
+from moda.methods.splitter import Splitter, splitter_loss
 from moda.observation.taps import observe
 
 Golden = Callable[[str], dict[str, np.ndarray]]
@@ -79,3 +80,22 @@ def test_a_candidate_that_is_cut_out_answers_as_the_network_with_its_other_neuro
     module = published.cut([*model.features, model.flatten, *model.classifier], [mask.numpy() for mask in masks])
     torch.testing.assert_close(module(images), wanted, rtol=1e-5, atol=1e-5)
     assert sum(p.numel() for p in module.parameters()) < sum(p.numel() for p in model.parameters())
+
+
+def test_a_splitter_of_one_pass_for_each_class():
+    torch.manual_seed(0)
+    model = models.create("small_vgg", num_classes=4, width=0.25).double().eval().requires_grad_(False)
+    images, labels = torch.randn(6, 3, 8, 8).double(), torch.tensor([0, 1, 2, 3, 0, 1])
+    ours = Splitter(observe(model, example=images[:2]), 4).double()  # compared with the golden values in test_splitter
+    with torch.no_grad():
+        for mask in ours.masks:
+            mask.copy_(torch.randn(mask.shape) + 0.4)
+    layers = [*model.features, model.flatten, *model.classifier]
+    heads = [ours.heads.of_class(number) for number in range(4)]
+    plain = published.SplitterNetwork(layers, [ours.mask(tap) for tap in ours.owners], heads)
+    torch.testing.assert_close(plain(images), ours(images))
+    torch.testing.assert_close(plain.kept_share(), ours.kept_share().double())
+    for splitter in (plain, ours):
+        splitter_loss(splitter(images), labels, splitter.kept_share(), 40).backward()
+    for place, mask in enumerate(ours.masks):
+        torch.testing.assert_close(torch.stack([own[place].grad for own in plain.masks]), mask.grad)
