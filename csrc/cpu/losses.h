@@ -279,26 +279,55 @@ struct GradientFactors {
   double same;        // of s_k - n
   double different;   // of s - s_k
   double compactness;  // of sign(a)
+  bool has_same, has_different;  // whether that loss counts: what does not is left out, as 0 times NaN or infinity is NaN
 };
 
 // sign(a) * compactness
 template <class Acc>
 MODA_INLINE Acc signed1(Acc a, Acc compactness) { return a > 0 ? compactness : a < 0 ? -compactness : Acc(0); }
 
+// gradient = same (s_k - n) + different (s - s_k)
+template <class Acc>
+MODA_INLINE void pulls(const Acc* row, Acc inverse, const Acc* own, const Acc* total, const GradientFactors& factors,
+                       int64_t C, Acc* gradient) {
+  constexpr int64_t lanes = kLanes<Acc>;
+  const Acc same = Acc(factors.same), different = Acc(factors.different);
+  int64_t i = 0;
+  if (!factors.has_different) {
+    for (; i + lanes <= C; i += lanes) {
+      const Vector<Acc> s = load_unaligned<Vector<Acc>>(own + i), n = inverse * load_unaligned<Vector<Acc>>(row + i);
+      store_unaligned(gradient + i, same * (s - n));
+    }
+    for (; i < C; ++i) gradient[i] = same * (own[i] - inverse * row[i]);
+  } else if (!factors.has_same) {
+    for (; i + lanes <= C; i += lanes) {
+      const Vector<Acc> s = load_unaligned<Vector<Acc>>(own + i);
+      store_unaligned(gradient + i, different * (load_unaligned<Vector<Acc>>(total + i) - s));
+    }
+    for (; i < C; ++i) gradient[i] = different * (total[i] - own[i]);
+  } else {
+    for (; i + lanes <= C; i += lanes) {
+      const Vector<Acc> s = load_unaligned<Vector<Acc>>(own + i), n = inverse * load_unaligned<Vector<Acc>>(row + i);
+      store_unaligned(gradient + i, same * (s - n) + different * (load_unaligned<Vector<Acc>>(total + i) - s));
+    }
+    for (; i < C; ++i) gradient[i] = same * (own[i] - inverse * row[i]) + different * (total[i] - own[i]);
+  }
+}
+
 // da of one sample: of its row, its inverse norm, the sum of its class and that of all.
 template <class Acc>
 MODA_INLINE void row_gradient(const Acc* row, Acc inverse, const Acc* own, const Acc* total, const GradientFactors& factors,
                               int64_t C, Acc* gradient) {
   constexpr int64_t lanes = kLanes<Acc>;
-  const Acc same = Acc(factors.same), different = Acc(factors.different), compactness = Acc(factors.compactness);
-  int64_t i = 0;
-  for (; i + lanes <= C; i += lanes) {
-    const Vector<Acc> s = load_unaligned<Vector<Acc>>(own + i), n = inverse * load_unaligned<Vector<Acc>>(row + i);
-    store_unaligned(gradient + i, same * (s - n) + different * (load_unaligned<Vector<Acc>>(total + i) - s));
+  const Acc compactness = Acc(factors.compactness);
+  if (inverse == 0 || !(factors.has_same || factors.has_different)) {  // a row of zeros has no direction
+    for (int64_t c = 0; c < C; ++c) gradient[c] = signed1(row[c], compactness);
+    return;
   }
-  for (; i < C; ++i) gradient[i] = same * (own[i] - inverse * row[i]) + different * (total[i] - own[i]);
+  int64_t i = 0;
+  pulls(row, inverse, own, total, factors, C, gradient);
   const Acc projection = inverse < Acc(1 / kFloor) ? Acc(dot(gradient, row, C)) * inverse * inverse : Acc(0);
-  for (i = 0; i + lanes <= C; i += lanes) {
+  for (; i + lanes <= C; i += lanes) {
     const Vector<Acc> a = load_unaligned<Vector<Acc>>(row + i), g = load_unaligned<Vector<Acc>>(gradient + i);
     const Vector<Acc> one = compactness - Vector<Acc>{};
     const Vector<Acc> sign = keep_where<Acc>(a > Acc(0), one) - keep_where<Acc>(a < Acc(0), one);
@@ -350,7 +379,8 @@ static void losses_backward(const Layer* layers, int64_t count, const SegmentsVi
       [&](int64_t l, int64_t sample) {
         const GradientFactors factors{-per(upstream.affinity / L, double(segments.same_pairs)),
                                       per(upstream.dispersion / L, double(segments.diff_pairs)),
-                                      upstream.compactness / (L * double(N) * double(layers[l].neurons))};
+                                      upstream.compactness / (L * double(N) * double(layers[l].neurons)),
+                                      upstream.affinity != 0, upstream.dispersion != 0};
         with_element(layers[l].dtype, [&](auto element) {
           using T = decltype(element);
           const LayerSums<AccOf<T>> sums = sums_of<AccOf<T>>(layers, l, segments.room, static_cast<char*>(workspace));

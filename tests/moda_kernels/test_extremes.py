@@ -6,7 +6,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from moda_kernels import class_similarity, closed_form, modular_losses, native, pool, relu_pool, triton_kernels
+from moda_kernels import (
+    ModularLoss,
+    class_similarity,
+    closed_form,
+    modular_losses,
+    native,
+    pool,
+    relu_pool,
+    triton_kernels,
+)
 from tests.moda_kernels._helpers.native_needed import needs_native
 
 LABELS = torch.tensor([0, 1, 0, 1, 2])
@@ -112,3 +121,22 @@ def test_one_value_that_is_no_number_makes_its_row_nan(backend, shape, value):
         kept = [closed_form, native][backend == "native"].class_sums(pool([x]), LABELS, 3)[0]
         assert kept[1].isnan().all()
         assert kept[[0, 2]].isfinite().all()
+
+
+@needs_native
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("weights", [(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0), (1, 1, 1)], ids=str)
+@pytest.mark.parametrize("labels", [[0, 0, 1, 1, 2, 2], [0] * 6, [0, 1, 2, 3, 4, 5]], ids=str)
+@pytest.mark.parametrize("neurons", [5, 20])
+def test_gradients_are_no_numbers_at_the_same_places(value, weights, labels, neurons):
+    """A term of weight 0 is left out, and a row of zeros has no gradient, whatever the others hold."""
+    gradients = []
+    for backend in ("torch", "native"):
+        layers = [made((6, neurons), 1.0), made((6, 4), 1.0)]
+        layers[0][1] = 0
+        layers[0][2, 3] = value
+        inputs = [layer.requires_grad_() for layer in layers]
+        loss = ModularLoss(*weights, backend=backend)(inputs, torch.tensor(labels))
+        gradients.append(torch.autograd.grad(loss, inputs))
+    for right, result in zip(*gradients, strict=True):
+        torch.testing.assert_close(result, right, rtol=1e-4, atol=1e-6, equal_nan=True)
