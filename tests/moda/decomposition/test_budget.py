@@ -91,11 +91,11 @@ SIZES = torch.tensor([1, 1])
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
-        (lambda: masks_from_shares({}, 0.1), ValueError, "scores: expected at least one tap, got none"),
+        (lambda: masks_from_shares({}, 0.1), ValueError, "shares: expected at least one tap, got none"),
         (lambda: masks_from_shares({"a": torch.ones(2, 2)}, 1.5), ValueError, "epsilon: expected a number in [0, 1], got 1.5"),
         (lambda: masks_from_shares({"a": torch.ones(2, 2)}, "much"), TypeError, "epsilon: expected a number in [0, 1], got str"),
-        (lambda: masks_from_shares({"a": torch.ones(2, 2).long()}), TypeError, "scores['a']: expected a floating-point tensor, got torch.int64"),
-        (lambda: masks_from_shares({"a": torch.ones(2)}), ValueError, "scores['a']: expected shape (classes, neurons), got (2,)"),
+        (lambda: masks_from_shares({"a": torch.ones(2, 2).long()}), TypeError, "shares['a']: expected a floating-point tensor, got torch.int64"),
+        (lambda: masks_from_shares({"a": torch.ones(2)}), ValueError, "shares['a']: expected shape (classes, neurons), got (2,)"),
         (lambda: masks_from_scores(Attributions({"a": torch.tensor([[1.0], [float("nan")]])}, SIZES)), ValueError,
          "scores['a']: expected finite numbers, got NaN or infinity"),
         (lambda: masks_from_scores(Attributions({"a": torch.tensor([[1.0], [float("inf")]])}, SIZES)), ValueError,
