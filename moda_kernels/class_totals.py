@@ -289,8 +289,9 @@ def _check_number(name: str, value: Any, mine: float) -> None:
     one = isinstance(value, Tensor) and value.numel() == 1 and not (value.is_complex() or value.is_meta)
     if not one and (not isinstance(value, int | float) or isinstance(value, bool)):
         raise TypeError(f"state[{name!r}]: expected a number or a tensor of one, got {type(value).__name__}")
-    if float(value) != mine:
-        raise ValueError(f"state[{name!r}]: expected {mine} as here, got {float(value)}")
+    number = value.item() if isinstance(value, Tensor) else value
+    if number != mine:
+        raise ValueError(f"state[{name!r}]: expected {mine} as here, got {shown(number)}")
 
 
 def _check_totals(totals: Mapping[str, Tensor], class_sizes: Tensor) -> None:

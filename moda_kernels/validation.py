@@ -157,7 +157,12 @@ def check_flag(value: Any, name: str) -> None:
 
 def shown(value: Any) -> str:
     """A value as an error shows it, which may be of any length."""
-    text = repr(value)
+    if isinstance(value, int) and abs(value) > 1 << 64:
+        return f"one of {value.bit_length()} bits"
+    try:
+        text = repr(value)
+    except ValueError:  # Python does not write the largest integers, inside of others neither
+        return f"a {type(value).__name__}"
     return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}..."
 
 

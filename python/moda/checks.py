@@ -15,10 +15,13 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 __all__ = [
+    "Bounds",
     "Check",
     "cell_integer",
     "cell_number",
@@ -104,7 +107,10 @@ def _shown(value: Any) -> str:
     """The value as text, but no kilobytes of it."""
     if isinstance(value, int) and abs(value) > 1 << 64:
         return f"one of {value.bit_length()} bits"
-    shown = repr(value)
+    try:
+        shown = repr(value)
+    except ValueError:  # Python does not write the largest integers, inside of others neither
+        return f"a {type(value).__name__}"
     return shown if len(shown) <= 80 else f"{shown[:80]}..."
 
 
@@ -234,38 +240,56 @@ def check_count(name: str, value: Any, least: int = 1, most: int = LARGEST_INTEG
     return value
 
 
-def check_number(
-    name: str,
-    value: Any,
-    *,
-    at_least: float | None = None,
-    above: float | None = None,
-    at_most: float | None = None,
-    below: float | None = None,
-) -> float:
+@dataclass(frozen=True)
+class Bounds:
+    """The bounds of a number; None where there is none.
+
+    Attributes:
+        at_least: the least value allowed.
+        above: a number that the value must exceed.
+        at_most: the largest value allowed.
+        below: a number that the value must stay under.
+    """
+
+    at_least: float | None = None
+    above: float | None = None
+    at_most: float | None = None
+    below: float | None = None
+
+    def hold(self, value: float) -> bool:
+        """Say whether a number is within the bounds."""
+        return (
+            (self.at_least is None or value >= self.at_least)
+            and (self.above is None or value > self.above)
+            and (self.at_most is None or value <= self.at_most)
+            and (self.below is None or value < self.below)
+        )
+
+    def of(self, *, several: bool = False) -> str:
+        """Say which numbers are within the bounds: "a finite number of at least 0", "numbers in [0, 1]"."""
+        number, finite = ("numbers", "finite numbers") if several else ("a number", "a finite number")
+        if self.at_least is not None and self.at_most is not None:
+            return f"{number} in [{self.at_least:g}, {self.at_most:g}]"
+        words = [
+            f"{word} {bound:g}"
+            for word, bound in (
+                ("of at least", self.at_least),
+                ("greater than", self.above),
+                ("of at most", self.at_most),
+                ("less than", self.below),
+            )
+            if bound is not None
+        ]
+        return " ".join([finite, " and ".join(words)]).rstrip()
+
+
+def check_number(name: str, value: Any, bounds: Bounds = Bounds()) -> float:
     """`value` as a float, if it is a finite number within these bounds; a bool is none."""
-    within = (
-        isinstance(value, int | float)
-        and abs(value) < math.inf
-        and (at_least is None or value >= at_least)
-        and (above is None or value > above)
-        and (at_most is None or value <= at_most)
-        and (below is None or value < below)
-    )
-    if within and not isinstance(value, bool):
-        return float(value)
-    expected = f"a number{_bounds(at_least, above, at_most, below)}"
     if not isinstance(value, int | float) or isinstance(value, bool):
-        raise TypeError(f"{name}: expected {expected}, got {type(value).__name__}")
-    raise ValueError(f"{name}: expected {expected}, got {_shown(value)}")
-
-
-def _bounds(at_least: float | None, above: float | None, at_most: float | None, below: float | None) -> str:
-    low = "" if at_least is above is None else f"({above:g}" if at_least is None else f"[{at_least:g}"
-    high = "" if at_most is below is None else f"{below:g})" if at_most is None else f"{at_most:g}]"
-    if low and high:
-        return f" in {low}, {high}"
-    return f" of at least {at_least:g}" if at_least is not None else f" above {above:g}" if above is not None else ""
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+    if not (abs(value) <= sys.float_info.max and bounds.hold(value)):
+        raise ValueError(f"{name}: expected {bounds.of()}, got {_shown(value)}")
+    return float(value)
 
 
 def check_names(name: str, value: Any) -> None:

@@ -9,11 +9,14 @@ import torch
 from torch import Tensor
 
 from moda.structure import Structure, flatten_output
+from moda_kernels.validation import shown
 
 __all__ = ["Output", "check_output", "class_dim", "logit_places", "logits_of", "pick"]
 
 Output = str | int | Sequence["str | int"] | None
 """A key or place of an output, several of them, or None for what the model's outputs say themselves."""
+MOST_OUTPUTS = 1 << 20
+"""That a model can have here; what a larger number means is a mistake."""
 
 
 def check_output(output: Any) -> None:
@@ -22,12 +25,17 @@ def check_output(output: Any) -> None:
     Raises:
         TypeError, ValueError: it is no key, no place and no sequence of them, or an empty one.
     """
-    if output is None or isinstance(output, str | int):
+    if output is None:
         return
+    if isinstance(output, str | int):
+        output = [output]
     if not isinstance(output, Sequence) or not all(isinstance(name, str | int) for name in output):
         raise TypeError(f"output: expected a key or place of an output, or several, got {type(output).__name__}")
     if not output:
         raise ValueError("output: expected at least one key or place of an output, got none")
+    for place in output:
+        if isinstance(place, int) and abs(place) > MOST_OUTPUTS:
+            raise ValueError(f"output: expected a place of at most {MOST_OUTPUTS}, got {shown(place)}")
 
 
 def logit_places(
@@ -82,7 +90,7 @@ def _named(paths: Sequence[str], fitting: Sequence[int], num_classes: int, outpu
     for name in names:
         places = _places(paths, name)
         if not set(places) & set(fitting):
-            raise ValueError(f"output: expected logits (N, {num_classes}), but {name!r} has another shape")
+            raise ValueError(f"output: expected logits (N, {num_classes}), but {shown(name)} has another shape")
         found += [place for place in places if place in fitting]
     return found
 
@@ -92,7 +100,7 @@ def _places(paths: Sequence[str], name: str | int) -> list[int]:
     places = [place for place, path in enumerate(paths) if path.startswith(ends) or path == name]
     if not places:
         expected = "none, as the model puts out one tensor" if list(paths) == [""] else f"one of {list(paths)}"
-        raise ValueError(f"output: expected {expected}, got {name!r:.80}")
+        raise ValueError(f"output: expected {expected}, got {shown(name)}")
     return places
 
 

@@ -15,13 +15,12 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import NoneType, UnionType
 from typing import Any, ClassVar, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from moda.checks import flag, integer, one_of, text
+from moda.checks import Bounds, check_number, flag, integer, one_of, text
 
 __all__ = [
     "Bounds",
@@ -37,49 +36,6 @@ __all__ = [
 
 _KEY = "moda"
 _Settings = TypeVar("_Settings", bound="Settings")
-
-
-@dataclass(frozen=True)
-class Bounds:
-    """The bounds of a number; None where there is none.
-
-    Attributes:
-        at_least: the least value allowed.
-        above: a number that the value must exceed.
-        at_most: the largest value allowed.
-        below: a number that the value must stay under.
-    """
-
-    at_least: float | None = None
-    above: float | None = None
-    at_most: float | None = None
-    below: float | None = None
-
-    def hold(self, value: float) -> bool:
-        """Say whether a number is within the bounds."""
-        return (
-            (self.at_least is None or value >= self.at_least)
-            and (self.above is None or value > self.above)
-            and (self.at_most is None or value <= self.at_most)
-            and (self.below is None or value < self.below)
-        )
-
-    def of(self, *, several: bool = False) -> str:
-        """Say which numbers are within the bounds: "a finite number of at least 0", "numbers in [0, 1]"."""
-        number, finite = ("numbers", "finite numbers") if several else ("a number", "a finite number")
-        if self.at_least is not None and self.at_most is not None:
-            return f"{number} in [{self.at_least:g}, {self.at_most:g}]"
-        words = [
-            f"{word} {bound:g}"
-            for word, bound in (
-                ("of at least", self.at_least),
-                ("greater than", self.above),
-                ("of at most", self.at_most),
-                ("less than", self.below),
-            )
-            if bound is not None
-        ]
-        return " ".join([finite, " and ".join(words)]).rstrip()
 
 
 UNBOUNDED = Bounds()
@@ -257,7 +213,7 @@ def _check_one(name: str, value: Any, declared: Setting, kind: Kind) -> Any:
     if kind.of is int:
         return _check_integer(name, value, declared.bounds)
     if kind.of is float:
-        return _check_number(name, value, declared.bounds)
+        return check_number(name, value, declared.bounds)
     return {str: text(), bool: flag, dict: _check_options}[kind.of](name, value)
 
 
@@ -265,14 +221,6 @@ def _check_integer(name: str, value: Any, bounds: Bounds) -> int:
     given = {"low": bounds.at_least, "high": bounds.at_most}
     checked: int = integer(**{end: int(bound) for end, bound in given.items() if bound is not None})(name, value)
     return checked
-
-
-def _check_number(name: str, value: Any, bounds: Bounds) -> float:
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
-    if not (abs(value) <= sys.float_info.max and bounds.hold(value)):
-        raise ValueError(f"{name}: expected {bounds.of()}, got {value}")
-    return float(value)
 
 
 def _check_options(name: str, value: Any) -> dict[str, Any]:
@@ -305,7 +253,7 @@ def _check_several(name: str, value: Any, declared: Setting, kind: Kind) -> tupl
 def _check_entry(name: str, value: Any, bounds: Bounds) -> float:
     if isinstance(value, int | float) and not isinstance(value, bool) and not bounds.hold(value):
         raise ValueError(f"{name}: expected {bounds.of(several=True)}, got {value}")
-    return _check_number(name, value, UNBOUNDED)
+    return check_number(name, value)
 
 
 def json_schema(settings: type[Settings]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from moda.checks import check_count, check_number
+from moda.checks import Bounds, check_count, check_number
 
 Integers = npt.NDArray[np.int64]
 _TRIES = 10_000
@@ -49,9 +49,9 @@ def dirichlet_split(
     labels, classes = _checked_labels(labels)
     counts = np.bincount(labels, minlength=classes)
     check_count("seed", seed, least=0, most=(1 << 32) - 1)
-    alpha = check_number("alpha", alpha, above=0)
+    alpha = check_number("alpha", alpha, Bounds(above=0))
     check_count("least", least, least=0)
-    check_number("train_share", train_share, at_least=0, at_most=1)
+    check_number("train_share", train_share, Bounds(at_least=0, at_most=1))
     generator = np.random.RandomState(seed)
     for _ in range(_TRIES):
         proportions = generator.dirichlet(np.repeat(alpha, classes))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, TensorDataset
 
-from moda.checks import check_count, check_number, one_of
+from moda.checks import Bounds, check_count, check_number, one_of
 from moda.data.splits import DataSplits, InMemory
 
 PARTS = ("strong", "weak")
@@ -65,7 +65,7 @@ def replacement_part(
         raise ValueError(f"splits: expected at least 4 classes, got {splits.num_classes}")
     one_of(PARTS)("part", part)
     check_count("mixed_class", mixed_class, least=0)
-    check_number("fraction", fraction, above=0, at_most=1)
+    check_number("fraction", fraction, Bounds(above=0, at_most=1))
     check_count("seed", seed, least=0)
     if mixed_class not in strong:
         raise ValueError(f"mixed_class: expected a strong class, in [0, {len(strong)}), got {mixed_class}")

@@ -156,11 +156,16 @@ def check_classes(classes: Iterable[int], num_classes: int) -> list[int]:
         raise ValueError("classes: expected at least one class, got none")
     unknown = sorted({c for c in chosen if not 0 <= c < num_classes})
     if unknown:
-        raise ValueError(f"classes: expected classes in [0, {num_classes}), got {unknown}")
+        raise ValueError(f"classes: expected classes in [0, {num_classes}), got {_listed(unknown)}")
     twice = sorted({c for c in chosen if chosen.count(c) > 1})
     if twice:
-        raise ValueError(f"classes: expected every class once, got {twice} more than once")
+        raise ValueError(f"classes: expected every class once, got {_listed(twice)} more than once")
     return chosen
+
+
+def _listed(classes: list[int]) -> str:
+    """Classes as an error shows them: a few of them, none of any length."""
+    return f"[{', '.join(map(shown, classes[:10]))}{', ...' if len(classes) > 10 else ''}]"
 
 
 def _indices(classes: Any) -> list[int] | None:

@@ -22,7 +22,7 @@ from moda.decomposition.scores import NeuronScores
 from moda.decomposition.settings import BudgetRule, FiringRule
 from moda.observation.taps import Taps
 from moda.outputs import Output
-from moda_kernels.validation import check_flag, check_strided
+from moda_kernels.validation import check_flag, check_strided, shown
 
 
 def masks_from_rates(
@@ -141,7 +141,7 @@ def decompose(
     _check_unused({"threshold": threshold, "min_fraction": min_fraction}, "firing rates", scores.noun)
     _check_seen(scores, allow_empty_classes)
     if not (isinstance(epsilon, str) and epsilon == "auto"):
-        _check_unused(for_auto, 'epsilon="auto"', f"epsilon={epsilon}")
+        _check_unused(for_auto, 'epsilon="auto"', f"epsilon={shown(epsilon)}")
         return _by_budget(scores, _or(epsilon, 0.05))
     if model is None or loader is None:
         missing = "model" if model is None else "loader"

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar, Literal, TypeAlias, get_args
 
-from moda.checks import check_number, json_value, one_of, text
+from moda.checks import Bounds, check_number, json_value, one_of, text
 
 __all__ = ["BudgetRule", "Combine", "FiringRule", "check_combine", "check_fraction", "check_settings"]
 
@@ -126,6 +126,6 @@ def check_combine(value: Any) -> None:
     one_of(get_args(Combine))("combine", value)
 
 
-def check_fraction(name: str, value: float) -> None:
-    """Raise TypeError or ValueError unless `value`, the argument `name`, is a number in [0, 1]."""
-    check_number(name, value, at_least=0, at_most=1)
+def check_fraction(name: str, value: Any) -> float:
+    """`value`, the argument `name`, as a float; raise TypeError or ValueError unless it is a number in [0, 1]."""
+    return check_number(name, value, Bounds(at_least=0, at_most=1))

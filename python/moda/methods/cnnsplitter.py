@@ -12,7 +12,6 @@ import json
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +22,9 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
 
-from moda.checks import check_count, check_names, check_number, items, mapping, text
+from moda.checks import Bounds, check_count, check_names, check_number, items, mapping, text
 from moda.decomposition.container import Decomposition
+from moda.decomposition.settings import check_fraction
 from moda.files import as_path
 from moda.inference import fastest_layout
 from moda.methods.base import TASK, Loader, Phase, check_choice
@@ -108,8 +108,8 @@ class CNNSplitter:
                 f"{self.population}, got {self.parents} and {self.elites}"
             )
         for name in ("alpha", "target_accuracy", "confidence"):
-            check_number(name, getattr(self, name), at_least=0, at_most=1)
-        check_number("mutation_percent", self.mutation_percent, at_least=0, at_most=100)
+            check_fraction(name, getattr(self, name))
+        check_number("mutation_percent", self.mutation_percent, Bounds(at_least=0, at_most=100))
         self._check_choices()
 
     def _check_choices(self) -> None:
@@ -117,12 +117,11 @@ class CNNSplitter:
             raise TypeError(f"thresholds: expected a mapping of layers to shares, got {type(self.thresholds).__name__}")
         for layers, share in self.thresholds.items():
             check_count("thresholds: a number of layers", layers)
-            check_number(f"thresholds[{layers}]", share, at_least=0, at_most=1)
+            check_fraction(f"thresholds[{layers}]", share)
         for name in ("sensitive", "sites"):
             check_names(name, getattr(self, name))
         for name in ("sensitive_ratios", "other_ratios"):
-            ratios = items(partial(check_number, at_least=0, at_most=1), least=1)(name, getattr(self, name))
-            object.__setattr__(self, name, tuple(ratios))
+            object.__setattr__(self, name, tuple(items(check_fraction, least=1)(name, getattr(self, name))))
         if self.patience is not None:
             check_count("patience", self.patience, least=0)
         mapping(text())("shared", self.shared)

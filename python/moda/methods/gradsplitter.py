@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moda.checks import check_count, check_names, check_number, mapping, text
+from moda.checks import Bounds, check_count, check_names, check_number, mapping, text
 from moda.decomposition.container import Decomposition
 from moda.inference import device_of, evaluating, fastest_layout
 from moda.methods.base import TASK, Loader, Phase, Prepared, check_choice
@@ -102,9 +102,9 @@ class GradSplitter:
         for name in ("head_epochs", "epochs", "hidden"):
             check_count(name, getattr(self, name))
         for name in ("head_rate", "mask_rate"):
-            check_number(name, getattr(self, name), above=0)
+            check_number(name, getattr(self, name), Bounds(above=0))
         for name in ("weight", "tolerance"):
-            check_number(name, getattr(self, name), at_least=0)
+            check_number(name, getattr(self, name), Bounds(at_least=0))
         check_names("sites", self.sites)
         mapping(text())("shared", self.shared)
         if self.classes_at_once is not None:

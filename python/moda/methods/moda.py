@@ -8,7 +8,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moda.checks import check_count, check_number, one_of
+from moda.checks import Bounds, check_count, check_number, one_of
 from moda.decomposition.attribution import attribute
 from moda.decomposition.container import Decomposition
 from moda.decomposition.counting import activation_shares, count_firings
@@ -69,7 +69,7 @@ class MODA:
 
     def __post_init__(self) -> None:
         for name in (AFFINITY, DISPERSION, COMPACTNESS):
-            check_number(name, getattr(self, name), at_least=0)
+            check_number(name, getattr(self, name), Bounds(at_least=0))
         check_training(self.epochs, self.learning_rate, self.momentum)
         one_of(RULES)("rule", self.rule)
         FiringRule(self.threshold, self.min_fraction)  # which checks them, as the next one does

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
-from moda.checks import check_count, check_names, check_number
+from moda.checks import Bounds, check_count, check_names, check_number
 from moda.decomposition.container import Decomposition
 from moda.methods.base import TASK, Loader, Phase, Prepared, check_choice, check_trainable
 from moda.methods.convolutions import FastConvolutions
@@ -70,9 +70,9 @@ class MwT:
 
     def __post_init__(self) -> None:
         for name in ("cohesion", "coupling"):
-            check_number(name, getattr(self, name), at_least=0)
+            check_number(name, getattr(self, name), Bounds(at_least=0))
         check_training(self.epochs, self.learning_rate, self.momentum)
-        check_number("threshold", self.threshold, above=0, at_most=1)
+        check_number("threshold", self.threshold, Bounds(above=0, at_most=1))
         check_names("layers", self.layers)
 
     def prepare(self, model: nn.Module, num_classes: int, example: Any) -> PreparedGates:
@@ -127,8 +127,8 @@ class MwT:
 def check_training(epochs: int, learning_rate: float, momentum: float) -> None:
     """Raise TypeError or ValueError unless these can be settings of a training."""
     check_count("epochs", epochs)
-    check_number("learning_rate", learning_rate, above=0)
-    check_number("momentum", momentum, at_least=0, below=1)
+    check_number("learning_rate", learning_rate, Bounds(above=0))
+    check_number("momentum", momentum, Bounds(at_least=0, below=1))
 
 
 def named(found: Sequence[Any], layers: Sequence[str]) -> list[Any]:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moda.checks import check_count, check_names, check_number
+from moda.checks import Bounds, check_count, check_names, check_number
 from moda.decomposition.container import Decomposition
 from moda.methods.base import TASK, Loader, Phase, check_choice, check_trainable
 from moda.methods.contrastive import contrastive_loss, distillation_loss
@@ -99,10 +99,10 @@ class NeMo:
     name = "nemo"
 
     def __post_init__(self) -> None:
-        check_number("contrast", self.contrast, at_least=0)
-        check_number("temperature", self.temperature, above=0)
+        check_number("contrast", self.contrast, Bounds(at_least=0))
+        check_number("temperature", self.temperature, Bounds(above=0))
         check_training(self.epochs, self.learning_rate, self.momentum)
-        check_number("threshold", self.threshold, above=0, at_most=1)
+        check_number("threshold", self.threshold, Bounds(above=0, at_most=1))
         check_names("layers", self.layers)
         for name in ("attention", "published"):
             check_flag(getattr(self, name), name)

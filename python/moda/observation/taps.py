@@ -373,6 +373,9 @@ class Taps:
     ) -> Run | None:
         """The probe that this forward pass is; None if it would tell nothing more than `plan`."""
         inputs = tensors_of(args, kwargs)
+        if self.sample_dim and inputs and all(value.dim() <= self.sample_dim for value in inputs):
+            shapes = ", ".join(str(tuple(value.shape)) for value in inputs)
+            raise ValueError(f"sample_dim: expected an axis of the inputs, got {shown(self.sample_dim)} for {shapes}")
         samples = _samples(inputs, self.sample_dim)
         if plan is not None and samples < 2:
             return None

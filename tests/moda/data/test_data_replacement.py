@@ -95,7 +95,7 @@ def test_part_by_name_through_load():
     [
         ("both", 0, 0.1, "part: expected one of strong, weak, got 'both'"),
         ("weak", 5, 0.1, "mixed_class: expected a strong class, in [0, 5), got 5"),
-        ("weak", 0, 0.0, "fraction: expected a number in (0, 1], got 0.0"),
+        ("weak", 0, 0.0, "fraction: expected a finite number greater than 0 and of at most 1, got 0.0"),
     ],
 )
 def test_bad_input_is_named(digits, part, mixed_class, fraction, message):

@@ -27,7 +27,7 @@ def test_samples_are_the_published_ones(golden: Golden, case: int):
     [
         ([], {}, "labels: expected integers in"),
         ([0, 2], {}, "labels: expected integers in .* every class"),
-        ([0, 1], {"alpha": 0.0}, "alpha: expected a number above 0, got 0.0"),
+        ([0, 1], {"alpha": 0.0}, "alpha: expected a finite number greater than 0, got 0.0"),
         ([0, 1], {"train_share": 1.5}, r"train_share: expected a number in \[0, 1\], got 1.5"),
         ([0, 1], {"least": 2}, "least: expected a number that draws reach, got 2 of classes with 1 samples"),
     ],

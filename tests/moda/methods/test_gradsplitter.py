@@ -148,8 +148,8 @@ class TwoOutputs(nn.Module):
     ("make", "message"),
     [
         (lambda: GradSplitter(epochs=0), "epochs: expected at least 1, got 0"),
-        (lambda: GradSplitter(mask_rate=float("nan")), "mask_rate: expected a number above 0, got nan"),
-        (lambda: GradSplitter(weight=-1), "weight: expected a number of at least 0, got -1"),
+        (lambda: GradSplitter(mask_rate=float("nan")), "mask_rate: expected a finite number greater than 0, got nan"),
+        (lambda: GradSplitter(weight=-1), "weight: expected a finite number of at least 0, got -1"),
         (lambda: GradSplitter().prepare(TwoOutputs(), 2, torch.randn(2, 3)), "model: expected logits of shape"),
         (lambda: GradSplitter().choose(_untrained()), "prepared: expected a training, got none"),
     ],

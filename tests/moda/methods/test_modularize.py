@@ -140,7 +140,7 @@ def test_fewer_than_two_classes_are_none_to_tell_apart(name: str):
         ),
         (lambda: modularize(Net(), MODA(), [], 3), ValueError, "loader: expected at least one batch, got none"),
         (lambda: modularize(Net(), MODA(), pictures(0), 1), ValueError, "num_classes: expected at least 2, got 1"),
-        (lambda: MODA(affinity=-1), ValueError, "affinity: expected a number of at least 0, got -1"),
+        (lambda: MODA(affinity=-1), ValueError, "affinity: expected a finite number of at least 0, got -1"),
         (lambda: MODA(rule="taylor"), ValueError, "rule: expected one of firing, share, attribution, got 'taylor'"),
         (lambda: MODA(epsilon=1.5), ValueError, r"epsilon: expected a number in \[0, 1\], got 1.5"),
         (lambda: MODA(threshold=-0.1), ValueError, r"threshold: expected a number in \[0, 1\], got -0.1"),

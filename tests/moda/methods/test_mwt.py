@@ -208,11 +208,11 @@ def _gated_twice() -> PreparedGates:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: MwT(cohesion=-1), "cohesion: expected a number of at least 0, got -1"),
+        (lambda: MwT(cohesion=-1), "cohesion: expected a finite number of at least 0, got -1"),
         (lambda: MwT(epochs=0), "epochs: expected at least 1, got 0"),
-        (lambda: MwT(learning_rate=float("inf")), "learning_rate: expected a number above 0, got inf"),
-        (lambda: MwT(momentum=1.0), r"momentum: expected a number in \[0, 1\), got 1.0"),
-        (lambda: MwT(threshold=0), r"threshold: expected a number in \(0, 1\], got 0"),
+        (lambda: MwT(learning_rate=float("inf")), "learning_rate: expected a finite number greater than 0, got inf"),
+        (lambda: MwT(momentum=1.0), r"momentum: expected a finite number of at least 0 and less than 1, got 1.0"),
+        (lambda: MwT(threshold=0), r"threshold: expected a finite number greater than 0 and of at most 1, got 0"),
         (
             lambda: MwT().prepare(nn.Sequential(nn.Flatten(), nn.Linear(192, 3)), 3, IMAGES),
             "model: expected at least two conv",

@@ -147,9 +147,9 @@ IMAGES = torch.randn(2, 3, 8, 8)
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: NeMo(contrast=float("nan")), "contrast: expected a number of at least 0, got nan"),
-        (lambda: NeMo(temperature=0), "temperature: expected a number above 0, got 0"),
-        (lambda: NeMo(threshold=1.1), r"threshold: expected a number in \(0, 1\], got 1.1"),
+        (lambda: NeMo(contrast=float("nan")), "contrast: expected a finite number of at least 0, got nan"),
+        (lambda: NeMo(temperature=0), "temperature: expected a finite number greater than 0, got 0"),
+        (lambda: NeMo(threshold=1.1), r"threshold: expected a finite number greater than 0 and of at most 1, got 1.1"),
         (lambda: NeMo(epochs=0), "epochs: expected at least 1"),
         (
             lambda: NeMo().prepare(nn.Sequential(nn.Flatten(), nn.Linear(192, 2)), 2, IMAGES),

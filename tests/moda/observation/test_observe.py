@@ -299,6 +299,12 @@ def test_axes_of_samples_are_checked(axis: object) -> None:
         moda.observe(small_cnn(), sample_dim=axis)
 
 
+def test_an_axis_that_no_input_has_is_refused() -> None:
+    taps = moda.observe(small_cnn(), sample_dim=5)
+    with pytest.raises(ValueError, match=r"sample_dim: expected an axis of the inputs, got 5 for \(4, 3, 8, 8\)"):
+        taps.model(torch.randn(4, 3, 8, 8))
+
+
 def test_a_closed_encoder_says_how_to_open_it() -> None:
     taps = moda.observe(Encoder(), sample_dim=1)
     taps.model(torch.randn(6, 4, 8))

@@ -14,8 +14,8 @@ import torch
 WRONG: dict[str, Callable[[], Any]] = {
     "None": lambda: None, "a string": lambda: "0", "a long string": lambda: "x" * 1_000_000, "half a character": lambda: "\ud800",
     "bytes": lambda: b"x", "a float": lambda: 1.5, "a whole float": lambda: 2.0, "True": lambda: True, "-3": lambda: -3, "NaN": lambda: float("nan"),
-    "-inf": lambda: float("-inf"), "a huge integer": lambda: 2**70, "a large integer": lambda: 2**40, "complex": lambda: 1j,
-    "no entry": list, "[None]": lambda: [None], "[-1]": lambda: [-1], "[NaN]": lambda: [float("nan")], "[99]": lambda: [99],
+    "-inf": lambda: float("-inf"), "a huge integer": lambda: 10**5000, "a large integer": lambda: 2**40, "complex": lambda: 1j,
+    "no entry": list, "[None]": lambda: [None], "[-1]": lambda: [-1], "[NaN]": lambda: [float("nan")], "[99]": lambda: [99], "huge integers": lambda: [10**5000],
     "strings": lambda: ["a", "a"], "a generator": lambda: (n for n in range(2)), "a set": lambda: {0, 1}, "a mapping": lambda: {"a": 1},
     "a mapping of integers": lambda: {1: 2}, "an object": object, "a class": lambda: dict, "a module": lambda: torch.nn.Linear(3, 3),
     "an array": lambda: np.zeros((4, 3), np.float32), "arrays": lambda: [np.zeros((4, 3), np.float32)], "an array's number": lambda: np.float64("nan"),
