@@ -91,10 +91,6 @@ class Layout:
         """FLAT as COLUMNS of one position, for kernels that take neurons apart; any other layout as it is."""
         return replace(self, mode=COLUMNS, run=self.neurons) if self.mode == FLAT else self
 
-    def vector(self, itemsize: int, *addresses: int) -> bool:
-        """Whether 16-byte accesses are aligned for these addresses of elements of `itemsize` bytes."""
-        return self.aligned_bytes(itemsize, *addresses) == VECTOR_BYTES
-
     def aligned_bytes(self, itemsize: int, *addresses: int) -> int:
         """The widest access, up to 16 bytes, that is aligned in every stretch from these addresses on."""
         bits = self.run * itemsize | VECTOR_BYTES
