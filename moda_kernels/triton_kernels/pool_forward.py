@@ -127,8 +127,8 @@ def add_splits_kernel(table, layers: tl.int64, BLOCK: tl.constexpr):
     tl.store(out + index, total, mask=index < rows)
 
 
-# Tiles and their reasons: layouts.py. The cap makes the assembler take the registers it needs (80 with Triton 3.7, to
-# 128 with 3.6); left alone it settles on 72 for bfloat16 on sm_90 and spills two.
+# Tiles and their reasons: layouts.py. The cap makes the assembler take the registers it needs (64 for 16-byte accesses
+# in half precision, up to 127 for single elements); left alone it settled on too few for bfloat16 on sm_90 and spilled.
 REGISTERS = 128
 # Parts are few and small; 512 of them per program spreads them out.
 SPLIT_BLOCK = 512
