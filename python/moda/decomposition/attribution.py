@@ -45,7 +45,8 @@ def attribute(
 
     One forward and one backward pass per batch, in evaluation mode, on the device of the model. Gradients of parameters
     are never made (`requires_grad` is put back afterwards, as every submodule's train/eval mode is), and each
-    activation's gradient is added up as soon as it is there, so that none outlives its layer. The samples that a
+    activation's gradient is added up as soon as it is there, so that none outlives its layer. Batch norm and the ReLU
+    behind it are one operation where activations are large, as in training (`observe`). The samples that a
     `DistributedSampler` repeats are run but not counted, as by `count_firings`.
 
     Args:
@@ -117,7 +118,7 @@ class _Gradients:
 
     def _run(self, taps: Taps, inputs: Inputs) -> Any:
         self._seen = []
-        with taps.recording(_forget), taps.replacing(self._watch):
+        with taps.replacing(self._watch, fuse_norms=True):
             return inputs.into(taps.model)
 
     def _watch(self, index: int, activation: Tensor) -> Tensor:
@@ -157,16 +158,15 @@ class _Gradients:
         return totals
 
 
-def _forget(index: int, activation: Tensor) -> None:
-    """Takes what the taps would keep."""
-
-
 class _Start(torch.autograd.Function):
-    """A copy of an activation that has no graph, with one that ends here."""
+    """An activation that has no graph, with one that ends here, so that the model may go on to overwrite it."""
 
     @staticmethod
     def forward(ctx: Any, activation: Tensor, anchor: Tensor) -> Tensor:
-        return activation.clone()
+        if activation._is_view() or activation.is_inference():
+            return activation.clone()
+        ctx.mark_dirty(activation)
+        return activation
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[None, None]:

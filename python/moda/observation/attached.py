@@ -127,12 +127,13 @@ class Norm(Part):
     """A batch norm that feeds nothing but one ReLU, directly or through one addition.
 
     Attributes:
-        dims: axes of the ReLU's activation in the probe; 0 where the last probe saw something else.
+        dims: axes of the ReLU's activation in the probes in eval and in train mode; 0 where there was none of that mode
+            or the last one saw something else.
     """
 
-    def __init__(self, taps: Handle, dims: int) -> None:
+    def __init__(self, taps: Handle) -> None:
         super().__init__(taps)
-        self.dims = dims
+        self.dims = [0, 0]
 
     def call(self, module: nn.Module, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Its result may be left to the ReLU."""

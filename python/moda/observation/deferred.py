@@ -52,13 +52,14 @@ _ADDITIONS = frozenset((torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__))
 
 
 class NormCall:
-    """One call of a batch norm in training mode, whose result may be computed once for the running statistics."""
+    """One call of a batch norm, whose result may be computed once for the running statistics."""
 
     def __init__(self, x: Tensor, norm: BatchNorm) -> None:
         self.x = x
         self.norm = norm
         self.counted = False  # whether the batch is in the running statistics
-        self._versions = [(tensor, tensor._version) for tensor in (x, norm.weight, norm.bias) if tensor is not None]
+        read = (x, norm.weight, norm.bias, *(() if norm.training else norm[:2]))
+        self._versions = [(tensor, tensor._version) for tensor in read if tensor is not None]
 
     def check(self) -> None:
         """Raise a RuntimeError if what the result is computed from is not what it was."""
@@ -69,13 +70,13 @@ class NormCall:
         """The result as PyTorch computes it."""
         self.check()
         norm = self.norm
-        running = (None, None) if self.counted else (norm.running_mean, norm.running_var)
+        running = (None, None) if norm.training and self.counted else (norm.running_mean, norm.running_var)
         self.counted = True
-        return F.batch_norm(self.x, *running, norm.weight, norm.bias, True, norm.momentum, norm.eps)
+        return F.batch_norm(self.x, *running, norm.weight, norm.bias, norm.training, norm.momentum, norm.eps)
 
     def settle(self) -> None:
         """Bring the batch into the running statistics, if nobody has asked for the result."""
-        if not self.counted:
+        if self.norm.training and not self.counted:
             with torch.no_grad():
                 self.plain()
 
@@ -125,7 +126,7 @@ class Deferred(Tensor):
                 self._value = value if self._residual is None else value + self._residual
         return self._value
 
-    def rectified(self, inplace: bool) -> tuple[Tensor, Tensor] | None:
+    def rectified(self) -> tuple[Tensor, Tensor] | None:
         """The ReLU of the result and its pooled activation, in one operation; None where that cannot be."""
         if not (self.is_open and torch.is_grad_enabled()) or hooks_on_saved_tensors():
             return None
@@ -135,11 +136,13 @@ class Deferred(Tensor):
         backend = _compiled_backend(call.x, norm)
         if backend is None:
             return None
-        y, pooled = backend.norm_relu_pool(call.x, norm)
+        results = backend.norm_relu_pool(call.x, norm)
         call.counted = True
-        if inplace:
-            self._value = y
-        return y, pooled
+        return results
+
+    def overwrite(self, value: Tensor) -> None:
+        """Stand for this value from here on."""
+        self._value = value
 
     def _check(self) -> None:
         self._call.check()
@@ -197,20 +200,20 @@ def defer(module: Any, x: Tensor) -> tuple[Deferred, NormCall] | None:
     The counter of batches is moved on, as the module does it. Hooks of the module are the caller's to look for.
     """
     kind = plain_class(type(module))
-    if kind not in NORMS or kind.forward is not _BatchNorm.forward or not module.training:
+    if kind not in NORMS or kind.forward is not _BatchNorm.forward:
         return None
     if x.is_inference() or x.is_neg() or not _is_dense(x) or hooks_on_saved_tensors():
         return None
-    tracked = module.track_running_stats
-    mean, var = (module.running_mean, module.running_var) if tracked else (None, None)
-    norm = BatchNorm(mean, var, module.weight, module.bias, None, True, module.momentum or 0.0, module.eps)
+    training, tracked = module.training, module.track_running_stats
+    mean, var = (module.running_mean, module.running_var) if tracked or not training else (None, None)
+    norm = BatchNorm(mean, var, module.weight, module.bias, None, training, module.momentum or 0.0, module.eps)
     try:
         check_batch_norm(x, norm)
     except (TypeError, ValueError):  # the module has an error of its own for it, or takes what the kernels do not
         return None
     if _compiled_backend(x, norm) is None:
         return None
-    if tracked and module.num_batches_tracked is not None:
+    if training and tracked and module.num_batches_tracked is not None:
         module.num_batches_tracked.add_(1)
         if module.momentum is None:
             norm = norm._replace(momentum=1.0 / float(module.num_batches_tracked))

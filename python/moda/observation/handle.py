@@ -19,17 +19,19 @@ class Handle(Protocol):
         known: which modules and functions are activations.
         sample_dim: the axis of samples in the inputs.
         neuron_dim: the axis of neurons, where the user says it.
-        fuse_norms: whether a batch norm and the ReLU behind it may be one operation.
     """
 
     model: nn.Module
     known: Known
     sample_dim: int
     neuron_dim: int | Mapping[str, int] | None
-    fuse_norms: bool
     _run: Any  # the forward pass that is on its way, a `Run`; None between passes
     _mode: Any  # a `FunctionMode`
     _after: Any  # an `After`
+
+    @property
+    def joins_norms(self) -> bool:
+        """Whether a batch norm and the ReLU behind it may be one operation."""
 
     def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Begin a forward pass; gives its `Run`, or None where nothing is to be seen."""

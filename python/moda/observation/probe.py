@@ -216,7 +216,8 @@ class Probe(Run):
                 calls.append(found)
                 return self._pooling(found, args[0], inplace)
         copied = self.changes and inplace and bool(args)
-        given = (args[0].clone(), *args[1:]) if copied else args
+        with self._resting():
+            given = (args[0].clone(), *args[1:]) if copied else args
         if copied and args[0] in self._nodes:
             self._nodes[given[0]] = self._nodes[args[0]]
         inside, self.inside = self.inside, True
@@ -428,10 +429,11 @@ class Probe(Run):
                 fusible[normed.module] = normed.dims
         for module in self.paths:
             part = _own_part(module)
+            if part is None and module in fusible:
+                part = Norm(self.taps)
+                self.taps._attach(module, part)
             if isinstance(part, Norm):
-                part.dims = fusible.get(module, 0)
-            elif part is None and module in fusible:
-                self.taps._attach(module, Norm(self.taps, fusible[module]))
+                part.dims[self.training] = fusible.get(module, 0)
 
     # ---- following ---
 
@@ -492,7 +494,7 @@ class Probe(Run):
             self._note_version(tensor, version_of(tensor))
         for reference, found in self._spares.values():
             found.spare = reference.expired()
-        if self.training and self.taps.fuse_norms:
+        if self.taps.joins_norms:
             self._attach_norms()
         taps = tuple(found.tap() for found in self.found)
         for site, calls in self._calls.items():

@@ -210,7 +210,9 @@ class Run:
     def call_norm(self, site: Norm, module: nn.Module, call: Call, args: tuple[Any, ...], kwargs: Any) -> Any:
         """A batch norm is called that feeds nothing but a ReLU, as far as the probe saw."""
         x = args[0] if len(args) == 1 and not kwargs else None
-        if type(x) is not Tensor or x.dim() != site.dims or x.numel() * x.element_size() < self.norms_from:
+        if type(x) is not Tensor or x.dim() != site.dims[self.training]:
+            return call(*args, **kwargs)
+        if x.numel() * x.element_size() < self.norms_from or not (module.training or self.changes):
             return call(*args, **kwargs)
         if not (torch.is_grad_enabled() and self.untouched) or has_hooks(module) or any_global_hooks():
             return call(*args, **kwargs)
@@ -377,15 +379,17 @@ class Run:
         """A ReLU of a deferred batch norm, in one operation with it; None where that cannot be."""
         if not tap.relu or value.dim() != tap.layout.dims or watched_by_others():
             return None
-        results = value.rectified(inplace)
+        results = value.rectified()
         if results is None:
             return None
         y, pooled = results
-        if self.record is None or not self._fuses(tap, y):
-            delivered: Tensor = self.deliver(tap, y)
-            return delivered
-        mark_pooled(pooled)
-        self._note_pooled(tap, pooled)
+        if self.record is not None and self._fuses(tap, y):
+            mark_pooled(pooled)
+            self._note_pooled(tap, pooled)
+        else:
+            y = self.deliver(tap, y)
+        if inplace:
+            value.overwrite(y)
         return y
 
     # ---- the end ---

@@ -83,7 +83,7 @@ class Taps:
     ) -> None:
         self.model = model
         self.route: Route = route
-        self.fuse_norms = fuse_norms and route != "grouped"
+        self.fuse_norms = fuse_norms
         self.reading = reading  # whether forward passes with gradients are recorded
         self.known = Known(activations, sites)
         self.sample_dim = sample_dim
@@ -102,6 +102,7 @@ class Taps:
         self._forced = 0
         self._receiver: Receiver | None = None
         self._function: Function | None = None
+        self._fusing = False  # whether norms are fused where activations are replaced
         self._marking = False
         self._after: After | None = None
         self._overwriting = False
@@ -150,6 +151,11 @@ class Taps:
     def skipped(self) -> dict[str, str]:
         """Why calls of activations are not tapped, by the names that they would have."""
         return dict(self._plan.skipped)
+
+    @property
+    def joins_norms(self) -> bool:
+        """Whether a batch norm and the ReLU behind it may be one operation."""
+        return self.fuse_norms and (self.route != "grouped" or self._fusing)
 
     # ---- what is recorded ---
 
@@ -201,11 +207,16 @@ class Taps:
             self._receiver = outer
 
     @contextmanager
-    def replacing(self, function: Function) -> Iterator[None]:
-        """Put `function(index, activation)` in each activation's place in the model; nothing is fused.
+    def replacing(self, function: Function, *, fuse_norms: bool = False) -> Iterator[None]:
+        """Put `function(index, activation)` in each activation's place in the model; nothing is recorded meanwhile.
 
         Activations have their neurons at dim 1, `(N, C)` or `(N, C, *positions)`; what takes their place has the same
-        shape.
+        shape. Activations are not pooled.
+
+        Args:
+            function: gives what takes an activation's place.
+            fuse_norms: where gradients are enabled, let batch norm and the ReLU behind it be one operation, as in
+                training, also in eval mode; unless the model is observed with `fuse_norms=False`.
 
         Raises:
             TypeError: `function` cannot be called.
@@ -213,11 +224,12 @@ class Taps:
         """
         if not callable(function):
             raise TypeError(f"function: expected a function of (index, activation), got {type(function).__name__}")
-        outer, self._function = self._function, function
+        outer = self._function, self._fusing
+        self._function, self._fusing = function, fuse_norms
         try:
             yield
         finally:
-            self._function = outer
+            self._function, self._fusing = outer
 
     @contextmanager
     def marking(self) -> Iterator[None]:
@@ -333,10 +345,11 @@ class Taps:
             if run is not None or plan is None:
                 return run
         pooled = gradients and not (self._forced or changes)
-        norms = self.fuse_norms and training and pooled and not (compiling or backward or apart)
+        norms = self.joins_norms and (self._fusing if self._function is not None else pooled and training)
+        norms = norms and gradients and not (self._forced or compiling or backward or apart)
         if not (recorded or changes or backward or norms or (self._overwriting and not gradients)):
             return None
-        record = self._record if recorded and self._receiver is None else None
+        record = self._record if recorded and self._receiver is None and self._function is None else None
         if backward:
             record = Record()  # the recomputation of a checkpoint does what was done, for nobody
         run = Run(
@@ -385,7 +398,7 @@ class Taps:
             training,
             samples,
             inputs,
-            record=self._record if recorded and self._receiver is None else None,
+            record=self._record if recorded and self._receiver is None and self._function is None else None,
             receiver=self._receiver if recorded else None,
             function=self._function,
             fuse_from=self._fuse_from(plan, args, kwargs, compiling=False) if pooled and self.reading else NEVER,
@@ -473,7 +486,9 @@ def _attach_copy(taps: Taps, module: nn.Module, part: Part | None, sites: dict[i
     elif isinstance(part, Whole):
         taps._attach(module, Whole(taps))
     elif isinstance(part, Norm):
-        taps._attach(module, Norm(taps, part.dims))
+        norm = Norm(taps)
+        norm.dims = list(part.dims)
+        taps._attach(module, norm)
 
 
 def _site_copy(taps: Taps, site: Site, sites: dict[int, Site]) -> Site:

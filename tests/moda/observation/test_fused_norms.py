@@ -196,6 +196,59 @@ def test_autocast(fused: list[bool]):
     assert len(fused) == 1
 
 
+@pytest.mark.parametrize("between", FUSED)
+@pytest.mark.parametrize("route", ["auto", "grouped"])
+def test_where_activations_are_replaced_in_evaluation_too(between: str, route: str, fused: list[bool]):
+    function, residual = FUSED[between]
+    plain, model = twins(function)
+    step(plain, images())
+    model.load_state_dict(plain.state_dict())
+    taps = moda.observe(model.eval(), route=route)
+    plain.eval()
+    with taps.replacing(lambda _index, activation: activation * 2):
+        doubled = model(images())
+    assert not fused
+    with taps.replacing(lambda _index, activation: activation * 2, fuse_norms=True):
+        model(images())  # which may be the first pass that looks for norms
+    del fused[:]
+    with taps.replacing(lambda _index, activation: activation * 2, fuse_norms=True):
+        torch.testing.assert_close(model(images()), doubled, rtol=1e-4, atol=1e-5)
+        with torch.no_grad():
+            assert torch.equal(model(images()), doubled)
+    assert fused == ([residual] if route == "auto" else [])
+    with taps.replacing(lambda _index, activation: activation, fuse_norms=True):
+        compare(model, plain, images())
+    compare(model, plain, images(), exactly=True)  # and all else in evaluation is the plain model
+
+
+@pytest.mark.parametrize("route", ["auto", "grouped"])
+def test_attributions_are_those_of_the_plain_model(route: str, fused: list[bool]):
+    plain, model = twins(FUSED["sum in place"][0])
+    batches = [(images(4), torch.tensor([0, 1, 2, 3]))] * 3
+    exact = moda.attribute(moda.observe(plain, fuse_norms=False), batches, 4, progress=False)
+    assert not fused
+    if route == "auto":
+        moda.observe(model)
+    found = moda.attribute(model, batches, 4, progress=False)
+    assert fused == [True] * 2  # the first pass looks for norms
+    for name, scores in exact.scores.items():
+        torch.testing.assert_close(found.scores[name], scores, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def running_mean(net: Net, z: Tensor, x: Tensor) -> Tensor:
+    net.norm.running_mean.zero_()
+    return net.relu(z)
+
+
+def test_norms_whose_running_statistics_the_model_writes_are_left_alone(fused: list[bool]):
+    plain, model = twins(running_mean)
+    taps = moda.observe(model.eval())
+    for _ in range(2):
+        with taps.replacing(lambda _index, activation: activation, fuse_norms=True):
+            assert torch.equal(model(images()), plain.eval()(images()))
+    assert not fused
+
+
 def test_a_gradient_penalty(fused: list[bool]):
     plain, model = twins(FUSED["sum"][0])
     moda.accelerate(model, example=images(2))
