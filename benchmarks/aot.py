@@ -103,25 +103,22 @@ def _pooling_cases() -> Iterator[Case]:
 
 
 def _loss_cases() -> Iterator[Case]:
-    from moda_kernels.triton_kernels import label_segments, losses_backward, pair_terms, row_norms, segment_sums
+    from moda_kernels.triton_kernels import losses_backward, pair_terms, preparation, segment_sums
 
     floats = dict.fromkeys(
         ("inverse", "terms", "partials", "weighted", "affinity", "dispersion", "compactness"), "*fp32"
     )
     floats |= dict.fromkeys(("upstream_affinity", "upstream_dispersion", "upstream_compactness"), "*fp32")
-    floats |= dict.fromkeys(("totals", "heads", "tails", "total", "crossing"), "*fp64")
+    floats |= dict.fromkeys(("parts", "sums"), "*fp64") | {"arrivals": "*i32"}
 
     def case(name: str, kernel: Any, constants: dict[str, Any], **rest: Any) -> Case:
         names = {parameter.name for parameter in kernel.params}
         return _case(name, kernel, {key: value for key, value in floats.items() if key in names}, constants, **rest)
 
-    for size in (128, label_segments.MOST_SAMPLES):
-        constants = {"SIZE": size, "ROWS": label_segments.COMPARED // size}
-        yield case(
-            f"segments_kernel/{size}", label_segments.segments_kernel, constants, wide_loads=False, wide_stores=False
-        )
-    shape = {"ROWS": row_norms.ROWS, "WIDTH": row_norms.WIDTH}
-    yield case("row_norms_kernel", row_norms.row_norms_kernel, shape, wide_stores=False)
+    shape = {"ROWS": preparation.ROWS, "WIDTH": preparation.WIDTH, "COMPARED": preparation.COMPARED}
+    for size, labels in ((128, True), (preparation.MOST_SAMPLES, True), (16, False)):
+        name = f"prepare_kernel/{size if labels else 'norms'}"
+        yield case(name, preparation.prepare_kernel, shape | {"LABELS": labels, "SIZE": size}, wide_stores=False)
     for variant, per_class, normalize in (("losses", False, True), ("class_sums", True, True), ("means", True, False)):
         constants = {"PER_CLASS": per_class, "NORMALIZE": normalize}
         yield case(f"block_sums_kernel/{variant}", segment_sums.block_sums_kernel, constants, wide_stores=False)
@@ -129,11 +126,12 @@ def _loss_cases() -> Iterator[Case]:
         # Block sums are 1/32 of the rows; they are read and written a float64 per thread, 256 bytes per warp.
         narrow = {"wide_loads": False, "wide_stores": False}
         yield case(f"combine_kernel/{variant}", segment_sums.combine_kernel, {"PER_CLASS": per_class}, **narrow)
-    yield case("pair_terms_kernel", pair_terms.pair_terms_kernel, {}, wide_stores=False)
-    yield case(
-        "losses_kernel", pair_terms.losses_kernel, {"WIDTH": pair_terms.PARTIALS}, wide_loads=False, wide_stores=False
-    )
-    yield case("losses_backward_kernel", losses_backward.losses_backward_kernel, {}, warps=losses_backward.WARPS)
+    for name, in_parts in (("parts", True), ("sums", False)):
+        given = {"IN_PARTS": in_parts}
+        terms = given | {"WIDTH": pair_terms.PARTIALS}
+        yield case(f"pair_terms_kernel/{name}", pair_terms.pair_terms_kernel, terms, wide_stores=False)
+        kernel, warps = losses_backward.losses_backward_kernel, losses_backward.WARPS
+        yield case(f"losses_backward_kernel/{name}", kernel, given, warps=warps)
 
 
 def _relu_pool_cases() -> Iterator[Case]:

@@ -20,7 +20,6 @@ from torch import Tensor
 
 from moda_kernels import closed_form, native, plain, reference, triton_kernels
 from moda_kernels.batch_norm import BatchNorm
-from moda_kernels.segments import Segments
 from moda_kernels.tally import Tally
 from moda_kernels.validation import shown
 
@@ -50,14 +49,11 @@ class Backend(Protocol):
     def unavailable(self, device: torch.device | None = None) -> str | None:
         """None if it can run (on `device`), else one line: the reason and what to do about it."""
 
-    def segments(self, labels: Tensor) -> Segments:
-        """The segments of a batch, which the losses take."""
-
-    def grouped_losses(self, activations: Sequence[Tensor], segments: Segments) -> tuple[Tensor, Tensor, Tensor]:
+    def grouped_losses(self, activations: Sequence[Tensor], labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(affinity, dispersion, compactness) over all layers; 0-d, in the accumulation dtype of the widest layer."""
 
     def weighted_losses(
-        self, activations: Sequence[Tensor], segments: Segments, weights: closed_form.Weights
+        self, activations: Sequence[Tensor], labels: Tensor, weights: closed_form.Weights
     ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
         """The weighted sum of these losses, and the losses, detached; for backends that have it in fewer operations."""
 

@@ -171,11 +171,9 @@ def mean_over_pairs(pair_sum: Tensor, pairs: Tensor) -> Tensor:
     return torch.where(pairs > 0, pair_sum / pairs.clamp_min(1), 0)
 
 
-segments = Segments.from_labels
-
-
-def grouped_losses(activations: Sequence[Tensor], segments: Segments) -> tuple[Tensor, Tensor, Tensor]:
+def grouped_losses(activations: Sequence[Tensor], labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(affinity, dispersion, compactness) over all layers; 0-d, in the accumulation dtype of the widest layer."""
+    segments = Segments.from_labels(labels)
     pooled = [apart(rows) if _is_compiled_for_cpu(rows) else rows for rows in pool(activations)]
     sums = [pair_sums(rows, segments) for rows in pooled]
     same = torch.stack([same for same, _ in sums]).mean()
@@ -185,10 +183,10 @@ def grouped_losses(activations: Sequence[Tensor], segments: Segments) -> tuple[T
 
 
 def weighted_losses(
-    activations: Sequence[Tensor], segments: Segments, weights: Weights
+    activations: Sequence[Tensor], labels: Tensor, weights: Weights
 ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
     """The weighted sum of these losses, and the losses, detached."""
-    return summed(grouped_losses(activations, segments), weights)
+    return summed(grouped_losses(activations, labels), weights)
 
 
 def summed(losses: tuple[Tensor, Tensor, Tensor], weights: Weights) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:

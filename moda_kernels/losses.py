@@ -97,7 +97,7 @@ def _losses(
     if group is not None:
         return _global_losses(activations, labels, backend, group, num_classes)
     layers, implementation = _chosen(activations, labels, backend)
-    return ModularLosses(*implementation.grouped_losses(layers, implementation.segments(labels)))
+    return ModularLosses(*implementation.grouped_losses(layers, labels))
 
 
 def _chosen(activations: Sequence[Tensor], labels: Tensor, backend: str) -> tuple[tuple[Tensor, ...], Backend]:
@@ -194,11 +194,10 @@ class ModularLoss(nn.Module):
         """The weighted sum, and the terms, detached."""
         if self.group is None:
             layers, backend = _chosen(activations, labels, self.backend)
-            segments = backend.segments(labels)
             if "weighted_losses" in backend.OPS and any(self.weights):
-                total, terms = backend.weighted_losses(layers, segments, self.weights)
+                total, terms = backend.weighted_losses(layers, labels, self.weights)
             else:
-                total, terms = summed(backend.grouped_losses(layers, segments), self.weights)
+                total, terms = summed(backend.grouped_losses(layers, labels), self.weights)
         else:
             losses = _global_losses(activations, labels, self.backend, self.group, self.num_classes)
             total, terms = summed(losses, self.weights)

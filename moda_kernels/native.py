@@ -96,12 +96,9 @@ def relu_pool(x: Tensor, inplace: bool) -> tuple[Tensor, Tensor]:
     return _native_relu_pool.relu_pool(x, inplace)
 
 
-segments = Segments.from_labels
-
-
-def grouped_losses(activations: Sequence[Tensor], segments: Segments) -> tuple[Tensor, Tensor, Tensor]:
+def grouped_losses(activations: Sequence[Tensor], labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(affinity, dispersion, compactness); 0-d, in the widest layer's accumulation dtype; differentiable once."""
-    layers = [calls.dense(x) for x in activations]
+    layers, segments = [calls.dense(x) for x in activations], Segments.from_labels(labels)
     if is_traced():
         affinity, dispersion, compactness, _ = ops.grouped_losses(layers, list(segments))
         return affinity, dispersion, compactness

@@ -60,11 +60,9 @@ def published_losses(activations: Sequence[Tensor], labels: Tensor) -> tuple[Ten
     return affinity, torch.stack(dispersions).mean(), closed_form.mean_magnitude(pools)
 
 
-segments = Segments.from_labels
-
-
-def grouped_losses(activations: Sequence[Tensor], segments: Segments) -> tuple[Tensor, Tensor, Tensor]:
+def grouped_losses(activations: Sequence[Tensor], labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The published losses with our edge rules: a term without a pair is 0."""
+    segments = Segments.from_labels(labels)
     affinity, dispersion, compactness = published_losses(activations, segments.segment)
     affinity = torch.where(segments.same_pairs > 0, affinity, 0)
     dispersion = torch.where(segments.diff_pairs > 0, dispersion, 0)

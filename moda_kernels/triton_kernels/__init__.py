@@ -17,7 +17,6 @@ from torch import Tensor
 from moda_kernels import _norm_ops
 from moda_kernels.batch_norm import BatchNorm
 from moda_kernels.closed_form import Weights
-from moda_kernels.segments import Segments
 from moda_kernels.tally import Tally
 
 _INSTALLED = find_spec("triton") is not None  # looked up at import, because torch.compile cannot trace it
@@ -53,27 +52,20 @@ def _too_old(index: int | None) -> str | None:
     return f"needs compute capability {_OLDEST[0]}.{_OLDEST[1]}, the device has {capability[0]}.{capability[1]}"
 
 
-def segments(labels: Tensor) -> Segments:
-    """The segments of a batch, which the losses take."""
-    from moda_kernels.triton_kernels import label_segments
-
-    return label_segments.segments_of(labels)
-
-
-def grouped_losses(activations: Sequence[Tensor], segments: Segments) -> tuple[Tensor, Tensor, Tensor]:
+def grouped_losses(activations: Sequence[Tensor], labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(affinity, dispersion, compactness) over all layers, 0-d float32; differentiable once."""
     from moda_kernels.triton_kernels import ops
 
-    return ops.grouped_losses(activations, segments)
+    return ops.grouped_losses(activations, labels)
 
 
 def weighted_losses(
-    activations: Sequence[Tensor], segments: Segments, weights: Weights
+    activations: Sequence[Tensor], labels: Tensor, weights: Weights
 ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
     """The weighted sum of the losses, differentiable once, and the losses, which are not differentiable."""
     from moda_kernels.triton_kernels import ops
 
-    return ops.weighted_losses(activations, segments, weights)
+    return ops.weighted_losses(activations, labels, weights)
 
 
 def pool(activations: Sequence[Tensor]) -> list[Tensor]:

@@ -23,6 +23,7 @@ from torch import Tensor
 from moda_kernels.plain import is_traced
 from moda_kernels.tally import Tally
 from moda_kernels.triton_kernels import layouts
+from moda_kernels.triton_kernels.launching import launch
 from moda_kernels.triton_kernels.layouts import Layout, arrange
 from moda_kernels.triton_kernels.relu_pool_forward import PARTS_BLOCK, vector_width
 from moda_kernels.triton_kernels.segment_sums import class_sums
@@ -108,12 +109,13 @@ def launch_attribution(x: Tensor, g: Tensor, layout: Layout) -> Tensor:
     grid = (layout.programs,)
     with on_device_of(x):
         if layout.mode == layouts.FLAT:
-            attribution_flat_kernel[grid](x, g, rows, layout.rows, layouts.TILE, vec, num_warps=layouts.WARPS)
+            launch(attribution_flat_kernel, grid, x, g, rows, layout.rows, layouts.TILE, vec, num_warps=layouts.WARPS)
         elif layout.mode == layouts.COLUMNS:
             _launch_columns(x, g, rows, layout, vec)
         else:
             width = layouts.ROW_WIDTHS[layout.mode - layouts.ROWS]
-            attribution_rows_kernel[grid](
+            launch(
+                attribution_rows_kernel, grid,
                 x, g, rows, layout.rows, layout.positions, layouts.TILE // width, width, min(vec, width),
                 num_warps=layouts.WARPS,
             )  # fmt: skip
@@ -123,15 +125,17 @@ def launch_attribution(x: Tensor, g: Tensor, layout: Layout) -> Tensor:
 def _launch_columns(x: Tensor, g: Tensor, rows: Tensor, layout: Layout, vec: int) -> None:
     split = layout.splits > 1
     parts = torch.empty(layout.splits * layout.rows, dtype=torch.float32, device=x.device) if split else rows
-    attribution_columns_kernel[(layout.programs,)](
+    launch(
+        attribution_columns_kernel, (layout.programs,),
         x, g, parts, layout.rows, layout.neurons, layout.positions, layout.splits,
         layouts.SPAN, layouts.COLUMN_POSITIONS, layouts.COLUMN_NEURONS, vec, num_warps=layouts.WARPS,
     )  # fmt: skip
     if split:
         grid = (-(-layout.rows // PARTS_BLOCK),)
-        add_attribution_parts_kernel[grid](
-            parts, rows, layout.rows, layout.splits, PARTS_BLOCK, num_warps=layouts.WARPS
-        )
+        launch(
+            add_attribution_parts_kernel, grid,
+            parts, rows, layout.rows, layout.splits, PARTS_BLOCK, num_warps=layouts.WARPS,
+        )  # fmt: skip
 
 
 @torch.library.custom_op(

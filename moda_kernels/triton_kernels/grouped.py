@@ -1,10 +1,11 @@
 """From activations of all layers to the three losses, and back: which kernel runs on what.
 
-    forward     pool (spatial and half-precision layers) - row norms - block sums - combine - pair terms - losses
+    forward     pool (spatial and half-precision layers) - segments and row norms - class sums - pair terms and losses
     backward    gradient of the pooled rows - gradient of the activations
 
-Six launches and one or two, whatever the number of layers: one more pooling launch each for a second and a third dtype,
-and one for long channels_last maps. A float32 (N, C) layer is read where it lies, and its gradient comes straight out
+Four launches and one or two, whatever the number of layers: one more pooling launch each for a second and a third
+dtype, and one for long channels_last maps; beyond 512 samples one more for class sums, and PyTorch's own for segments.
+A float32 (N, C) layer is read where it lies, and its gradient comes straight out
 of the first backward launch. Everything here works on plain tensors; autograd is in ops.py.
 
 The gradient of what a ReLU put out is not written in its size: it is the gradient of the pooled rows over the number of
@@ -28,22 +29,31 @@ from moda_kernels.triton_kernels.losses_backward import launch_losses_backward
 from moda_kernels.triton_kernels.pair_terms import launch_pair_terms
 from moda_kernels.triton_kernels.pool_backward import launch_pool_backward
 from moda_kernels.triton_kernels.pool_forward import Pooling, launch_pool
-from moda_kernels.triton_kernels.row_norms import launch_row_norms
-from moda_kernels.triton_kernels.rows import BLOCK_SAMPLES, TILE_NEURONS, Rows
-from moda_kernels.triton_kernels.segment_sums import launch_class_sums
+from moda_kernels.triton_kernels.preparation import launch_preparation
+from moda_kernels.triton_kernels.rows import TILE_NEURONS, Rows
+from moda_kernels.triton_kernels.segment_sums import launch_class_sums, sums_shape
 from moda_kernels.triton_kernels.tables import on_device_of
 
 UNWEIGHTED = (1.0, 1.0, 1.0)
 
 
 class Saved(NamedTuple):
-    """What the backward pass needs of a forward pass besides the activations and the segments."""
+    """What the backward pass needs of a forward pass besides the activations."""
 
     pooled: Tensor  # pooled rows of all pooled layers, one after the other
     inverse: Tensor  # (L, N) inverse norms
-    total: Tensor  # (width,) float64
-    crossing: Tensor  # (blocks, width) float64: class sums of segments that cross a block boundary
+    sums: Tensor  # float64, see segment_sums.py
     terms: Tensor  # (2, tiles, N)
+    order: Tensor  # and the other fields of `Segments`
+    offsets: Tensor
+    segment: Tensor
+    same_pairs: Tensor
+    diff_pairs: Tensor
+
+    @property
+    def segments(self) -> Segments:
+        """The segments of the batch."""
+        return Segments(*self[-len(Segments._fields) :])
 
 
 def needs_pooling(activation: Tensor) -> bool:
@@ -71,16 +81,18 @@ def pooled_offsets(activations: Sequence[Tensor]) -> tuple[list[int], int]:
     return offsets, size
 
 
-def saved_shapes(samples: int, neurons: Sequence[int], pooled: int) -> tuple[tuple[int, ...], ...]:
-    """Shapes of the fields of `Saved`."""
-    blocks = -(-samples // BLOCK_SAMPLES)
-    tiles = sum(-(-width // TILE_NEURONS) for width in neurons)
-    width = tiles * TILE_NEURONS
-    return (pooled,), (len(neurons), samples), (width,), (blocks, width), (2, tiles, samples)
+def empty_saved(like: Tensor, neurons: Sequence[int], pooled: int) -> Saved:
+    """Tensors as in `Saved` on the device of an activation, nothing in them."""
+    samples, tiles = like.shape[0], sum(-(-width // TILE_NEURONS) for width in neurons)
+    floats = (pooled,), (len(neurons), samples), (2, tiles, samples)
+    rows, inverse, terms = (like.new_empty(shape, dtype=torch.float32) for shape in floats)
+    sums = like.new_empty(sums_shape(samples, tiles * TILE_NEURONS), dtype=torch.float64)
+    of_segments = (samples,), (samples + 1,), (samples,), (), ()
+    return Saved(rows, inverse, sums, terms, *(like.new_empty(shape, dtype=torch.int64) for shape in of_segments))
 
 
 def losses_forward(
-    activations: Sequence[Tensor], segments: Segments, weights: Weights = UNWEIGHTED
+    activations: Sequence[Tensor], labels: Tensor, weights: Weights = UNWEIGHTED
 ) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], Saved]:
     """(weighted sum, affinity, dispersion, compactness), 0-d float32, and what backward needs."""
     arranged, device = [arrange(activation) for activation in activations], activations[0].device
@@ -90,16 +102,14 @@ def losses_forward(
     with on_device_of(pooled):
         launch_pool(_poolings(arranged, pooled, offsets, range(len(arranged))))
         table = rows.table([0] * len(arranged))
-        inverse = torch.empty(len(arranged), rows.samples, dtype=torch.float32, device=device)
-        launch_row_norms(rows, table, inverse)
-        total, crossing = launch_class_sums(rows, table, inverse, segments)
-        losses, terms = launch_pair_terms(rows, table, inverse, segments, (total, crossing), weights)
-    return losses, Saved(pooled, inverse, total, crossing, terms)
+        prepared = segments, inverse, _ = launch_preparation(rows, table, labels)
+        sums = launch_class_sums(rows, table, inverse, segments)
+        losses, terms = launch_pair_terms(rows, table, prepared, sums, weights)
+    return losses, Saved(pooled, inverse, sums, terms, *segments)
 
 
 def losses_backward(
     activations: Sequence[Tensor],
-    segments: Segments,
     saved: Saved,
     upstream: tuple[Tensor, Tensor, Tensor],
     wanted: Sequence[bool],
@@ -124,8 +134,8 @@ def losses_backward(
     divisors = [layout.positions if expanded else 1 for (_, layout), expanded in zip(arranged, spread, strict=True)]
     rows = _rows(arranged, saved.pooled, offsets)
     with on_device_of(saved.pooled):
-        kept = (saved.inverse, saved.total, saved.crossing, saved.terms)
-        launch_losses_backward(rows, rows.table(targets, divisors), segments, kept, upstream, weights)
+        kept = (saved.inverse, saved.sums, saved.terms)
+        launch_losses_backward(rows, rows.table(targets, divisors), saved.segments, kept, upstream, weights)
         launch_pool_backward(_poolings(arranged, dpooled, offsets, pooling), activation_targets)
     rounded = {dtype: dpooled.to(dtype) for dtype in {activations[i].dtype for i, of in enumerate(spread) if of}}
     for i, x in enumerate(activations):

@@ -23,8 +23,10 @@ from torch import Tensor
 
 from moda_kernels.closed_form import Weights
 from moda_kernels.segments import Segments
-from moda_kernels.triton_kernels.pair_terms import but, has_several, segment_sum
+from moda_kernels.triton_kernels.launching import launch
+from moda_kernels.triton_kernels.pair_terms import but
 from moda_kernels.triton_kernels.rows import BLOCK, NEURONS, Rows, load_rows, segment_bounds
+from moda_kernels.triton_kernels.segment_sums import has_several, in_parts, segment_sum, total_of
 from moda_kernels.triton_kernels.tables import find_layer
 
 
@@ -66,10 +68,10 @@ _ANY_ALIGNMENT = ["upstream_affinity", "upstream_dispersion", "upstream_compactn
 
 @triton.jit(do_not_specialize=["layers", "samples", "width"], do_not_specialize_on_alignment=_ANY_ALIGNMENT)
 def losses_backward_kernel(
-    table, inverse, order, offsets, segment, total, crossing, terms,
+    table, inverse, order, offsets, segment, sums, terms,
     same_pairs, diff_pairs, upstream_affinity, upstream_dispersion, upstream_compactness,
     weight_affinity: tl.float32, weight_dispersion: tl.float32, weight_compactness: tl.float32,
-    layers: tl.int64, samples: tl.int64, width: tl.int64,
+    layers: tl.int64, samples: tl.int64, width: tl.int64, IN_PARTS: tl.constexpr,
 ):  # fmt: skip
     """One block of 32 samples x one tile of 128 neurons."""
     block = tl.program_id(0).to(tl.int64)
@@ -104,11 +106,12 @@ def losses_backward_kernel(
     values = load_rows(rows, sample, inside, neurons, neuron, aligned)
     sign = (values > 0).to(tl.float32) - (values < 0).to(tl.float32)
     values *= scale[:, None]
-    everything = tl.load(total + column)
+    blocks = tl.cdiv(samples, BLOCK)
+    everything = total_of(sums, blocks, width, column, IN_PARTS)
     gradient = of_same * values + of_different * but(everything, values)  # of a sample alone in its segment
     for index in range(first, last + 1):
         if has_several(offsets, index):
-            of_class = segment_sum(values, of_segment, index, offsets, crossing, block, width, column)
+            of_class = segment_sum(values, of_segment, index, offsets, sums, block, blocks, width, column, IN_PARTS)
             pull = of_same * of_class.to(tl.float32) + of_different * (everything - of_class).to(tl.float32)
             gradient = tl.where((of_segment == index)[:, None], pull[None, :], gradient)
     gradient -= of_same * values
@@ -131,17 +134,18 @@ def launch_losses_backward(
     rows: Rows,
     table: Tensor,
     segments: Segments,
-    saved: tuple[Tensor, Tensor, Tensor, Tensor],
+    saved: tuple[Tensor, Tensor, Tensor],
     upstream: tuple[Tensor, Tensor, Tensor],
     weights: Weights,
 ) -> None:
-    """Write the gradients to the addresses in `table`; `saved` is (inverse, total, crossing, terms).
+    """Write the gradients to the addresses in `table`; `saved` is (inverse, sums, terms).
 
     The upstream gradients are times weights; where a weight is 0 the tensor is not looked at.
     """
-    inverse, total, crossing, terms = saved
-    losses_backward_kernel[(rows.blocks, rows.tiles)](
-        table, inverse, segments.order, segments.offsets, segments.segment, total, crossing, terms,
+    inverse, sums, terms = saved
+    launch(
+        losses_backward_kernel, (rows.blocks, rows.tiles),
+        table, inverse, segments.order, segments.offsets, segments.segment, sums, terms,
         segments.same_pairs, segments.diff_pairs, *upstream, *weights, len(rows.neurons), rows.samples, rows.width,
-        num_warps=WARPS,
+        in_parts(rows.samples), num_warps=WARPS,
     )  # fmt: skip

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from moda_kernels.batch_norm import BatchNorm
 from moda_kernels.triton_kernels import layouts
+from moda_kernels.triton_kernels.launching import launch
 from moda_kernels.triton_kernels.layouts import Layout, mean_of, sample_of, unit_of
 from moda_kernels.triton_kernels.norm_sums import Sums, masked_gradient
 from moda_kernels.triton_kernels.relu_pool_forward import COLUMNS_TILE, launch_columns, normalising, vector_width
@@ -230,7 +231,8 @@ def launch_numbers(x: Tensor, layout: Layout, sums: Sums | None, norm: BatchNorm
           if sums.parts.columns else (layout.rows // layout.neurons, sums.parts.per_part, layout.positions)),
     )  # fmt: skip
     grid = (-(-layout.neurons // JOINED_NEURONS),)
-    numbers_kernel[grid](
+    launch(
+        numbers_kernel, grid,
         saved if sums is None else sums.values, weight, bias, mean, var, saved,
         layout.neurons, count, lines, per_part, positions, float(norm.momentum), float(norm.eps),
         JOINED_NEURONS, JOINED_PARTS, sums is not None,
@@ -254,7 +256,8 @@ def launch_apply(x: Tensor, residual: Tensor | None, y: Tensor, saved: Tensor, l
     pooled = torch.empty(x.shape[:2], dtype=torch.float32, device=x.device)
     width = layouts.ROW_WIDTHS[layout.mode - layouts.ROWS]
     vec = min(vector_width(layout, *(tensor for tensor in (x, residual, y) if tensor is not None)), width)
-    apply_rows_kernel[(layout.programs,)](
+    launch(
+        apply_rows_kernel, (layout.programs,),
         x, x if residual is None else residual, y, pooled, saved, layout.rows, layout.neurons, layout.positions,
         layouts.TILE // width, width, vec, vec * x.element_size(), residual is not None, num_warps=layouts.WARPS,
     )  # fmt: skip
@@ -264,7 +267,8 @@ def launch_apply(x: Tensor, residual: Tensor | None, y: Tensor, saved: Tensor, l
 def launch_join(x: Tensor, layout: Layout, sums: Sums, saved: Tensor, training: bool) -> tuple[Tensor, Tensor]:
     """Gradients of weight and bias (2, C), and what dx subtracts (2, C), which nothing reads without `training`."""
     parameters, means = torch.empty((2, 2, layout.neurons), dtype=torch.float32, device=x.device).unbind()
-    join_kernel[(-(-layout.neurons // JOINED_NEURONS),)](
+    launch(
+        join_kernel, (-(-layout.neurons // JOINED_NEURONS),),
         sums.values, saved, parameters, means, layout.neurons, sums.parts.count, x.numel() // layout.neurons,
         JOINED_NEURONS, JOINED_PARTS, training, num_warps=layouts.WARPS,
     )  # fmt: skip
@@ -285,7 +289,8 @@ def launch_gradient(
     if layout.mode != layouts.COLUMNS:
         width = layouts.ROW_WIDTHS[layout.mode - layouts.ROWS]
         vec, rows = min(vec, width), GRADIENT_ROWS_TILE // width
-        gradient_rows_kernel[(-(-layout.rows // rows),)](
+        launch(
+            gradient_rows_kernel, (-(-layout.rows // rows),),
             *tensors, layout.rows, layout.neurons, layout.positions,
             rows, width, vec, vec * x.element_size(), *have, num_warps=layouts.WARPS,
         )  # fmt: skip
@@ -295,7 +300,8 @@ def launch_gradient(
     blocks = -(-layout.neurons // tile.neurons)
     per_program = max(1, lines * blocks // (tile.lines * 2 * layouts.PROGRAMS)) * tile.lines
     vec = min(vec, tile.neurons)
-    gradient_columns_kernel[(blocks, -(-lines // per_program))](
+    launch(
+        gradient_columns_kernel, (blocks, -(-lines // per_program)),
         *tensors, lines, layout.neurons, layout.positions, per_program,
         tile.lines, tile.neurons, vec, vec * x.element_size(), lines >= 2**31, *have, num_warps=layouts.WARPS,
     )  # fmt: skip

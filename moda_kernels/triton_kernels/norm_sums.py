@@ -22,6 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moda_kernels.triton_kernels import layouts
+from moda_kernels.triton_kernels.launching import launch
 from moda_kernels.triton_kernels.layouts import Layout, sample_of
 from moda_kernels.triton_kernels.relu_pool_forward import normalising, vector_width
 
@@ -257,12 +258,14 @@ def launch_statistics(x: Tensor, layout: Layout) -> Sums:
     align = vec * x.element_size()
     samples = layout.rows // layout.neurons
     if parts.columns:
-        statistics_columns_kernel[parts.grid](
+        launch(
+            statistics_columns_kernel, parts.grid,
             x, sums, samples * layout.positions, layout.neurons, parts.per_part, parts.lines, parts.neurons, vec, align,
             num_warps=layouts.WARPS,
         )  # fmt: skip
     else:
-        statistics_rows_kernel[parts.grid](
+        launch(
+            statistics_rows_kernel, parts.grid,
             x, sums, samples, layout.neurons, layout.positions, parts.per_part,
             parts.lines, parts.neurons, parts.width, vec, align, num_warps=layouts.WARPS,
         )  # fmt: skip
@@ -291,12 +294,14 @@ def launch_gradient_sums(
     )  # an absent one is never touched
     have = (dy is not None, dpooled is not None, y is not None)
     if parts.columns:
-        gradient_sums_columns_kernel[parts.grid](
+        launch(
+            gradient_sums_columns_kernel, parts.grid,
             *tensors, samples * layout.positions, layout.neurons, layout.positions, parts.per_part,
             parts.lines, parts.neurons, vec, align, samples * layout.positions >= 2**31, *have, num_warps=layouts.WARPS,
         )  # fmt: skip
     else:
-        gradient_sums_rows_kernel[parts.grid](
+        launch(
+            gradient_sums_rows_kernel, parts.grid,
             *tensors, samples, layout.neurons, layout.positions, parts.per_part,
             parts.lines, parts.neurons, parts.width, vec, align, *have, num_warps=layouts.WARPS,
         )  # fmt: skip

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
-from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +20,6 @@ from torch.autograd import Function
 from moda_kernels.closed_form import Weights, summed
 from moda_kernels.once import once_only, refuse_second_backward, relu_pool_gradient
 from moda_kernels.plain import is_traced, resolved
-from moda_kernels.segments import Segments
 from moda_kernels.triton_kernels import grouped
 from moda_kernels.triton_kernels.grouped import Saved
 from moda_kernels.triton_kernels.layouts import arrange, gradient_like
@@ -29,22 +27,22 @@ from moda_kernels.triton_kernels.relu_pool_backward import launch_relu_pool_back
 from moda_kernels.triton_kernels.relu_pool_forward import launch_relu_pool
 
 
-def grouped_losses(activations: Sequence[Tensor], segments: Segments) -> tuple[Tensor, Tensor, Tensor]:
+def grouped_losses(activations: Sequence[Tensor], labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(affinity, dispersion, compactness) over all layers, 0-d float32."""
     if is_traced():
-        outputs = torch.ops.moda_kernels.modular_losses(list(activations), list(segments))
+        outputs = torch.ops.moda_kernels.modular_losses(list(activations), labels)
         return outputs[0], outputs[1], outputs[2]
-    losses: tuple[Tensor, Tensor, Tensor] = _GroupedLosses.apply(segments, *activations)  # type: ignore[no-untyped-call]
+    losses: tuple[Tensor, Tensor, Tensor] = _GroupedLosses.apply(labels, *activations)  # type: ignore[no-untyped-call]
     return losses
 
 
 def weighted_losses(
-    activations: Sequence[Tensor], segments: Segments, weights: Weights
+    activations: Sequence[Tensor], labels: Tensor, weights: Weights
 ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
     """The weighted sum of the losses, and the losses, not differentiable."""
     if is_traced():
-        return summed(grouped_losses(activations, segments), weights)
-    total, affinity, dispersion, compactness = _WeightedLosses.apply(segments, weights, *activations)  # type: ignore[no-untyped-call]
+        return summed(grouped_losses(activations, labels), weights)
+    total, affinity, dispersion, compactness = _WeightedLosses.apply(labels, weights, *activations)  # type: ignore[no-untyped-call]
     return total, (affinity, dispersion, compactness)
 
 
@@ -71,15 +69,13 @@ class _SavedLosses(NamedTuple):
     """What the backward pass of the losses reads."""
 
     saved: Saved
-    segments: Segments
     activations: tuple[Tensor, ...]
 
     @staticmethod
     def of(saved_tensors: Sequence[Tensor]) -> _SavedLosses:
         """The fields from a context's saved tensors, which hold them one after the other."""
-        tensors = iter(saved_tensors)
-        saved = Saved(*islice(tensors, len(Saved._fields)))
-        return _SavedLosses(saved, Segments(*islice(tensors, len(Segments._fields))), tuple(tensors))
+        count = len(Saved._fields)
+        return _SavedLosses(Saved(*saved_tensors[:count]), tuple(saved_tensors[count:]))
 
 
 # --- eager: autograd.Function around the launches ---------------------------------------------------------------------
@@ -87,8 +83,8 @@ class _SavedLosses(NamedTuple):
 
 class _GroupedLosses(Function):
     @staticmethod
-    def forward(ctx: Any, segments: Segments, *activations: Tensor) -> tuple[Tensor, ...]:
-        return _forward(ctx, segments, grouped.UNWEIGHTED, activations)[1:]
+    def forward(ctx: Any, labels: Tensor, *activations: Tensor) -> tuple[Tensor, ...]:
+        return _forward(ctx, labels, grouped.UNWEIGHTED, activations)[1:]
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -103,8 +99,8 @@ class _GroupedLosses(Function):
 
 class _WeightedLosses(Function):
     @staticmethod
-    def forward(ctx: Any, segments: Segments, weights: Weights, *activations: Tensor) -> tuple[Tensor, ...]:
-        losses = _forward(ctx, segments, weights, activations)
+    def forward(ctx: Any, labels: Tensor, weights: Weights, *activations: Tensor) -> tuple[Tensor, ...]:
+        losses = _forward(ctx, labels, weights, activations)
         ctx.mark_non_differentiable(*losses[1:])
         ctx.weights = weights
         return losses
@@ -116,9 +112,9 @@ class _WeightedLosses(Function):
         return None, None, *_backward(ctx, ctx.needs_input_grad[2:], [upstream] * 3, ctx.weights)
 
 
-def _forward(ctx: Any, segments: Segments, weights: Weights, activations: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    losses, saved = grouped.losses_forward(activations, segments, weights)
-    ctx.save_for_backward(*saved, *segments, *activations)
+def _forward(ctx: Any, labels: Tensor, weights: Weights, activations: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    losses, saved = grouped.losses_forward(activations, labels, weights)
+    ctx.save_for_backward(*saved, *activations)
     ctx.set_materialize_grads(False)
     ctx.rectified = [grouped.is_rectified(activation) for activation in activations]
     ctx.given = [weakref.ref(activation) for activation in activations] if any(ctx.rectified) else []
@@ -128,11 +124,9 @@ def _forward(ctx: Any, segments: Segments, weights: Weights, activations: Sequen
 def _backward(
     ctx: Any, wanted: Sequence[bool], upstream: Sequence[Tensor], weights: Weights
 ) -> tuple[Tensor | None, ...]:
-    saved, segments, activations = _SavedLosses.of(ctx.saved_tensors)
+    saved, activations = _SavedLosses.of(ctx.saved_tensors)
     with torch.no_grad():
-        gradients = grouped.losses_backward(
-            activations, segments, saved, _scalars(upstream), wanted, weights, _unseen(ctx)
-        )
+        gradients = grouped.losses_backward(activations, saved, _scalars(upstream), wanted, weights, _unseen(ctx))
     return once_only(gradients, [*activations, *upstream])
 
 
@@ -229,68 +223,53 @@ def _relu_pool_backward(y: Tensor, dy: Tensor | None, dpooled: Tensor | None) ->
 @torch.library.custom_op(
     "moda_kernels::modular_losses",
     mutates_args=(),
-    schema="(Tensor[] activations, Tensor[] segments) -> Tensor[]",
+    schema="(Tensor[] activations, Tensor labels) -> Tensor[]",
 )
-def modular_losses_op(activations: Sequence[Tensor], segments: Sequence[Tensor]) -> list[Tensor]:
-    """[affinity, dispersion, compactness, *Saved]; segments are (order, offsets, segment, same_pairs, diff_pairs)."""
-    losses, saved = grouped.losses_forward(activations, Segments(*segments))
+def modular_losses_op(activations: Sequence[Tensor], labels: Tensor) -> list[Tensor]:
+    """[affinity, dispersion, compactness, *Saved]."""
+    losses, saved = grouped.losses_forward(activations, labels)
     return [*losses[1:], *saved]
 
 
 @modular_losses_op.register_fake
-def _(activations: Sequence[Tensor], segments: Sequence[Tensor]) -> list[Tensor]:
+def _(activations: Sequence[Tensor], labels: Tensor) -> list[Tensor]:
     first = activations[0]
     _, size = grouped.pooled_offsets(activations)
-    shapes = grouped.saved_shapes(first.shape[0], [layer.shape[1] for layer in activations], size)
-    dtypes = (torch.float32, torch.float32, torch.float64, torch.float64, torch.float32)
     losses = [first.new_empty((), dtype=torch.float32) for _ in range(3)]
-    return losses + [first.new_empty(shape, dtype=dtype) for shape, dtype in zip(shapes, dtypes, strict=True)]
+    return losses + list(grouped.empty_saved(first, [layer.shape[1] for layer in activations], size))
 
 
 @torch.library.custom_op(
     "moda_kernels::modular_losses_backward",
     mutates_args=(),
-    schema="(Tensor[] activations, Tensor[] segments, Tensor[] saved, Tensor[] upstream, bool[] wanted) -> Tensor[]",
+    schema="(Tensor[] activations, Tensor[] saved, Tensor[] upstream, bool[] wanted) -> Tensor[]",
 )
 def modular_losses_backward_op(
-    activations: Sequence[Tensor],
-    segments: Sequence[Tensor],
-    saved: Sequence[Tensor],
-    upstream: Sequence[Tensor],
-    wanted: Sequence[bool],
+    activations: Sequence[Tensor], saved: Sequence[Tensor], upstream: Sequence[Tensor], wanted: Sequence[bool]
 ) -> list[Tensor]:
     """Gradients of the wanted layers, in order."""
-    gradients = grouped.losses_backward(activations, Segments(*segments), Saved(*saved), _scalars(upstream), wanted)
+    gradients = grouped.losses_backward(activations, Saved(*saved), _scalars(upstream), wanted)
     return [gradient for gradient in gradients if gradient is not None]
 
 
 @modular_losses_backward_op.register_fake
 def _(
-    activations: Sequence[Tensor],
-    segments: Sequence[Tensor],
-    saved: Sequence[Tensor],
-    upstream: Sequence[Tensor],
-    wanted: Sequence[bool],
+    activations: Sequence[Tensor], saved: Sequence[Tensor], upstream: Sequence[Tensor], wanted: Sequence[bool]
 ) -> list[Tensor]:
     return [gradient_like(layer) for layer, want in zip(activations, wanted, strict=True) if want]
 
 
 def _losses_setup(ctx: Any, inputs: tuple[Any, ...], output: Sequence[Tensor]) -> None:
-    activations, segments = inputs
-    ctx.layers = len(activations)
+    activations, _ = inputs
     ctx.wanted = [layer.requires_grad for layer in activations]
-    ctx.save_for_backward(*output[3:], *segments, *activations)
+    ctx.save_for_backward(*output[3:], *activations)
 
 
-def _losses_autograd(ctx: Any, gradients: Sequence[Tensor | None]) -> tuple[list[Tensor | None], list[None]]:
-    saved, segments, activations = _SavedLosses.of(ctx.saved_tensors)
+def _losses_autograd(ctx: Any, gradients: Sequence[Tensor | None]) -> tuple[list[Tensor | None], None]:
+    saved, activations = _SavedLosses.of(ctx.saved_tensors)
     upstream = [saved.pooled.new_zeros(()) if gradient is None else gradient for gradient in gradients[:3]]
-    results = iter(
-        torch.ops.moda_kernels.modular_losses_backward(
-            list(activations), list(segments), list(saved), upstream, ctx.wanted
-        )
-    )
-    return [next(results) if want else None for want in ctx.wanted], [None] * len(segments)
+    results = iter(torch.ops.moda_kernels.modular_losses_backward(list(activations), list(saved), upstream, ctx.wanted))
+    return [next(results) if want else None for want in ctx.wanted], None
 
 
 modular_losses_op.register_autograd(_losses_autograd, setup_context=_losses_setup)

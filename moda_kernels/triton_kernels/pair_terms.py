@@ -1,4 +1,4 @@
-"""The three modular losses from pooled rows and class sums, in two launches.
+"""The three modular losses from pooled rows and class sums, in one launch.
 
 With s_k the class sum of sample i's segment and s the total (segment_sums.py), per layer
 
@@ -11,11 +11,11 @@ and, over all layers,
     compactness =     sum |a| / (L N C)
 
 Written per sample, the sum over pairs of one class has no difference of large numbers: a segment of one sample gives
-exactly 0. The first launch writes same and diff per sample and tile of neurons, which backward needs again, and one
-partial sum per program; the second adds those.
+exactly 0. Every program writes same and diff per sample of its tile of neurons, which backward needs again, and one
+partial sum of each kind; the program that is done last adds those of all.
 
 Shapes: same and diff (tiles, N) in the order of segments; losses 0-d. Dtypes: float32; sums of partials in float64.
-Determinism: fixed order everywhere; no atomics.
+Determinism: fixed order everywhere, whichever program is the last.
 """
 
 from __future__ import annotations
@@ -27,27 +27,11 @@ from torch import Tensor
 
 from moda_kernels.closed_form import Weights
 from moda_kernels.segments import Segments
+from moda_kernels.triton_kernels.launching import launch
 from moda_kernels.triton_kernels.layouts import LARGEST
 from moda_kernels.triton_kernels.rows import BLOCK, NEURONS, WARPS, Rows, load_rows, segment_bounds
+from moda_kernels.triton_kernels.segment_sums import has_several, in_parts, segment_sum, total_of
 from moda_kernels.triton_kernels.tables import find_layer
-
-
-@triton.jit
-def segment_sum(values, of_segment, index, offsets, crossing, block, width, column):
-    """s_k of segment `index` in `column`, float64: from memory if it crosses a block boundary, else from the block."""
-    start = tl.load(offsets + index)
-    end = tl.load(offsets + index + 1)
-    if (start < block * BLOCK) | (end > block * BLOCK + BLOCK):
-        total = tl.load(crossing + (start // BLOCK) * width + column)
-    else:
-        total = tl.sum(tl.where((of_segment == index)[:, None], values, 0.0), 0).to(tl.float64)
-    return total
-
-
-@triton.jit
-def has_several(offsets, index):
-    """Whether a segment has more than one sample: all that has to be added up."""
-    return tl.load(offsets + index + 1) - tl.load(offsets + index) > 1
 
 
 @triton.jit
@@ -58,10 +42,62 @@ def but(everything, values):
     return (high[None, :] - values) + low[None, :]
 
 
+@triton.jit
+def _mean_over_pairs(pair_sum, pairs, layers):
+    """Half the sum over samples, per pair and layer; 0 without a pair."""
+    return tl.where(pairs > 0, pair_sum / (2.0 * layers * tl.maximum(pairs, 1)), 0.0)
+
+
+@triton.jit
+def _weighted(value, weight):
+    """The product; a term of weight 0 is left out, because 0 * inf would make the sum NaN."""
+    return tl.where(weight == 0.0, 0.0, value * weight)
+
+
+@triton.jit
+def _losses(
+    partials, same_pairs, diff_pairs, weighted, affinity, dispersion, compactness,
+    weight_affinity, weight_dispersion, weight_compactness, count, layers, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Add `count` partial sums of each kind, write the three losses and their weighted sum."""
+    same = tl.zeros([WIDTH], tl.float64)
+    different = tl.zeros([WIDTH], tl.float64)
+    magnitude = tl.zeros([WIDTH], tl.float64)
+    for start in range(0, count, WIDTH):
+        index = start + tl.arange(0, WIDTH)
+        inside = index < count
+        same += tl.load(partials + index, mask=inside, other=0.0)
+        different += tl.load(partials + count + index, mask=inside, other=0.0)
+        magnitude += tl.load(partials + 2 * count + index, mask=inside, other=0.0)
+    pairs = tl.load(same_pairs)
+    similar = _mean_over_pairs(tl.sum(same, 0), pairs, layers)
+    of_affinity = tl.where(pairs > 0, 1.0 - similar, 0.0).to(tl.float32)
+    of_dispersion = _mean_over_pairs(tl.sum(different, 0), tl.load(diff_pairs), layers).to(tl.float32)
+    mean = 2.0 * tl.sum(magnitude, 0) / layers
+    of_compactness = tl.where((mean > LARGEST) & (mean < float("inf")), LARGEST, mean).to(tl.float32)
+    tl.store(affinity, of_affinity)
+    tl.store(dispersion, of_dispersion)
+    tl.store(compactness, of_compactness)
+    total = _weighted(of_affinity, weight_affinity) + _weighted(of_dispersion, weight_dispersion)
+    tl.store(weighted, total + _weighted(of_compactness, weight_compactness))
+
+
+@triton.jit
+def _is_last(arrivals, programs):
+    """Whether all other programs came here before, so that what they stored can be read.
+
+    The barrier puts all threads' stores before the one thread's release; its acquire comes before all threads' loads.
+    """
+    tl.debug_barrier()
+    return tl.atomic_add(arrivals, 1, sem="acq_rel", scope="gpu") == programs - 1
+
+
 @triton.jit(do_not_specialize=["layers", "samples", "width"])
 def pair_terms_kernel(
-    table, inverse, order, offsets, segment, total, crossing, terms, partials,
-    layers: tl.int64, samples: tl.int64, width: tl.int64,
+    table, inverse, order, offsets, segment, sums, terms, partials, arrivals,
+    same_pairs, diff_pairs, weighted, affinity, dispersion, compactness,
+    weight_affinity: tl.float32, weight_dispersion: tl.float32, weight_compactness: tl.float32,
+    layers: tl.int64, samples: tl.int64, width: tl.int64, IN_PARTS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """One block of 32 samples x one tile of 128 neurons."""
     block = tl.program_id(0).to(tl.int64)
@@ -85,12 +121,13 @@ def pair_terms_kernel(
     magnitude *= (BLOCK * NEURONS) / (2.0 * neurons * samples)
     values *= tl.load(inverse + layer * samples + sample, mask=inside, other=0.0)[:, None]
 
-    everything = tl.load(total + column)
+    blocks = tl.cdiv(samples, BLOCK)
+    everything = total_of(sums, blocks, width, column, IN_PARTS)
     own = values  # where a sample is the only one of its segment
     others = but(everything, values)
     for index in range(first, last + 1):
         if has_several(offsets, index):
-            of_class = segment_sum(values, of_segment, index, offsets, crossing, block, width, column)
+            of_class = segment_sum(values, of_segment, index, offsets, sums, block, blocks, width, column, IN_PARTS)
             member = (of_segment == index)[:, None]
             own = tl.where(member, of_class.to(tl.float32)[None, :], own)
             others = tl.where(member, (everything - of_class).to(tl.float32)[None, :], others)
@@ -105,76 +142,36 @@ def pair_terms_kernel(
     tl.store(slot, tl.sum(same_term, 0))
     tl.store(slot + programs, tl.sum(different_term, 0))
     tl.store(slot + 2 * programs, magnitude)
+    if _is_last(arrivals, programs):
+        _losses(
+            partials, same_pairs, diff_pairs, weighted, affinity, dispersion, compactness,
+            weight_affinity, weight_dispersion, weight_compactness, programs, layers, WIDTH,
+        )  # fmt: skip
 
 
-@triton.jit
-def _mean_over_pairs(pair_sum, pairs, layers):
-    """Half the sum over samples, per pair and layer; 0 without a pair."""
-    return tl.where(pairs > 0, pair_sum / (2.0 * layers * tl.maximum(pairs, 1)), 0.0)
-
-
-@triton.jit
-def _weighted(value, weight):
-    """The product; a term of weight 0 is left out, because 0 * inf would make the sum NaN."""
-    return tl.where(weight == 0.0, 0.0, value * weight)
-
-
-@triton.jit(do_not_specialize=["count", "layers"])
-def losses_kernel(
-    partials, same_pairs, diff_pairs, weighted, affinity, dispersion, compactness,
-    weight_affinity: tl.float32, weight_dispersion: tl.float32, weight_compactness: tl.float32,
-    count: tl.int64, layers: tl.int64, WIDTH: tl.constexpr,
-):  # fmt: skip
-    """One program: adds `count` partial sums of each kind, writes the three losses and their weighted sum."""
-    same = tl.zeros([WIDTH], tl.float64)
-    different = tl.zeros([WIDTH], tl.float64)
-    magnitude = tl.zeros([WIDTH], tl.float64)
-    for start in range(0, count, WIDTH):
-        index = start + tl.arange(0, WIDTH)
-        inside = index < count
-        same += tl.load(partials + index, mask=inside, other=0.0)
-        different += tl.load(partials + count + index, mask=inside, other=0.0)
-        magnitude += tl.load(partials + 2 * count + index, mask=inside, other=0.0)
-    pairs = tl.load(same_pairs)
-    similar = _mean_over_pairs(tl.sum(same, 0), pairs, layers)
-    of_affinity = tl.where(pairs > 0, 1.0 - similar, 0.0).to(tl.float32)
-    of_dispersion = _mean_over_pairs(tl.sum(different, 0), tl.load(diff_pairs), layers).to(tl.float32)
-    mean = 2.0 * tl.sum(magnitude, 0) / layers
-    of_compactness = tl.where((mean > LARGEST) & (mean < float("inf")), LARGEST, mean).to(tl.float32)
-    tl.store(affinity, of_affinity)
-    tl.store(dispersion, of_dispersion)
-    tl.store(compactness, of_compactness)
-    total = _weighted(of_affinity, weight_affinity) + _weighted(of_dispersion, weight_dispersion)
-    tl.store(weighted, total + _weighted(of_compactness, weight_compactness))
-
-
-# Block, tile and warps of the first launch and their reasons: rows.py. The second is one program, or its order would
-# need a third; 1024 partials a step, so that a step's latency is paid a few times only (ResNet18 at N = 128: once).
-PARTIALS = 1024
+# Block, tile and warps and their reasons: rows.py. Of the partial sums, 512 a step: its latency is paid a few times
+# only (ResNet18 at N = 128: once), and the program needs no more registers for them than for its rows.
+PARTIALS = 512
 
 
 def launch_pair_terms(
     rows: Rows,
     table: Tensor,
-    inverse: Tensor,
-    segments: Segments,
-    sums: tuple[Tensor, Tensor],
+    prepared: tuple[Segments, Tensor, Tensor],
+    sums: Tensor,
     weights: Weights,
 ) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], Tensor]:
     """The weighted sum, affinity, dispersion and compactness, float32 0-d, and the terms (2, tiles, N) that backward
     reads.
     """
-    total, crossing = sums
-    layers, programs = len(rows.neurons), rows.blocks * rows.tiles
+    segments, inverse, arrivals = prepared
     terms = torch.empty(2, rows.tiles, rows.samples, dtype=torch.float32, device=rows.device)
-    partials = torch.empty(3, programs, dtype=torch.float32, device=rows.device)
+    partials = torch.empty(3, rows.blocks * rows.tiles, dtype=torch.float32, device=rows.device)
     losses = tuple(torch.empty((), dtype=torch.float32, device=rows.device) for _ in range(4))
-    pair_terms_kernel[(rows.blocks, rows.tiles)](
-        table, inverse, segments.order, segments.offsets, segments.segment, total, crossing, terms, partials,
-        layers, rows.samples, rows.width, num_warps=WARPS,
-    )  # fmt: skip
-    losses_kernel[(1,)](
-        partials, segments.same_pairs, segments.diff_pairs, *losses, *weights, programs, layers, PARTIALS,
-        num_warps=WARPS,
+    launch(
+        pair_terms_kernel, (rows.blocks, rows.tiles),
+        table, inverse, segments.order, segments.offsets, segments.segment, sums, terms, partials, arrivals,
+        segments.same_pairs, segments.diff_pairs, *losses, *weights, len(rows.neurons), rows.samples, rows.width,
+        in_parts(rows.samples), PARTIALS, num_warps=WARPS,
     )  # fmt: skip
     return losses, terms  # type: ignore[return-value]

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from moda_kernels.triton_kernels import layouts
+from moda_kernels.triton_kernels.launching import launch
 from moda_kernels.triton_kernels.pool_forward import (
     COLUMN_NEURONS,
     COLUMN_POSITIONS,
@@ -133,4 +134,4 @@ def launch_pool_backward(layers: Sequence[Pooling], gradients: Sequence[int]) ->
             columns, programs = pool_columns(group, [gradients[i] for i in which])
             columns.append([layer.pooled for layer in group])
             table = device_table(columns, group[0].activation.device)
-            pool_backward_kernel[(programs,)](table, len(group), dtype, access, num_warps=layouts.WARPS)
+            launch(pool_backward_kernel, (programs,), table, len(group), dtype, access, num_warps=layouts.WARPS)

@@ -25,6 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moda_kernels.triton_kernels import layouts
+from moda_kernels.triton_kernels.launching import launch
 from moda_kernels.triton_kernels.layouts import Layout, address_after, mean_of, unit_of
 from moda_kernels.triton_kernels.tables import device_table, find_layer, on_device_of
 
@@ -186,7 +187,7 @@ def _launch_group(dtype: tl.dtype, access: int, group: Sequence[Pooling]) -> Non
     outputs = [target.get(id(layer), layer.pooled) for layer in group]
     columns, programs = pool_columns(group, outputs)
     table = device_table(columns, device)
-    pool_kernel[(programs,)](table, len(group), dtype, access, num_warps=layouts.WARPS, maxnreg=REGISTERS)
+    launch(pool_kernel, (programs,), table, len(group), dtype, access, num_warps=layouts.WARPS, maxnreg=REGISTERS)
     if split:
         starts = list(_starts(-(-layer.layout.rows // SPLIT_BLOCK) for layer in split))
         sums = [
@@ -196,7 +197,8 @@ def _launch_group(dtype: tl.dtype, access: int, group: Sequence[Pooling]) -> Non
             [layer.layout.rows for layer in split],
             [layer.layout.splits for layer in split],
         ]
-        add_splits_kernel[(starts[-1],)](device_table(sums, device), len(split), SPLIT_BLOCK, num_warps=layouts.WARPS)
+        table = device_table(sums, device)
+        launch(add_splits_kernel, (starts[-1],), table, len(split), SPLIT_BLOCK, num_warps=layouts.WARPS)
 
 
 def pool_columns(group: Sequence[Pooling], outputs: Sequence[int]) -> tuple[list[list[int]], int]:

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moda_kernels.triton_kernels import layouts
+from moda_kernels.triton_kernels.launching import launch
 from moda_kernels.triton_kernels.layouts import Layout, sample_of
 from moda_kernels.triton_kernels.relu_pool_forward import vector_width
 from moda_kernels.triton_kernels.tables import on_device_of
@@ -111,14 +112,22 @@ def launch_relu_pool_backward(y: Tensor, dy: Tensor | None, dpooled: Tensor | No
     grid = (layout.programs,)
     with on_device_of(y):
         if layout.mode == layouts.FLAT:
-            relu_pool_flat_backward_kernel[grid](
-                *tensors, layout.rows, layouts.TILE, vec, *have, num_warps=layouts.WARPS
+            launch(
+                relu_pool_flat_backward_kernel,
+                grid,
+                *tensors,
+                layout.rows,
+                layouts.TILE,
+                vec,
+                *have,
+                num_warps=layouts.WARPS,
             )
         elif layout.mode == layouts.COLUMNS:
             _launch_columns(tensors, layout, vec, have)
         else:
             width = layouts.ROW_WIDTHS[layout.mode - layouts.ROWS]
-            relu_pool_rows_backward_kernel[grid](
+            launch(
+                relu_pool_rows_backward_kernel, grid,
                 *tensors, layout.rows, layout.positions, layouts.TILE // width, width, min(vec, width), *have,
                 num_warps=layouts.WARPS,
             )  # fmt: skip
@@ -129,7 +138,8 @@ def _launch_columns(tensors: tuple[Tensor, ...], layout: Layout, vec: int, have:
     tile = layouts.matrix_tile(layout, tensors[0].element_size(), COLUMNS_TILE)
     lines, blocks = layout.rows // layout.neurons * layout.positions, -(-layout.neurons // tile.neurons)
     per_program = max(1, lines * blocks // (tile.lines * 2 * layouts.PROGRAMS)) * tile.lines
-    relu_pool_columns_backward_kernel[(blocks, -(-lines // per_program))](
+    launch(
+        relu_pool_columns_backward_kernel, (blocks, -(-lines // per_program)),
         *tensors, lines, layout.neurons, layout.positions, per_program,
         tile.lines, tile.neurons, min(vec, tile.neurons), lines >= 2**31, *have, num_warps=layouts.WARPS,
     )  # fmt: skip

@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moda_kernels.triton_kernels import layouts
+from moda_kernels.triton_kernels.launching import launch
 from moda_kernels.triton_kernels.layouts import Layout, mean_of, unit_of
 from moda_kernels.triton_kernels.tables import on_device_of
 
@@ -145,10 +146,11 @@ def launch_relu_pool(x: Tensor, y: Tensor, layout: Layout) -> Tensor:
     grid = (layout.programs,)
     with on_device_of(x):
         if layout.mode == layouts.FLAT:
-            relu_pool_flat_kernel[grid](x, y, pooled, layout.rows, layouts.TILE, vec, num_warps=layouts.WARPS)
+            launch(relu_pool_flat_kernel, grid, x, y, pooled, layout.rows, layouts.TILE, vec, num_warps=layouts.WARPS)
         else:
             width = layouts.ROW_WIDTHS[layout.mode - layouts.ROWS]
-            relu_pool_rows_kernel[grid](
+            launch(
+                relu_pool_rows_kernel, grid,
                 x, y, pooled, layout.rows, layout.positions, layouts.TILE // width, width, min(vec, width),
                 num_warps=layouts.WARPS,
             )  # fmt: skip
@@ -167,14 +169,15 @@ def launch_columns(x: Tensor, residual: Tensor | None, y: Tensor, numbers: Tenso
     span = _span(layout.positions, positions, blocks * groups)
     splits = -(-layout.positions // span)
     parts = pooled if splits == 1 else torch.empty(splits * layout.rows, dtype=torch.float32, device=x.device)
-    relu_pool_columns_kernel[(blocks, groups * splits)](
+    launch(
+        relu_pool_columns_kernel, (blocks, groups * splits),
         x, x if residual is None else residual, y, parts, x if numbers is None else numbers,
         layout.rows, samples, layout.neurons, layout.positions, splits, span,
         together, positions, tile.neurons, vec, numbers is not None, residual is not None, num_warps=layouts.WARPS,
     )  # fmt: skip
     if splits > 1:
         grid = (-(-layout.rows // PARTS_BLOCK),)
-        add_parts_kernel[grid](parts, pooled, layout.rows, splits, PARTS_BLOCK, num_warps=layouts.WARPS)
+        launch(add_parts_kernel, grid, parts, pooled, layout.rows, splits, PARTS_BLOCK, num_warps=layouts.WARPS)
     return pooled
 
 

@@ -1,16 +1,17 @@
-"""Class sums of all layers, in two launches.
+"""Class sums of all layers, in one launch or two.
 
     n_i = a_i / max(|a_i|, 1e-12)          s_k = sum of n_i over segment k          s = sum of all n_i
 
 The first launch sums each block of 32 samples (rows.py): all of it, the part of its first segment and the part of its
-last one. The second adds the blocks: the total s, and s_k of each segment that crosses a block boundary, in the slot
-of the block it starts in. Segments inside one block need no memory: who wants their sum has their rows at hand.
+last one. Whoever wants the total s, or s_k of a segment that crosses a block boundary, adds up the parts of a few
+blocks; of more than 16, a second launch adds them: the total, and each such segment in the slot of the block it starts
+in. Segments inside one block need no memory: who wants their sum has their rows at hand.
 
 The same kernels give the (K, C) sums per class of `class_sums`; without normalisation they are sums of activations,
 which over the class sizes are the per-class means.
 
-Shapes: rows (N, C) per layer; sums (blocks, width) and (width,), all layers side by side, each rounded up to whole
-tiles of 128 (zeros beyond C).
+Shapes: rows (N, C) per layer; sums (3, blocks, width) in parts or (1 + blocks, width) added up, all layers side by
+side, each rounded up to whole tiles of 128 (zeros beyond C).
 Dtypes: rows and (K, C) results float32, block sums float64: s - s_k is the sum of the other classes, which float32
 would lose where one class is nearly the whole batch.
 Determinism: blocks are cut by position, parts are added in the order of blocks; no atomics.
@@ -27,16 +28,9 @@ import triton.language as tl
 from torch import Tensor
 
 from moda_kernels.segments import Segments
-from moda_kernels.triton_kernels.label_segments import segments_of
-from moda_kernels.triton_kernels.row_norms import launch_row_norms
-from moda_kernels.triton_kernels.rows import (
-    BLOCK,
-    NEURONS,
-    WARPS,
-    Rows,
-    load_rows,
-    segment_bounds,
-)
+from moda_kernels.triton_kernels.launching import launch
+from moda_kernels.triton_kernels.preparation import launch_preparation
+from moda_kernels.triton_kernels.rows import BLOCK, BLOCK_SAMPLES, NEURONS, WARPS, Rows, load_rows, segment_bounds
 from moda_kernels.triton_kernels.tables import find_layer, on_device_of
 
 
@@ -50,7 +44,7 @@ def _store_class(target, neurons, neuron, labels, order, offsets, segment_index,
 
 @triton.jit(do_not_specialize=["layers", "samples", "width", "classes"])
 def block_sums_kernel(
-    table, inverse, order, offsets, segment, labels, totals, heads, tails,
+    table, inverse, order, offsets, segment, labels, parts,
     layers: tl.int64, samples: tl.int64, width: tl.int64, classes: tl.int64,
     PER_CLASS: tl.constexpr, NORMALIZE: tl.constexpr,
 ):  # fmt: skip
@@ -72,11 +66,12 @@ def block_sums_kernel(
     values = load_rows(rows, sample, inside, neurons, neuron, aligned)
     if NORMALIZE:
         values *= tl.load(inverse + layer * samples + sample, mask=inside, other=0.0)[:, None]
-    target = block * width + tile * NEURONS + tl.arange(0, NEURONS)
+    target = parts + block * width + tile * NEURONS + tl.arange(0, NEURONS)
+    apart = tl.num_programs(0) * width
     exact = values.to(tl.float64)
-    tl.store(totals + target, tl.sum(exact, 0))
-    tl.store(heads + target, tl.sum(tl.where((of_segment == first)[:, None], exact, 0.0), 0))
-    tl.store(tails + target, tl.sum(tl.where((of_segment == last)[:, None], exact, 0.0), 0))
+    tl.store(target, tl.sum(exact, 0))
+    tl.store(target + apart, tl.sum(tl.where((of_segment == first)[:, None], exact, 0.0), 0))
+    tl.store(target + 2 * apart, tl.sum(tl.where((of_segment == last)[:, None], exact, 0.0), 0))
 
     if PER_CLASS:
         out = tl.load(table + 4 * layers + layer).to(tl.pointer_type(tl.float32))
@@ -98,7 +93,7 @@ def _add_blocks(parts, first, last, column, width):
 
 @triton.jit(do_not_specialize=["layers", "samples", "width", "classes"])
 def combine_kernel(
-    table, order, offsets, segment, labels, totals, heads, tails, total, crossing,
+    table, order, offsets, segment, labels, parts, sums,
     layers: tl.int64, samples: tl.int64, width: tl.int64, classes: tl.int64,
     PER_CLASS: tl.constexpr,
 ):  # fmt: skip
@@ -107,14 +102,15 @@ def combine_kernel(
     column = tile * NEURONS + tl.arange(0, NEURONS)
     blocks = tl.cdiv(samples, BLOCK)
     if tl.program_id(0) == 0:
-        tl.store(total + column, _add_blocks(totals, 0, blocks, column, width))
+        tl.store(sums + column, _add_blocks(parts, 0, blocks, column, width))
     else:
         block = tl.program_id(0).to(tl.int64) - 1
         _, last, _, crosses = segment_bounds(order, offsets, segment, block, samples)
         values = tl.zeros([NEURONS], tl.float64)
         if crosses & (tl.load(offsets + last) >= block * BLOCK):
             end = tl.cdiv(tl.load(offsets + last + 1), BLOCK)
-            values = tl.load(tails + block * width + column) + _add_blocks(heads, block + 1, end, column, width)
+            values = tl.load(parts + (2 * blocks + block) * width + column)
+            values += _add_blocks(parts + blocks * width, block + 1, end, column, width)
             if PER_CLASS:
                 layer = find_layer(table, layers, tile)
                 out = tl.load(table + 4 * layers + layer).to(tl.pointer_type(tl.float32))
@@ -122,10 +118,63 @@ def combine_kernel(
                 neuron = (tile - tl.load(table + layer)) * NEURONS + tl.arange(0, NEURONS)
                 rounded = values.to(tl.float32)
                 _store_class(out, neurons, neuron, labels, order, offsets, last, classes, rounded)
-        tl.store(crossing + block * width + column, values)
+        tl.store(sums + (1 + block) * width + column, values)
 
 
-# Block, tile and warps and their reasons: rows.py.
+@triton.jit
+def _add_few(parts, first, last, column, width):
+    """parts[first] + ... + parts[last - 1] in `column`, four blocks at a time."""
+    total = tl.zeros([NEURONS], tl.float64)
+    for start in range(first, last, 4):
+        for block in tl.static_range(4):
+            there = start + block < last
+            total += tl.load(parts + (start + block) * width + column, mask=there, other=0.0)
+    return total
+
+
+@triton.jit
+def total_of(sums, blocks, width, column, IN_PARTS: tl.constexpr):
+    """The sum of all rows in `column`, float64."""
+    return _add_few(sums, 0, blocks, column, width) if IN_PARTS else tl.load(sums + column)
+
+
+@triton.jit
+def _crossing_sum(sums, first, end, blocks, width, column, IN_PARTS: tl.constexpr):
+    """The sum of a segment that starts in block `first` and goes on to the one before `end`."""
+    if IN_PARTS:
+        total = tl.load(sums + (2 * blocks + first) * width + column)
+        total += _add_few(sums + blocks * width, first + 1, end, column, width)
+    else:
+        total = tl.load(sums + (1 + first) * width + column)
+    return total
+
+
+@triton.jit
+def segment_sum(values, of_segment, index, offsets, sums, block, blocks, width, column, IN_PARTS: tl.constexpr):
+    """s_k of segment `index` in `column`, float64: from memory if it crosses a block boundary, else from the block."""
+    start = tl.load(offsets + index)
+    end = tl.load(offsets + index + 1)
+    if (start < block * BLOCK) | (end > block * BLOCK + BLOCK):
+        total = _crossing_sum(sums, start // BLOCK, tl.cdiv(end, BLOCK), blocks, width, column, IN_PARTS)
+    else:
+        total = tl.sum(tl.where((of_segment == index)[:, None], values, 0.0), 0).to(tl.float64)
+    return total
+
+
+@triton.jit
+def has_several(offsets, index):
+    """Whether a segment has more than one sample: all that has to be added up."""
+    return tl.load(offsets + index + 1) - tl.load(offsets + index) > 1
+
+
+# Block, tile and warps and their reasons: rows.py. Parts of up to 16 blocks, 512 samples, are added up by those who
+# read them; of more, who read them all would take longer than a launch.
+MOST_PARTS = 16
+
+
+def in_parts(samples: int) -> bool:
+    """Whether whoever reads the sums has to add up the parts of blocks."""
+    return samples <= MOST_PARTS * BLOCK_SAMPLES
 
 
 @dataclass(frozen=True)
@@ -137,28 +186,51 @@ class Labelling:
     normalize: bool
 
 
+def sums_shape(samples: int, width: int) -> tuple[int, ...]:
+    """The shape of what `launch_class_sums` gives."""
+    blocks = -(-samples // BLOCK_SAMPLES)
+    return (3, blocks, width) if in_parts(samples) else (1 + blocks, width)
+
+
 def launch_class_sums(
     rows: Rows, table: Tensor, inverse: Tensor, segments: Segments, labelling: Labelling | None = None
-) -> tuple[Tensor, Tensor]:
-    """The total (width,) and the sums of the segments that cross a block boundary (blocks, width), float64.
+) -> Tensor:
+    """The sums, float64: of blocks in parts, or the total and the segments that cross a block boundary.
 
     With a labelling the sums of all segments go to the addresses in `table` as well.
     """
     parts = torch.empty(3, rows.blocks, rows.width, dtype=torch.float64, device=rows.device)
-    totals, heads, tails = parts.unbind()
-    total = torch.empty(rows.width, dtype=torch.float64, device=rows.device)
-    crossing = torch.empty(rows.blocks, rows.width, dtype=torch.float64, device=rows.device)
     labels = segments.order if labelling is None else labelling.labels
     sizes = (len(rows.neurons), rows.samples, rows.width, 0 if labelling is None else labelling.classes)
     where = (segments.order, segments.offsets, segments.segment, labels)
     normalize = labelling is None or labelling.normalize
-    block_sums_kernel[(rows.blocks, rows.tiles)](
-        table, inverse, *where, totals, heads, tails, *sizes, labelling is not None, normalize, num_warps=WARPS
+    launch(
+        block_sums_kernel,
+        (rows.blocks, rows.tiles),
+        table,
+        inverse,
+        *where,
+        parts,
+        *sizes,
+        labelling is not None,
+        normalize,
+        num_warps=WARPS,
     )
-    combine_kernel[(1 + rows.blocks, rows.tiles)](
-        table, *where, totals, heads, tails, total, crossing, *sizes, labelling is not None, num_warps=WARPS
+    if labelling is None and in_parts(rows.samples):
+        return parts
+    sums = torch.empty(1 + rows.blocks, rows.width, dtype=torch.float64, device=rows.device)
+    launch(
+        combine_kernel,
+        (1 + rows.blocks, rows.tiles),
+        table,
+        *where,
+        parts,
+        sums,
+        *sizes,
+        labelling is not None,
+        num_warps=WARPS,
     )
-    return total, crossing
+    return sums
 
 
 def class_sums(pooled: Sequence[Tensor], labels: Tensor, num_classes: int, *, normalize: bool = True) -> list[Tensor]:
@@ -170,9 +242,7 @@ def class_sums(pooled: Sequence[Tensor], labels: Tensor, num_classes: int, *, no
     sums = [torch.zeros(num_classes, width, dtype=torch.float32, device=device) for width in neurons]
     with on_device_of(labels):
         table = rows.table([layer.data_ptr() for layer in sums])
-        inverse = torch.empty(len(layers), samples, dtype=torch.float32, device=device)
-        if normalize:
-            launch_row_norms(rows, table, inverse)
+        segments, inverse, _ = launch_preparation(rows, table, labels, norms=normalize)
         labelling = Labelling(labels.long().contiguous(), num_classes, normalize)
-        launch_class_sums(rows, table, inverse, segments_of(labels), labelling)
+        launch_class_sums(rows, table, inverse, segments, labelling)
     return sums

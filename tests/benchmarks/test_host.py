@@ -22,21 +22,75 @@ from moda.bench.stubbed import stubbed_driver
 from moda_kernels import triton_kernels
 from moda_kernels.backends import select
 
-labels = torch.tensor([3, 1, 3])
+x = torch.ones(2, 3, 4, 4)
 with stubbed_driver() as launches:
     assert select("pool", "auto", [torch.ones(2, 3)]) is triton_kernels
     for expected in (1, 2):
-        triton_kernels.segments(labels)
+        triton_kernels.relu_pool(x, False)
         assert launches.value == expected, launches.value
 assert select("pool", "auto", [torch.ones(2, 3)]) is not triton_kernels
 """
 
 
+KINDS = """
+import torch
+import triton
+import triton.language as tl
+from triton.compiler import CompiledKernel
+from moda.bench.stubbed import stubbed_driver
+from moda_kernels.triton_kernels.launching import launch
+from moda_kernels.triton_kernels.relu_pool_forward import relu_pool_rows_kernel as kernel
+
+whole, used = CompiledKernel.__getitem__, []
+CompiledKernel.__getitem__ = lambda self, grid: used.append(self) or whole(self, grid)
+memory = torch.zeros(4096)
+
+def arguments(dtype=torch.float32, offset=0, rows=6, vec=4):
+    x = memory.view(dtype)[offset : offset + 96]
+    return x, x, memory[2048:2054], rows, 16, 64, 16, vec
+
+def check(grid, given, **options):
+    launch(kernel, grid, *given, **options)
+    theirs = kernel[grid](*given, **options)
+    del used[:]
+    launch(kernel, grid, *given, **options)
+    assert used == [theirs], (used, theirs)
+    return theirs
+
+with stubbed_driver() as launches:
+    first = check((1,), arguments(), num_warps=4)
+    assert check((3, 1), arguments(rows=7), num_warps=4) is first  # integers are not specialised on
+    others = [
+        check((1,), arguments(offset=1, vec=1), num_warps=4),
+        check((1,), arguments(vec=1), num_warps=4),
+        check((1,), arguments(dtype=torch.float16), num_warps=4),
+        check((1,), arguments(), num_warps=8),
+    ]
+    assert len({id(compiled) for compiled in [first, *others]}) == 5
+    assert launches.value == 18
+
+@triton.jit
+def specialised(x, count: tl.int32):
+    tl.store(x, count)
+
+with stubbed_driver():
+    try:
+        launch(specialised, (1,), memory, 3)
+    except TypeError as error:
+        assert "specialised: count is specialised on" in str(error)
+    else:
+        raise AssertionError
+"""
+
+
 @pytest.mark.skipif(bool(stubbed.problem()), reason=stubbed.problem())
-def test_launches_reach_the_stub_and_no_further() -> None:
+@pytest.mark.parametrize("program", [PROGRAM, KINDS], ids=["the driver", "what is compiled for"])
+def test_launches_reach_the_stub_and_no_further(program: str, tmp_path: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT / "python"), str(ROOT)])
-    run = subprocess.run([sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True, timeout=300)
+    file = tmp_path / "program.py"  # Triton reads the source of kernels
+    file.write_text(program)
+    run = subprocess.run([sys.executable, file], env=environment, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr
 
 

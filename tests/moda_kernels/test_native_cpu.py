@@ -13,7 +13,6 @@ from torch import Tensor
 
 import moda_kernels
 from moda_kernels import FiringCounter, _native_calls, closed_form, modular_losses, native, precision
-from moda_kernels.segments import Segments
 from moda_kernels.tally import Tally
 from tests.moda_kernels._helpers.firing_batches import assert_sums, batch_of_layers, summed
 from tests.moda_kernels._helpers.native_needed import needs_native
@@ -190,10 +189,10 @@ def test_grouped_losses(isa: str, dtype: torch.dtype, samples: int, classes: int
     ]
     layers[2] = neurons_last(layers[2])
     layers[0][0] = 0  # a dead row
-    segments = Segments.from_labels(torch.randint(0, classes, (samples,), generator=generator))
+    labels = torch.randint(0, classes, (samples,), generator=generator)
     mine = [x.clone().requires_grad_() for x in layers]
     exact = [x.double().requires_grad_() for x in layers]
-    terms, expected = native.grouped_losses(mine, segments), closed_form.grouped_losses(exact, segments)
+    terms, expected = native.grouped_losses(mine, labels), closed_form.grouped_losses(exact, labels)
     for term, value in zip(terms, expected, strict=True):
         assert term.dtype == accumulation(dtype)
         assert term.item() == pytest.approx(value.item(), rel=1e-5, abs=1e-6 if dtype != torch.float64 else 1e-12)
@@ -216,9 +215,8 @@ def test_layers_of_two_dtypes_give_float64_losses():
 
 def test_gradcheck():
     labels = torch.tensor([0, 1, 0, 2, 1])
-    segments = Segments.from_labels(labels)
     layers = [torch.randn(5, *s, dtype=torch.float64, requires_grad=True) for s in [(4,), (3, 2, 2)]]
-    assert torch.autograd.gradcheck(lambda *x: native.grouped_losses(x, segments), layers)
+    assert torch.autograd.gradcheck(lambda *x: native.grouped_losses(x, labels), layers)
     assert torch.autograd.gradcheck(lambda *x: tuple(native.pool(x)), layers)
     assert torch.autograd.gradcheck(lambda x: native.relu_pool(x, False), layers[1:])
 
@@ -231,9 +229,8 @@ def test_rows_outside_of_what_a_float32_square_holds(isa: str, scale: float):
     labels = torch.tensor([0, 0, 1, 1, 2, 2])
     mine = (rows * scale).requires_grad_()
     exact = mine.detach().double().requires_grad_()
-    segments = Segments.from_labels(labels)
-    affinity = native.grouped_losses([mine], segments)[0]
-    expected = closed_form.grouped_losses([exact], segments)[0]
+    affinity = native.grouped_losses([mine], labels)[0]
+    expected = closed_form.grouped_losses([exact], labels)[0]
     assert affinity.item() == pytest.approx(expected.item(), rel=1e-5, abs=1e-6)
     affinity.backward()
     expected.backward()
@@ -379,12 +376,11 @@ def test_results_do_not_depend_on_the_number_of_threads():
     layers = [torch.randn(24, *s, generator=generator) for s in [(700,), (64, 17, 17), (96, 5, 5)]]
     layers.append(neurons_last(layers[1]))
     labels = torch.randint(0, 4, (24,), generator=generator)
-    segments = Segments.from_labels(labels)
 
     def results(threads: int) -> list[Tensor]:
         torch.set_num_threads(threads)
         inputs = [x.clone().requires_grad_() for x in layers]
-        terms = native.grouped_losses(inputs, segments)
+        terms = native.grouped_losses(inputs, labels)
         gradients = torch.autograd.grad(sum(terms), inputs)
         counts, sums = summed(native.count_firings, layers, labels, 3, 0.5)  # samples of class 3 count nowhere
         return [*terms, *gradients, *native.pool(layers), native.relu_pool(layers[1], False)[1], *counts, *sums]
@@ -397,10 +393,10 @@ def test_results_do_not_depend_on_the_number_of_threads():
 
 def test_double_backward_is_an_error_that_names_the_way_out():
     x = torch.randn(3, 4, 5, 5, requires_grad=True)
-    segments = Segments.from_labels(torch.tensor([0, 0, 1]))
+    labels = torch.tensor([0, 0, 1])
     for output in (
         native.pool([x])[0].sum(),
-        sum(native.grouped_losses([x], segments)),
+        sum(native.grouped_losses([x], labels)),
     ):
         (gradient,) = torch.autograd.grad(output, x, create_graph=True)
         with pytest.raises(RuntimeError, match='differentiable once.*backend="torch"'):
@@ -421,8 +417,8 @@ def test_relu_pool_is_differentiable_twice():
 def test_backward_twice_and_inputs_left_alone():
     x = torch.randn(3, 4, 5, 5, requires_grad=True)
     kept = x.detach().clone()
-    segments = Segments.from_labels(torch.tensor([0, 0, 1]))
-    total = sum(native.grouped_losses([x], segments))
+    labels = torch.tensor([0, 0, 1])
+    total = sum(native.grouped_losses([x], labels))
     first = torch.autograd.grad(total, x, retain_graph=True)[0]
     assert torch.equal(first, torch.autograd.grad(total, x)[0])
     assert torch.equal(x, kept)

@@ -53,7 +53,7 @@ def test_opcheck():
 
 
 def losses(x: list[Tensor]) -> Tensor:
-    affinity, dispersion, compactness = native.grouped_losses(x, Segments.from_labels(LABELS))
+    affinity, dispersion, compactness = native.grouped_losses(x, LABELS)
     return affinity + 2 * dispersion + 0.3 * compactness
 
 

@@ -11,7 +11,6 @@ import torch
 pytest.importorskip("triton")
 
 from moda_kernels import class_similarity, closed_form, modular_losses, pool, relu_pool, triton_kernels
-from moda_kernels.segments import Segments
 
 pytestmark = pytest.mark.gpu
 
@@ -35,7 +34,7 @@ def _step(layers, labels):
 
 def _exact(layers, labels):
     wide = [layer.detach().double().requires_grad_() for layer in layers]
-    losses = closed_form.grouped_losses(wide, Segments.from_labels(labels))
+    losses = closed_form.grouped_losses(wide, labels)
     return [*losses, *torch.autograd.grad(losses[0] + 0.7 * losses[1] + 0.3 * losses[2], wide)]
 
 

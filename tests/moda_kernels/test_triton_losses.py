@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from moda_kernels import closed_form, modular_losses, triton_kernels
-from moda_kernels.segments import Segments
 from tests.moda_kernels._helpers.triton_oracle import (
     DEVICES,
     HALF,
@@ -124,9 +123,8 @@ def test_rows_of_extreme_size(device):
     labels = torch.tensor([0, 0, 1, 1, 1, 0], device=device)
     layer = rows.clone().requires_grad_()
     exact = rows.double().requires_grad_()
-    segments = Segments.from_labels(labels)
-    ours = triton_kernels.grouped_losses([layer], segments)
-    theirs = closed_form.grouped_losses([exact], segments)
+    ours = triton_kernels.grouped_losses([layer], labels)
+    theirs = closed_form.grouped_losses([exact], labels)
     for term, expected in zip(ours, theirs, strict=True):
         torch.testing.assert_close(term.double(), expected, rtol=1e-6, atol=1e-7)
     (gradient,) = torch.autograd.grad(ours[0] + ours[1], layer)
@@ -141,8 +139,8 @@ def test_nan_and_infinity_show(device):
     for value in (float("nan"), float("inf")):
         layer = torch.rand(4, 3, device=device)
         layer[1, 2] = value
-        segments = Segments.from_labels(torch.tensor([0, 0, 1, 1], device=device))
-        losses = triton_kernels.grouped_losses([layer], segments)
+        labels = torch.tensor([0, 0, 1, 1], device=device)
+        losses = triton_kernels.grouped_losses([layer], labels)
         assert losses[0].isnan()
         assert losses[1].isnan()
         assert not losses[2].isfinite()
@@ -150,7 +148,7 @@ def test_nan_and_infinity_show(device):
 
 def _run(layers, labels):
     inputs = leaves(layers)
-    losses = triton_kernels.grouped_losses(inputs, Segments.from_labels(labels))
+    losses = triton_kernels.grouped_losses(inputs, labels)
     return [*losses, *torch.autograd.grad(sum(losses), inputs)]
 
 
@@ -187,7 +185,7 @@ def test_only_wanted_gradients(device):
     everything = _run(layers, labels)[3:]
     for wanted in ([True, False, False], [False, True, False], [False, False, True]):
         inputs = [x.clone().requires_grad_(want) for x, want in zip(layers, wanted, strict=True)]
-        sum(triton_kernels.grouped_losses(inputs, Segments.from_labels(labels))).backward()
+        sum(triton_kernels.grouped_losses(inputs, labels)).backward()
         for x, want, expected in zip(inputs, wanted, everything, strict=True):
             assert torch.equal(x.grad, expected) if want else x.grad is None
 
@@ -196,9 +194,9 @@ def test_one_term_alone_and_backward_twice(device):
     layers = leaves(make_layers([(4, 3), (5,)], 8, torch.float32, device))
     copies = [layer.detach().clone() for layer in layers]
     exact = leaves(layers, torch.float64)
-    segments = Segments.from_labels(torch.arange(8, device=device) % 3)
+    labels = torch.arange(8, device=device) % 3
     for index, (ours, theirs) in enumerate(
-        zip(triton_kernels.grouped_losses(layers, segments), closed_form.grouped_losses(exact, segments), strict=True)
+        zip(triton_kernels.grouped_losses(layers, labels), closed_form.grouped_losses(exact, labels), strict=True)
     ):
         first = torch.autograd.grad(ours, layers, retain_graph=True)
         second = torch.autograd.grad(ours, layers, retain_graph=True)
@@ -211,8 +209,8 @@ def test_one_term_alone_and_backward_twice(device):
 
 def test_second_derivative_is_a_clear_error(device):
     layers = leaves(make_layers([(4, 3), (5,)], 4, torch.float32, device))
-    segments = Segments.from_labels(torch.tensor([0, 0, 1, 1], device=device))
-    gradients = torch.autograd.grad(triton_kernels.grouped_losses(layers, segments)[0], layers, create_graph=True)
+    labels = torch.tensor([0, 0, 1, 1], device=device)
+    gradients = torch.autograd.grad(triton_kernels.grouped_losses(layers, labels)[0], layers, create_graph=True)
     with pytest.raises(RuntimeError, match='backend="torch"'):
         sum(gradient.sum() for gradient in gradients).backward()
 
@@ -220,12 +218,12 @@ def test_second_derivative_is_a_clear_error(device):
 def test_autocast(device):
     """What a half-precision forward pass hands over under autocast; the losses stay float32."""
     weight = torch.randn(6, 5, device=device, requires_grad=True)
-    segments = Segments.from_labels(torch.tensor([0, 0, 1, 1], device=device))
+    labels = torch.tensor([0, 0, 1, 1], device=device)
     x = torch.randn(4, 5, device=device)
     with torch.autocast(device, dtype=torch.bfloat16):
         layer = torch.relu(torch.nn.functional.linear(x, weight))
-        losses = triton_kernels.grouped_losses([layer], segments)
-        expected = closed_form.grouped_losses([layer.double()], segments)
+        losses = triton_kernels.grouped_losses([layer], labels)
+        expected = closed_form.grouped_losses([layer.double()], labels)
     assert layer.dtype == torch.bfloat16
     for ours, theirs in zip(losses, expected, strict=True):
         assert ours.dtype == torch.float32

@@ -7,7 +7,6 @@ import torch
 from torch import nn
 
 from moda_kernels import closed_form, modular_losses, pool, relu_pool, triton_kernels
-from moda_kernels.segments import Segments
 from moda_kernels.triton_kernels import ops
 from tests.moda_kernels._helpers.triton_oracle import DEVICES, leaves, make_layers
 
@@ -31,15 +30,15 @@ def _layers(device):
     return layers
 
 
-def _segments(device):
-    return list(Segments.from_labels(torch.tensor([0, 1, 0, 2], device=device)))
+def _labels(device):
+    return torch.tensor([0, 1, 0, 2], device=device)
 
 
 @pytest.mark.parametrize("name", ["modular_losses", "pool", "relu_pool"])
 def test_opcheck(name, device):
     layers = _layers(device)
     arguments = {
-        "modular_losses": (layers, _segments(device)),
+        "modular_losses": (layers, _labels(device)),
         "pool": ([layers[0], layers[2]],),
         "relu_pool": (layers[2],),
     }[name]
@@ -49,10 +48,10 @@ def test_opcheck(name, device):
 def test_opcheck_of_backward(device):
     """The ops that backward calls: schema and fakes, in layouts whose gradients are not contiguous."""
     layers = [layer.detach() for layer in _layers(device)]
-    saved = torch.ops.moda_kernels.modular_losses(layers, _segments(device))[3:]
+    saved = torch.ops.moda_kernels.modular_losses(layers, _labels(device))[3:]
     upstream = [torch.ones((), device=device) for _ in range(3)]
     checks = ("test_schema", "test_faketensor")
-    arguments = (layers, _segments(device), saved, upstream, [True, False, True])
+    arguments = (layers, saved, upstream, [True, False, True])
     torch.library.opcheck(torch.ops.moda_kernels.modular_losses_backward, arguments, test_utils=checks)
     spatial = [layers[0], layers[2]]
     pooled = [torch.ones(layer.shape[:2], device=device) for layer in spatial]
@@ -66,9 +65,9 @@ def test_ops_and_eager_agree_to_the_bit(device):
     layers, twins = _layers(device), _layers(device)
     for twin, layer in zip(twins, layers, strict=True):
         twin.data.copy_(layer.data)
-    segments = Segments.from_labels(torch.tensor([0, 1, 0, 2], device=device))
-    through = torch.ops.moda_kernels.modular_losses(layers, list(segments))[:3]
-    around = ops.grouped_losses(twins, segments)
+    labels = torch.tensor([0, 1, 0, 2], device=device)
+    through = torch.ops.moda_kernels.modular_losses(layers, labels)[:3]
+    around = ops.grouped_losses(twins, labels)
     for a, b in zip(through, around, strict=True):
         assert torch.equal(a, b)
     gradients = torch.autograd.grad(2 * through[0] + through[2], layers)
@@ -118,6 +117,6 @@ def test_compiled_gradients_go_where_they_are_wanted(triton_on):
     second.requires_grad_()
     torch.compile(loss, fullgraph=True, backend="aot_eager")(first, second).backward()
     exact = second.detach().double().requires_grad_()
-    sum(closed_form.grouped_losses([first.double(), exact], Segments.from_labels(labels))).backward()
+    sum(closed_form.grouped_losses([first.double(), exact], labels)).backward()
     torch.testing.assert_close(second.grad.double(), exact.grad, rtol=1e-5, atol=1e-7)
     assert first.grad is None

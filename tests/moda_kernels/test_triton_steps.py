@@ -10,7 +10,8 @@ from torch import nn
 
 from moda_kernels import ModularLoss, closed_form, triton_kernels
 from moda_kernels.segments import Segments
-from moda_kernels.triton_kernels.label_segments import MOST_SAMPLES
+from moda_kernels.triton_kernels import grouped
+from moda_kernels.triton_kernels.preparation import MOST_SAMPLES
 from tests.moda_kernels._helpers.triton_oracle import DEVICES, leaves, make_layers
 
 WEIGHTS = [(1.0, 1.0, 0.3), (0.0, 2.0, 0.0), (0.5, 0.0, 1.0), (0.0, 0.0, 0.0)]
@@ -33,11 +34,17 @@ def interpreted_too(monkeypatch):
     monkeypatch.setattr(triton_kernels, "DEVICES", None)
 
 
+def segments_of(labels):
+    """As the losses find them."""
+    layer = torch.ones(len(labels), 1, device=labels.device)
+    return grouped.losses_forward([layer], labels)[1].segments
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", BATCHES)
 def test_segments(name, device):
     labels = torch.tensor(BATCHES[name], device=device)
-    for mine, theirs in zip(triton_kernels.segments(labels), Segments.from_labels(labels), strict=True):
+    for mine, theirs in zip(segments_of(labels), Segments.from_labels(labels), strict=True):
         assert mine.dtype == theirs.dtype
         assert torch.equal(mine, theirs)
 
@@ -46,7 +53,7 @@ def test_segments(name, device):
 def test_segments_of_short_and_of_strided_labels(device):
     labels = torch.tensor([4, 9, 4, -1, 9, 9], dtype=torch.int32, device=device)
     for given in (labels, labels.long().repeat_interleave(2)[::2]):
-        assert all(map(torch.equal, triton_kernels.segments(given), Segments.from_labels(labels)))
+        assert all(map(torch.equal, segments_of(given), Segments.from_labels(labels)))
 
 
 def batch(device, dtype=torch.float32):
@@ -177,9 +184,30 @@ def test_who_asks_for_an_activation_s_gradient_later_gets_the_published_one(aske
     assert torch.equal(seen[0] == 0, y == 0)
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    ("samples", "classes"), [(33, 2), (100, 1), (128, 10), (129, 3), (512, 5), (513, 1), (700, 40)]
+)
+def test_segments_over_blocks_of_samples(samples, classes, device):
+    """Parts of few blocks are added up by their readers, of many by a launch; the last program adds up the losses."""
+    generator = torch.Generator().manual_seed(samples)
+    labels = torch.randint(0, classes, (samples,), generator=generator).to(device)
+    layers = [torch.randn(samples, width, generator=generator).to(device) for width in (3, 200)]
+    mine, theirs = leaves(layers), leaves(layers, torch.float64)
+    weights = (1.0, 2.0, 0.5)
+    total, terms = triton_kernels.weighted_losses(mine, labels, weights)
+    expected, others = closed_form.weighted_losses(theirs, labels, weights)
+    torch.testing.assert_close(total.double(), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(torch.stack(terms).double(), torch.stack(others), rtol=1e-5, atol=1e-6)
+    total.backward()
+    expected.backward()
+    for x, y in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(x.grad.double(), y.grad, rtol=1e-4, atol=1e-7)
+
+
 @pytest.mark.parametrize("device", DEVICES[:1])
 def test_launches_of_a_step_beside_its_taps(device, monkeypatch):
-    """Segments, norms, two for sums, two for terms; one back."""
+    """Segments and norms, sums, terms and losses; one back."""
     launched = []
     call = interpreter.GridExecutor.__call__
     monkeypatch.setattr(
@@ -190,9 +218,7 @@ def test_launches_of_a_step_beside_its_taps(device, monkeypatch):
     rows = [source[:, :, 0, 0].contiguous() if source.dim() > 2 else source for source in sources]
     labels = batch(device)[1]
     value = ModularLoss(backend="triton")(rows, labels)
-    assert launched == [
-        "segments_kernel", "row_norms_kernel", "block_sums_kernel", "combine_kernel", "pair_terms_kernel", "losses_kernel",
-    ]  # fmt: skip
+    assert launched == ["prepare_kernel", "block_sums_kernel", "pair_terms_kernel"]
     launched.clear()
     value.backward()
     assert launched == ["losses_backward_kernel"]
@@ -201,8 +227,7 @@ def test_launches_of_a_step_beside_its_taps(device, monkeypatch):
 @pytest.mark.parametrize("device", DEVICES)
 def test_closed_form_gives_the_same_sum(device):
     layers, labels = batch(device)
-    segments = Segments.from_labels(labels)
-    total, terms = closed_form.weighted_losses(layers, segments, (1.0, 2.0, 0.5))
-    mine, ours = triton_kernels.weighted_losses(layers, segments, (1.0, 2.0, 0.5))
+    total, terms = closed_form.weighted_losses(layers, labels, (1.0, 2.0, 0.5))
+    mine, ours = triton_kernels.weighted_losses(layers, labels, (1.0, 2.0, 0.5))
     torch.testing.assert_close(mine, total)
     torch.testing.assert_close(ours, terms)

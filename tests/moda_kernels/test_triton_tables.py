@@ -7,7 +7,6 @@ import torch
 import triton.runtime.interpreter as interpreter
 
 from moda_kernels import triton_kernels
-from moda_kernels.segments import Segments
 from moda_kernels.triton_kernels import tables
 from tests.moda_kernels._helpers.triton_oracle import DEVICES, leaves, make_layers
 
@@ -31,7 +30,7 @@ def launched(monkeypatch):
 def _launches(names, layers):
     names.clear()
     inputs = leaves(layers)
-    losses = triton_kernels.grouped_losses(inputs, Segments.from_labels(torch.tensor([0, 1, 0])))
+    losses = triton_kernels.grouped_losses(inputs, torch.tensor([0, 1, 0]))
     forward = list(names)
     names.clear()
     sum(losses).backward()
@@ -41,9 +40,7 @@ def _launches(names, layers):
 def test_launches_do_not_depend_on_the_number_of_layers(launched, device):
     layers = make_layers([(3, 2, 2), (5,), (2, 2, 4)], 3, torch.float32, device)
     forward, backward = _launches(launched, layers)
-    assert forward == [
-        "pool_kernel", "row_norms_kernel", "block_sums_kernel", "combine_kernel", "pair_terms_kernel", "losses_kernel",
-    ]  # fmt: skip
+    assert forward == ["pool_kernel", "prepare_kernel", "block_sums_kernel", "pair_terms_kernel"]
     assert backward == ["losses_backward_kernel", "pool_backward_kernel"]
     assert _launches(launched, layers * 7) == (forward, backward)
 
@@ -51,7 +48,7 @@ def test_launches_do_not_depend_on_the_number_of_layers(launched, device):
 def test_rows_that_are_not_aligned_take_one_launch_more(launched, device):
     layers = make_layers([(3, 2, 2), (2, 3, 3), (4, 7, 7), (3, 5)], 3, torch.float32, device)
     forward, backward = _launches(launched, layers)
-    assert forward[:3] == ["pool_kernel", "pool_kernel", "row_norms_kernel"]
+    assert forward[:3] == ["pool_kernel", "pool_kernel", "prepare_kernel"]
     assert backward == ["losses_backward_kernel", "pool_backward_kernel", "pool_backward_kernel"]
 
 
@@ -66,7 +63,7 @@ def test_long_channels_last_maps_take_one_launch_more(launched, device):
     layers[0] = layers[0].to(memory_format=torch.channels_last)
     forward, _ = _launches(launched, layers * 2)
     assert forward[:2] == ["pool_kernel", "add_splits_kernel"]
-    assert len(forward) == 7
+    assert len(forward) == 5
 
 
 # 335 entries are a launch of 256 and one of fewer; addresses and sizes beyond 32 bits and negative values survive.

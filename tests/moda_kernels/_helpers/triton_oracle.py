@@ -16,7 +16,6 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from moda_kernels import closed_form, triton_kernels
-from moda_kernels.segments import Segments
 
 _INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -61,11 +60,10 @@ def leaves(layers: Sequence[Tensor], dtype: torch.dtype | None = None) -> list[T
 
 def three_ways(layers: Sequence[Tensor], labels: Tensor, weights: Sequence[float] = (1.3, -0.7, 0.3)):
     """Losses and gradients of: kernels, PyTorch in the same dtype, float64. Upstream gradients are not one."""
-    segments = Segments.from_labels(labels)
     results = []
     for module, dtype in ((triton_kernels, None), (closed_form, None), (closed_form, torch.float64)):
         inputs = leaves(layers, dtype)
-        losses = module.grouped_losses(inputs, segments)
+        losses = module.grouped_losses(inputs, labels)
         gradients = torch.autograd.grad(sum(w * term for w, term in zip(weights, losses, strict=True)), inputs)
         results.append((losses, gradients))
     return results
