@@ -23,14 +23,14 @@ from torch import Tensor
 
 from moda_kernels.closed_form import Weights
 from moda_kernels.segments import Segments
-from moda_kernels.triton_kernels import layouts
-from moda_kernels.triton_kernels.layouts import Layout, address_after, arrange, gradient_like
+from moda_kernels.triton_kernels.layouts import gradient_like
 from moda_kernels.triton_kernels.losses_backward import launch_losses_backward
 from moda_kernels.triton_kernels.pair_terms import launch_pair_terms
+from moda_kernels.triton_kernels.plans import Plan, plan_of
 from moda_kernels.triton_kernels.pool_backward import launch_pool_backward
-from moda_kernels.triton_kernels.pool_forward import Pooling, launch_pool
+from moda_kernels.triton_kernels.pool_forward import launch_pool
 from moda_kernels.triton_kernels.preparation import launch_preparation
-from moda_kernels.triton_kernels.rows import TILE_NEURONS, Rows
+from moda_kernels.triton_kernels.rows import TILE_NEURONS
 from moda_kernels.triton_kernels.segment_sums import launch_class_sums, sums_shape
 from moda_kernels.triton_kernels.tables import on_device_of
 
@@ -68,23 +68,12 @@ def is_rectified(activation: Tensor) -> bool:
     return rectified and not (activation._backward_hooks or activation.retains_grad)
 
 
-def pooled_offsets(activations: Sequence[Tensor]) -> tuple[list[int], int]:
-    """Where each layer's pooled rows begin in one buffer (unused for layers that are their own pool), and its size.
-
-    Without gaps: an op's outputs are compared whole. Layers stay 16-byte aligned as long as N * C is a multiple of 4.
-    """
-    offsets, size = [], 0
-    for activation in activations:
-        offsets.append(size)
-        if needs_pooling(activation):
-            size += activation.shape[0] * activation.shape[1]
-    return offsets, size
-
-
-def empty_saved(like: Tensor, neurons: Sequence[int], pooled: int) -> Saved:
-    """Tensors as in `Saved` on the device of an activation, nothing in them."""
-    samples, tiles = like.shape[0], sum(-(-width // TILE_NEURONS) for width in neurons)
-    floats = (pooled,), (len(neurons), samples), (2, tiles, samples)
+def empty_saved(activations: Sequence[Tensor]) -> Saved:
+    """Tensors as in `Saved` on the device of the activations, nothing in them. Traceable."""
+    like, tiles = activations[0], sum(-(-layer.shape[1] // TILE_NEURONS) for layer in activations)
+    samples = like.shape[0]
+    pooled = sum(layer.shape[0] * layer.shape[1] for layer in activations if needs_pooling(layer))
+    floats = (pooled,), (len(activations), samples), (2, tiles, samples)
     rows, inverse, terms = (like.new_empty(shape, dtype=torch.float32) for shape in floats)
     sums = like.new_empty(sums_shape(samples, tiles * TILE_NEURONS), dtype=torch.float64)
     of_segments = (samples,), (samples + 1,), (samples,), (), ()
@@ -95,16 +84,16 @@ def losses_forward(
     activations: Sequence[Tensor], labels: Tensor, weights: Weights = UNWEIGHTED
 ) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], Saved]:
     """(weighted sum, affinity, dispersion, compactness), 0-d float32, and what backward needs."""
-    arranged, device = [arrange(activation) for activation in activations], activations[0].device
-    offsets, size = pooled_offsets(activations)
-    pooled = torch.empty(size, dtype=torch.float32, device=device)
-    rows = _rows(arranged, pooled, offsets)
+    plan, device = plan_of(activations), activations[0].device
+    arranged = plan.arranged(activations)
+    pooled = torch.empty(plan.size, dtype=torch.float32, device=device)
+    rows, tiling = plan.rows(arranged, pooled), plan.tiling
     with on_device_of(pooled):
-        launch_pool(_poolings(arranged, pooled, offsets, range(len(arranged))))
-        table = rows.table([0] * len(arranged))
-        prepared = segments, inverse, _ = launch_preparation(rows, table, labels)
-        sums = launch_class_sums(rows, table, inverse, segments)
-        losses, terms = launch_pair_terms(rows, table, prepared, sums, weights)
+        _launch_pool(plan, arranged, rows, device)
+        table = tiling.table(rows, device)
+        prepared = segments, inverse, _ = launch_preparation(tiling, table, labels)
+        sums = launch_class_sums(tiling, table, inverse, segments)
+        losses, terms = launch_pair_terms(tiling, table, prepared, sums, weights)
     return losses, Saved(pooled, inverse, sums, terms, *segments)
 
 
@@ -117,70 +106,62 @@ def losses_backward(
     rectified: Sequence[bool] | None = None,
 ) -> list[Tensor | None]:
     """Gradient of each wanted layer, in its dtype and layout; of those that `is_rectified` says, as a view."""
-    arranged = [arrange(activation) for activation in activations]
-    offsets, size = pooled_offsets(activations)
+    plan, device = plan_of(activations), saved.pooled.device
+    arranged, tiling = plan.arranged(activations), plan.tiling
     spread = [want and of_relu for want, of_relu in zip(wanted, rectified or [False] * len(wanted), strict=True)]
-    pooling = [i for i, (x, _) in enumerate(arranged) if wanted[i] and needs_pooling(x) and not spread[i]]
-    gradients = [
-        gradient_like(x) if want and not expanded else None
-        for (x, _), want, expanded in zip(arranged, wanted, spread, strict=True)
-    ]
-    dpooled = torch.empty(size if pooling or any(spread) else 0, dtype=torch.float32, device=saved.pooled.device)
+    written = [want and not expanded for want, expanded in zip(wanted, spread, strict=True)]
+    through = [want and pooled for want, pooled in zip(wanted, plan.pooled, strict=True)]  # pooled rows
+    pooling = [i for i, pooled in enumerate(through) if pooled and written[i]]
+    gradients = [gradient_like(x) if write else None for x, write in zip(arranged, written, strict=True)]
+    dpooled = torch.empty(plan.size if any(through) else 0, dtype=torch.float32, device=device)
     targets = [0 if gradient is None else gradient.data_ptr() for gradient in gradients]
-    activation_targets = [targets[i] for i in pooling]
-    for i, (x, _) in enumerate(arranged):
-        if wanted[i] and needs_pooling(x):
-            targets[i] = address_after(dpooled, offsets[i])
-    divisors = [layout.positions if expanded else 1 for (_, layout), expanded in zip(arranged, spread, strict=True)]
-    rows = _rows(arranged, saved.pooled, offsets)
+    of_rows, base = list(targets), dpooled.data_ptr()
+    for i, pooled in enumerate(through):
+        if pooled:
+            of_rows[i] = base + 4 * plan.offsets[i]
+    divisors = [layout.positions if expanded else 1 for layout, expanded in zip(plan.layouts, spread, strict=True)]
     with on_device_of(saved.pooled):
+        table = tiling.table(plan.rows(arranged, saved.pooled), device, of_rows, divisors)
         kept = (saved.inverse, saved.sums, saved.terms)
-        launch_losses_backward(rows, rows.table(targets, divisors), saved.segments, kept, upstream, weights)
-        launch_pool_backward(_poolings(arranged, dpooled, offsets, pooling), activation_targets)
+        launch_losses_backward(tiling, table, saved.segments, kept, upstream, weights)
+        if pooling:
+            addresses = [arranged[i].data_ptr() for i in pooling]
+            rows, ends = ([given[i] for i in pooling] for given in (of_rows, targets))
+            launch_pool_backward(plan.pooling(pooling), addresses, rows, ends, device)
     rounded = {dtype: dpooled.to(dtype) for dtype in {activations[i].dtype for i, of in enumerate(spread) if of}}
     for i, x in enumerate(activations):
         if spread[i]:
             strides = (x.shape[1], 1, *[0] * (x.dim() - 2))
-            gradients[i] = rounded[x.dtype].as_strided(x.shape, strides, offsets[i])
+            gradients[i] = rounded[x.dtype].as_strided(x.shape, strides, plan.offsets[i])
     return gradients
 
 
-def _rows(arranged: Sequence[tuple[Tensor, Layout]], pooled: Tensor, offsets: Sequence[int]) -> Rows:
-    addresses = tuple(
-        address_after(pooled, offset) if needs_pooling(activation) else activation.data_ptr()
-        for (activation, _), offset in zip(arranged, offsets, strict=True)
-    )
-    neurons = tuple(layout.neurons for _, layout in arranged)
-    return Rows(arranged[0][0].shape[0], neurons, addresses, pooled.device)
-
-
-def _poolings(
-    arranged: Sequence[tuple[Tensor, Layout]], pooled: Tensor, offsets: Sequence[int], which: Sequence[int]
-) -> list[Pooling]:
-    return [
-        Pooling(activation, layout, address_after(pooled, offsets[i]), activation.dim() == 2)
-        for i, (activation, layout) in ((i, arranged[i]) for i in which)
-        if needs_pooling(activation)
-    ]
+def _launch_pool(plan: Plan, arranged: Sequence[Tensor], rows: Sequence[int], device: torch.device) -> None:
+    which = [i for i, pooled in enumerate(plan.pooled) if pooled]
+    if which:
+        addresses = [arranged[i].data_ptr() for i in which]
+        launch_pool(plan.pooling(which), addresses, [rows[i] for i in which], device)
 
 
 def pool_forward(activations: Sequence[Tensor]) -> list[Tensor]:
     """Pooled rows (N, C) float32 of layers that need pooling, a tensor each."""
-    arranged = [arrange(activation) for activation in activations]
-    pooled = [torch.empty(x.shape[:2], dtype=torch.float32, device=x.device) for x in activations]
-    launch_pool(
-        [Pooling(x, layout, rows.data_ptr(), x.dim() == 2) for (x, layout), rows in zip(arranged, pooled, strict=True)]
-    )
+    plan, device = plan_of(activations), activations[0].device
+    arranged = plan.arranged(activations)
+    pooled = [torch.empty(x.shape[:2], dtype=torch.float32, device=device) for x in activations]
+    with on_device_of(activations[0]):
+        _launch_pool(plan, arranged, [rows.data_ptr() for rows in pooled], device)
     return pooled
 
 
 def pool_backward(activations: Sequence[Tensor], dpooled: Sequence[Tensor]) -> list[Tensor]:
     """Gradients of layers that need pooling, in their dtype and layout."""
-    arranged = [arrange(activation) for activation in activations]
-    gradients = [layouts.gradient_like(x) for x, _ in arranged]
+    if not activations:
+        return []
+    plan, device = plan_of(activations), activations[0].device
+    arranged = plan.arranged(activations)
+    gradients = [gradient_like(x) for x in arranged]
     rows = [gradient.contiguous() for gradient in dpooled]
-    poolings = [
-        Pooling(x, layout, row.data_ptr(), x.dim() == 2) for (x, layout), row in zip(arranged, rows, strict=True)
-    ]
-    launch_pool_backward(poolings, [gradient.data_ptr() for gradient in gradients])
+    addresses, of_rows, targets = ([tensor.data_ptr() for tensor in given] for given in (arranged, rows, gradients))
+    with on_device_of(activations[0]):
+        launch_pool_backward(plan.pooling(range(len(arranged))), addresses, of_rows, targets, device)
     return gradients

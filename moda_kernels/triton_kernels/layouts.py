@@ -101,10 +101,9 @@ class Layout:
 
 def arrange(activation: Tensor) -> tuple[Tensor, Layout]:
     """The activation and its layout; the activation is copied if it lies in none of the three ways."""
-    layout = _layout(tuple(activation.shape), activation.stride())
+    layout = layout_of(activation.shape, activation.stride())
     if layout is None:
-        activation = activation.contiguous()
-        layout = _layout(tuple(activation.shape), activation.stride())
+        activation, layout = activation.contiguous(), layout_of(activation.shape)
     return activation, cast(Layout, layout)  # contiguous memory always has one
 
 
@@ -129,9 +128,10 @@ def matrix_tile(layout: Layout, itemsize: int, elements: int) -> Tile:
 
 
 @lru_cache(maxsize=4096)
-def _layout(shape: tuple[int, ...], stride: tuple[int, ...]) -> Layout | None:
+def layout_of(shape: tuple[int, ...], stride: tuple[int, ...] | None = None) -> Layout | None:
+    """The layout of memory of this shape and these strides, contiguous if none are given; None if it has none."""
     rows, neurons, positions = shape[0] * shape[1], shape[1], math.prod(shape[2:])
-    if _contiguous(shape, stride):
+    if stride is None or _contiguous(shape, stride):
         if positions == 1:
             return Layout(FLAT, rows, neurons, 1, 1, _ceil(rows, TILE), rows)
         return _rows(rows, neurons, positions)

@@ -25,7 +25,7 @@ from moda_kernels.closed_form import Weights
 from moda_kernels.segments import Segments
 from moda_kernels.triton_kernels.launching import launch
 from moda_kernels.triton_kernels.pair_terms import but
-from moda_kernels.triton_kernels.rows import BLOCK, NEURONS, Rows, load_rows, segment_bounds
+from moda_kernels.triton_kernels.rows import BLOCK, NEURONS, Tiling, load_rows, segment_bounds
 from moda_kernels.triton_kernels.segment_sums import has_several, in_parts, segment_sum, total_of
 from moda_kernels.triton_kernels.tables import find_layer
 
@@ -131,7 +131,7 @@ WARPS = 8
 
 
 def launch_losses_backward(
-    rows: Rows,
+    tiling: Tiling,
     table: Tensor,
     segments: Segments,
     saved: tuple[Tensor, Tensor, Tensor],
@@ -144,8 +144,8 @@ def launch_losses_backward(
     """
     inverse, sums, terms = saved
     launch(
-        losses_backward_kernel, (rows.blocks, rows.tiles),
+        losses_backward_kernel, (tiling.blocks, tiling.tiles),
         table, inverse, segments.order, segments.offsets, segments.segment, sums, terms,
-        segments.same_pairs, segments.diff_pairs, *upstream, *weights, len(rows.neurons), rows.samples, rows.width,
-        in_parts(rows.samples), num_warps=WARPS,
+        segments.same_pairs, segments.diff_pairs, *upstream, *weights,
+        len(tiling.neurons), tiling.samples, tiling.width, in_parts(tiling.samples), num_warps=WARPS,
     )  # fmt: skip

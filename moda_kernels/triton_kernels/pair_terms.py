@@ -29,7 +29,7 @@ from moda_kernels.closed_form import Weights
 from moda_kernels.segments import Segments
 from moda_kernels.triton_kernels.launching import launch
 from moda_kernels.triton_kernels.layouts import LARGEST
-from moda_kernels.triton_kernels.rows import BLOCK, NEURONS, WARPS, Rows, load_rows, segment_bounds
+from moda_kernels.triton_kernels.rows import BLOCK, NEURONS, WARPS, Tiling, load_rows, segment_bounds
 from moda_kernels.triton_kernels.segment_sums import has_several, in_parts, segment_sum, total_of
 from moda_kernels.triton_kernels.tables import find_layer
 
@@ -155,7 +155,7 @@ PARTIALS = 512
 
 
 def launch_pair_terms(
-    rows: Rows,
+    tiling: Tiling,
     table: Tensor,
     prepared: tuple[Segments, Tensor, Tensor],
     sums: Tensor,
@@ -165,13 +165,13 @@ def launch_pair_terms(
     reads.
     """
     segments, inverse, arrivals = prepared
-    terms = torch.empty(2, rows.tiles, rows.samples, dtype=torch.float32, device=rows.device)
-    partials = torch.empty(3, rows.blocks * rows.tiles, dtype=torch.float32, device=rows.device)
-    losses = tuple(torch.empty((), dtype=torch.float32, device=rows.device) for _ in range(4))
+    terms = torch.empty(2, tiling.tiles, tiling.samples, dtype=torch.float32, device=table.device)
+    partials = torch.empty(3, tiling.blocks * tiling.tiles, dtype=torch.float32, device=table.device)
+    losses = tuple(torch.empty((), dtype=torch.float32, device=table.device) for _ in range(4))
     launch(
-        pair_terms_kernel, (rows.blocks, rows.tiles),
+        pair_terms_kernel, (tiling.blocks, tiling.tiles),
         table, inverse, segments.order, segments.offsets, segments.segment, sums, terms, partials, arrivals,
-        segments.same_pairs, segments.diff_pairs, *losses, *weights, len(rows.neurons), rows.samples, rows.width,
-        in_parts(rows.samples), PARTIALS, num_warps=WARPS,
+        segments.same_pairs, segments.diff_pairs, *losses, *weights, len(tiling.neurons), tiling.samples, tiling.width,
+        in_parts(tiling.samples), PARTIALS, num_warps=WARPS,
     )  # fmt: skip
     return losses, terms  # type: ignore[return-value]

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 import triton
 import triton.language as tl
 
@@ -22,10 +23,8 @@ from moda_kernels.triton_kernels.pool_forward import (
     SPAN,
     TILE,
     Pooling,
-    launches,
-    pool_columns,
 )
-from moda_kernels.triton_kernels.tables import device_table, find_layer, on_device_of
+from moda_kernels.triton_kernels.tables import device_table, find_layer
 
 
 @triton.jit
@@ -124,14 +123,18 @@ def pool_backward_kernel(table, layers: tl.int64, DTYPE: tl.constexpr, ACCESS: t
 # Tiles and their reasons: layouts.py; the same programs as forward, which keeps one table layout for both.
 
 
-def launch_pool_backward(layers: Sequence[Pooling], gradients: Sequence[int]) -> None:
-    """Write the gradient of each layer to its address; `Pooling.pooled` holds the address of dpooled."""
-    if not layers:
-        return
-    with on_device_of(layers[0].activation):
-        for dtype, access, which in launches(layers, gradients):
-            group = [layers[i] for i in which]
-            columns, programs = pool_columns(group, [gradients[i] for i in which])
-            columns.append([layer.pooled for layer in group])
-            table = device_table(columns, group[0].activation.device)
-            launch(pool_backward_kernel, (programs,), table, len(group), dtype, access, num_warps=layouts.WARPS)
+def launch_pool_backward(
+    pooling: Pooling, addresses: Sequence[int], dpooled: Sequence[int], targets: Sequence[int], device: torch.device
+) -> None:
+    """Write each layer's gradient to its target, from the addresses of the layer and of its dpooled."""
+    for group in pooling.groups(addresses, dpooled, targets):
+        columns = [
+            group.starts,
+            *([given[i] for i in group.which] for given in (addresses, targets)),
+            group.sizes,
+            [dpooled[i] for i in group.which],
+        ]
+        launch(
+            pool_backward_kernel, (group.programs,),
+            device_table(columns, device), len(group.which), group.dtype, group.access, num_warps=layouts.WARPS,
+        )  # fmt: skip

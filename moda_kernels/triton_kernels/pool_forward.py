@@ -17,17 +17,16 @@ pooled by a launch of their own: lanes are laid out for the widest access of a k
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from moda_kernels.triton_kernels import layouts
 from moda_kernels.triton_kernels.launching import launch
 from moda_kernels.triton_kernels.layouts import Layout, address_after, mean_of, unit_of
-from moda_kernels.triton_kernels.tables import device_table, find_layer, on_device_of
+from moda_kernels.triton_kernels.tables import device_table, find_layer
 
 TILE = tl.constexpr(layouts.TILE)
 COLUMN_NEURONS = tl.constexpr(layouts.COLUMN_NEURONS)
@@ -135,87 +134,104 @@ REGISTERS = 128
 SPLIT_BLOCK = 512
 
 
-@dataclass(frozen=True)
-class Pooling:
-    """A layer to pool: the activation as arranged, where its pooled rows go, whether it keeps its sign."""
+class PooledLayer(NamedTuple):
+    """A layer to pool, but for its memory; `signed` is whether it keeps its sign."""
 
-    activation: Tensor
+    dtype: torch.dtype
     layout: Layout
-    pooled: int  # address of (N, C) float32: the pooled rows, or in backward their gradient
     signed: bool
 
 
-def launches(
-    layers: Sequence[Pooling], targets: Sequence[int] | None = None
-) -> Iterator[tuple[tl.dtype, int, list[int]]]:
-    """Layers that one launch can take together: their dtype, the bytes of an access, and which they are.
+class Group:
+    """Layers that one launch can take together, and what is known of its table before there are addresses.
 
-    Args:
-        layers: any.
-        targets: addresses that are written to, too; vectors of `Pooling.pooled` are taken in FLAT alone.
+    Attributes:
+        dtype: that of the layers, as Triton has it.
+        access: bytes of an access.
+        which: places of the layers among those that are pooled.
+        programs: how many the launch has.
+        starts, sizes: the first column of the table, and those behind the addresses.
+        split: places in `which` of the layers whose positions are split over programs.
     """
-    groups: dict[tuple[torch.dtype, bool], dict[int, int]] = {}
-    for i, layer in enumerate(layers):
-        addresses = [layer.activation.data_ptr(), *([] if targets is None else [targets[i]])]
-        if layer.layout.mode == layouts.FLAT:
-            addresses.append(layer.pooled)
-        size = layer.activation.element_size()
-        aligned = layer.layout.aligned_bytes(size, *addresses)
-        groups.setdefault((layer.activation.dtype, aligned == layouts.VECTOR_BYTES), {})[i] = max(aligned, size)
-    for (dtype, _), group in groups.items():
-        yield TRITON_DTYPE[dtype], min(group.values()), list(group)
+
+    def __init__(self, layers: Sequence[PooledLayer], which: Sequence[int], access: int) -> None:
+        chosen = [layers[i].layout for i in which]
+        self.dtype, self.access, self.which = TRITON_DTYPE[layers[which[0]].dtype], access, tuple(which)
+        *starts, self.programs = _starts(layout.programs for layout in chosen)
+        self.starts = starts
+        self.sizes: list[int] = []
+        for name in ("rows", "neurons", "positions", "splits"):
+            self.sizes += [getattr(layout, name) for layout in chosen]
+        self.sizes += [int(layers[i].signed) for i in which]
+        self.sizes += [layout.mode for layout in chosen]
+        self.split = [place for place, layout in enumerate(chosen) if layout.splits > 1]
+        self.split_layouts = [chosen[place] for place in self.split]
+
+
+class Pooling:
+    """Layers to pool, in as few launches as can be."""
+
+    def __init__(self, layers: Sequence[PooledLayer]) -> None:
+        self.layers = tuple(layers)
+        self._aligned = self._groups([layouts.VECTOR_BYTES] * len(layers))
+
+    def groups(self, addresses: Sequence[int], pooled: Sequence[int], targets: Sequence[int] = ()) -> list[Group]:
+        """What is launched for layers at these addresses.
+
+        Args:
+            addresses: of the layers.
+            pooled: of their pooled rows, which are read or written in vectors for FLAT alone.
+            targets: of what is written in the layout of the layers, too.
+        """
+        bits = 0
+        for address in (*addresses, *targets, *pooled):
+            bits |= address
+        if bits % layouts.VECTOR_BYTES == 0:
+            return self._aligned
+        each = zip(self.layers, addresses, pooled, targets or addresses, strict=True)
+        return self._groups([a | t | (p if layer.layout.mode == layouts.FLAT else 0) for layer, a, p, t in each])
+
+    def _groups(self, addresses: Sequence[int]) -> list[Group]:
+        found: dict[tuple[torch.dtype, bool], dict[int, int]] = {}
+        for i, (layer, address) in enumerate(zip(self.layers, addresses, strict=True)):
+            size = layer.dtype.itemsize
+            aligned = layer.layout.aligned_bytes(size, address)
+            found.setdefault((layer.dtype, aligned == layouts.VECTOR_BYTES), {})[i] = max(aligned, size)
+        return [Group(self.layers, list(group), min(group.values())) for group in found.values()]
 
 
 TRITON_DTYPE = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 
 
-def launch_pool(layers: Sequence[Pooling]) -> None:
-    """Write the pooled rows of every layer."""
-    if not layers:
-        return
-    with on_device_of(layers[0].activation):
-        for dtype, access, which in launches(layers):
-            _launch_group(dtype, access, [layers[i] for i in which])
+def launch_pool(pooling: Pooling, addresses: Sequence[int], pooled: Sequence[int], device: torch.device) -> None:
+    """Write the pooled rows of every layer, from and to these addresses, on the current device."""
+    for group in pooling.groups(addresses, pooled):
+        outputs = [pooled[i] for i in group.which]
+        offsets = list(_starts(layout.splits * layout.rows for layout in group.split_layouts))
+        if group.split:
+            parts = torch.empty(offsets[-1], dtype=torch.float32, device=device)
+            for place, offset in zip(group.split, offsets, strict=False):
+                outputs[place] = address_after(parts, offset)
+        table = device_table([group.starts, [addresses[i] for i in group.which], outputs, group.sizes], device)
+        launch(
+            pool_kernel, (group.programs,),
+            table, len(group.which), group.dtype, group.access, num_warps=layouts.WARPS, maxnreg=REGISTERS,
+        )  # fmt: skip
+        if group.split:
+            _add_splits(group, outputs, pooled, device)
 
 
-def _launch_group(dtype: tl.dtype, access: int, group: Sequence[Pooling]) -> None:
-    device = group[0].activation.device
-    split = [layer for layer in group if layer.layout.splits > 1]
-    offsets = list(_starts(layer.layout.splits * layer.layout.rows for layer in split))
-    parts = torch.empty(offsets[-1], dtype=torch.float32, device=device)
-    target = {id(layer): address_after(parts, offset) for layer, offset in zip(split, offsets, strict=False)}
-    outputs = [target.get(id(layer), layer.pooled) for layer in group]
-    columns, programs = pool_columns(group, outputs)
-    table = device_table(columns, device)
-    launch(pool_kernel, (programs,), table, len(group), dtype, access, num_warps=layouts.WARPS, maxnreg=REGISTERS)
-    if split:
-        starts = list(_starts(-(-layer.layout.rows // SPLIT_BLOCK) for layer in split))
-        sums = [
-            starts[:-1],
-            list(target.values()),
-            [layer.pooled for layer in split],
-            [layer.layout.rows for layer in split],
-            [layer.layout.splits for layer in split],
-        ]
-        table = device_table(sums, device)
-        launch(add_splits_kernel, (starts[-1],), table, len(split), SPLIT_BLOCK, num_warps=layouts.WARPS)
-
-
-def pool_columns(group: Sequence[Pooling], outputs: Sequence[int]) -> tuple[list[list[int]], int]:
-    """The columns of a pooling table, forward or backward, and the number of programs it asks for."""
-    starts = list(_starts(layer.layout.programs for layer in group))
+def _add_splits(group: Group, parts: Sequence[int], pooled: Sequence[int], device: torch.device) -> None:
+    *starts, programs = _starts(-(-layout.rows // SPLIT_BLOCK) for layout in group.split_layouts)
     columns = [
-        starts[:-1],
-        [layer.activation.data_ptr() for layer in group],
-        list(outputs),
-        [layer.layout.rows for layer in group],
-        [layer.layout.neurons for layer in group],
-        [layer.layout.positions for layer in group],
-        [layer.layout.splits for layer in group],
-        [int(layer.signed) for layer in group],
-        [layer.layout.mode for layer in group],
+        starts,
+        [parts[place] for place in group.split],
+        [pooled[group.which[place]] for place in group.split],
+        [layout.rows for layout in group.split_layouts],
+        [layout.splits for layout in group.split_layouts],
     ]
-    return columns, starts[-1]
+    table = device_table(columns, device)
+    launch(add_splits_kernel, (programs,), table, len(group.split), SPLIT_BLOCK, num_warps=layouts.WARPS)
 
 
 def _starts(sizes: Iterable[int]) -> Iterator[int]:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from moda_kernels.segments import Segments
 from moda_kernels.triton_kernels.launching import launch
-from moda_kernels.triton_kernels.rows import Rows, load_rows
+from moda_kernels.triton_kernels.rows import Tiling, load_rows
 
 
 @triton.jit
@@ -113,10 +113,10 @@ WARPS = 4
 
 
 def launch_preparation(
-    rows: Rows, table: Tensor, labels: Tensor, *, norms: bool = True
+    tiling: Tiling, table: Tensor, labels: Tensor, *, norms: bool = True
 ) -> tuple[Segments, Tensor, Tensor]:
     """Segments of the labels, inverse norms (L, N) float32 (or none), and a counter of programs that begins at 0."""
-    samples, layers, device = rows.samples, len(rows.neurons) if norms else 0, rows.device
+    samples, layers, device = tiling.samples, len(tiling.neurons) if norms else 0, table.device
     inverse = torch.empty(layers, samples, dtype=torch.float32, device=device)
     arrivals = torch.empty((), dtype=torch.int32, device=device)
     by_kernel = samples <= MOST_SAMPLES

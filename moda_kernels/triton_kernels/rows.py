@@ -14,7 +14,7 @@ The table's fields, one column of `layers` entries each: first tile, address of 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 import triton
@@ -61,41 +61,41 @@ def segment_bounds(order, offsets, segment, block, samples):
     return first, last, tl.load(offsets + first) < begin, tl.load(offsets + last + 1) > end
 
 
-@dataclass(frozen=True)
-class Rows:
-    """Pooled rows of all layers: addresses of (N, C) float32, one C each."""
+class Tiling:
+    """How the rows of some layers are cut.
 
-    samples: int
-    neurons: tuple[int, ...]
-    addresses: tuple[int, ...]
-    device: torch.device
+    Attributes:
+        samples: N.
+        neurons: C of each layer.
+        blocks: the number of blocks of samples.
+        tiles: the number of tiles of neurons in all layers.
+        width: the number of neurons of all layers, each layer rounded up to whole tiles.
+    """
 
-    @property
-    def blocks(self) -> int:
-        """The number of blocks of samples."""
-        return -(-self.samples // BLOCK_SAMPLES)
+    def __init__(self, samples: int, neurons: tuple[int, ...]) -> None:
+        tiles = [-(-width // TILE_NEURONS) for width in neurons]
+        self.samples, self.neurons = samples, neurons
+        self.blocks, self.tiles = -(-samples // BLOCK_SAMPLES), sum(tiles)
+        self.width = self.tiles * TILE_NEURONS
+        self._starts = [0, *accumulate(tiles[:-1])]
+        self._whole = [int(width * 4 % VECTOR_BYTES == 0) for width in neurons]
+        self._undivided = [1] * len(neurons)
 
-    @property
-    def tiles(self) -> int:
-        """The number of tiles of neurons in all layers."""
-        return sum(-(-neurons // TILE_NEURONS) for neurons in self.neurons)
+    def table(
+        self,
+        addresses: Sequence[int],
+        device: torch.device,
+        targets: Sequence[int] | None = None,
+        divisors: Sequence[int] | None = None,
+    ) -> torch.Tensor:
+        """The device table of rows at these addresses.
 
-    @property
-    def width(self) -> int:
-        """The number of neurons of all layers, each layer rounded up to whole tiles."""
-        return self.tiles * TILE_NEURONS
-
-    def table(self, targets: Sequence[int], divisors: Sequence[int] | None = None) -> torch.Tensor:
-        """The device table; `targets` gives the address per layer that the kernel writes to, `divisors` what it divides
-        by.
+        `targets` gives the address per layer that the kernel writes to, `divisors` what it divides by.
         """
-        first, starts = 0, []
-        for neurons in self.neurons:
-            starts.append(first)
-            first += -(-neurons // TILE_NEURONS)
+        targets = targets or [0] * len(addresses)
         aligned = [
-            int((neurons * 4) % VECTOR_BYTES == 0 and address % VECTOR_BYTES == 0 and target % VECTOR_BYTES == 0)
-            for neurons, address, target in zip(self.neurons, self.addresses, targets, strict=True)
+            int(whole and (address | target) % VECTOR_BYTES == 0)
+            for whole, address, target in zip(self._whole, addresses, targets, strict=True)
         ]
-        columns = [starts, self.addresses, self.neurons, aligned, targets, divisors or [1] * len(starts)]
-        return device_table(columns, self.device)
+        columns = [self._starts, addresses, self.neurons, aligned, targets, divisors or self._undivided]
+        return device_table(columns, device)

@@ -30,7 +30,7 @@ from torch import Tensor
 from moda_kernels.segments import Segments
 from moda_kernels.triton_kernels.launching import launch
 from moda_kernels.triton_kernels.preparation import launch_preparation
-from moda_kernels.triton_kernels.rows import BLOCK, BLOCK_SAMPLES, NEURONS, WARPS, Rows, load_rows, segment_bounds
+from moda_kernels.triton_kernels.rows import BLOCK, BLOCK_SAMPLES, NEURONS, WARPS, Tiling, load_rows, segment_bounds
 from moda_kernels.triton_kernels.tables import find_layer, on_device_of
 
 
@@ -193,20 +193,20 @@ def sums_shape(samples: int, width: int) -> tuple[int, ...]:
 
 
 def launch_class_sums(
-    rows: Rows, table: Tensor, inverse: Tensor, segments: Segments, labelling: Labelling | None = None
+    tiling: Tiling, table: Tensor, inverse: Tensor, segments: Segments, labelling: Labelling | None = None
 ) -> Tensor:
     """The sums, float64: of blocks in parts, or the total and the segments that cross a block boundary.
 
     With a labelling the sums of all segments go to the addresses in `table` as well.
     """
-    parts = torch.empty(3, rows.blocks, rows.width, dtype=torch.float64, device=rows.device)
+    parts = torch.empty(3, tiling.blocks, tiling.width, dtype=torch.float64, device=table.device)
     labels = segments.order if labelling is None else labelling.labels
-    sizes = (len(rows.neurons), rows.samples, rows.width, 0 if labelling is None else labelling.classes)
+    sizes = (len(tiling.neurons), tiling.samples, tiling.width, 0 if labelling is None else labelling.classes)
     where = (segments.order, segments.offsets, segments.segment, labels)
     normalize = labelling is None or labelling.normalize
     launch(
         block_sums_kernel,
-        (rows.blocks, rows.tiles),
+        (tiling.blocks, tiling.tiles),
         table,
         inverse,
         *where,
@@ -216,12 +216,12 @@ def launch_class_sums(
         normalize,
         num_warps=WARPS,
     )
-    if labelling is None and in_parts(rows.samples):
+    if labelling is None and in_parts(tiling.samples):
         return parts
-    sums = torch.empty(1 + rows.blocks, rows.width, dtype=torch.float64, device=rows.device)
+    sums = torch.empty(1 + tiling.blocks, tiling.width, dtype=torch.float64, device=table.device)
     launch(
         combine_kernel,
-        (1 + rows.blocks, rows.tiles),
+        (1 + tiling.blocks, tiling.tiles),
         table,
         *where,
         parts,
@@ -238,11 +238,12 @@ def class_sums(pooled: Sequence[Tensor], labels: Tensor, num_classes: int, *, no
     layers = [layer.detach().float().contiguous() for layer in pooled]
     samples, device = labels.shape[0], labels.device
     neurons = tuple(layer.shape[1] for layer in layers)
-    rows = Rows(samples, neurons, tuple(layer.data_ptr() for layer in layers), device)
+    tiling = Tiling(samples, neurons)
     sums = [torch.zeros(num_classes, width, dtype=torch.float32, device=device) for width in neurons]
     with on_device_of(labels):
-        table = rows.table([layer.data_ptr() for layer in sums])
-        segments, inverse, _ = launch_preparation(rows, table, labels, norms=normalize)
+        addresses, targets = ([tensor.data_ptr() for tensor in given] for given in (layers, sums))
+        table = tiling.table(addresses, device, targets)
+        segments, inverse, _ = launch_preparation(tiling, table, labels, norms=normalize)
         labelling = Labelling(labels.long().contiguous(), num_classes, normalize)
-        launch_class_sums(rows, table, inverse, segments, labelling)
+        launch_class_sums(tiling, table, inverse, segments, labelling)
     return sums

@@ -15,6 +15,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
+from itertools import chain
 
 import torch
 import triton
@@ -55,7 +56,7 @@ def _write_kernel(table, count: tl.int64, entries):
 
 def device_table(columns: Sequence[Sequence[int]], device: torch.device) -> Tensor:
     """Put the columns one after the other, as int64, on `device` without a synchronisation."""
-    entries = tuple(entry for column in columns for entry in column)
+    entries = tuple(chain.from_iterable(columns))
     if device.type not in KEEPING:
         return torch.tensor(entries, dtype=torch.int64, device=device)
     on_gpu = device.type == "cuda"
