@@ -109,9 +109,11 @@ def arrange(activation: Tensor) -> tuple[Tensor, Layout]:
 
 def is_arranged(activation: Tensor) -> bool:
     """Whether `arrange` takes the activation as it lies. Traceable."""
+    if activation.is_contiguous():
+        return True
     shape, stride = activation.shape, activation.stride()
     last = (0, *range(2, len(shape)), 1)
-    return _contiguous(shape, stride) or _contiguous([shape[d] for d in last], [stride[d] for d in last])
+    return _contiguous([shape[d] for d in last], [stride[d] for d in last])
 
 
 class Tile(NamedTuple):

@@ -186,7 +186,7 @@ class _ReluPool(Function):
     def forward(ctx: Any, x: Tensor, inplace: bool) -> tuple[Tensor, Tensor]:
         arranged, layout = arrange(x)
         overwrite = inplace or arranged is not x
-        y = arranged if overwrite else gradient_like(arranged)
+        y = arranged if overwrite else torch.empty_like(arranged)
         pooled = launch_relu_pool(arranged, y, layout)
         if inplace:
             y = x if arranged is x else x.copy_(y)

@@ -9,6 +9,7 @@ Determinism: elementwise, each element written once.
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -105,7 +106,7 @@ COLUMNS_TILE = 1024
 
 def launch_relu_pool_backward(y: Tensor, dy: Tensor | None, dpooled: Tensor | None, layout: Layout) -> Tensor:
     """dx, which lies as y does; dy, if given, lies as y does too."""
-    dx = layouts.gradient_like(y)
+    dx = torch.empty_like(y)
     vec = vector_width(layout, *(tensor for tensor in (y, dy, dpooled, dx) if tensor is not None))
     have = (dy is not None, dpooled is not None)
     tensors = (y, y if dy is None else dy, dx if dpooled is None else dpooled, dx)  # an absent one is never read
