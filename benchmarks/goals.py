@@ -125,6 +125,24 @@ GOALS = (
     Goal("decomposition pass over plain inference", 1.05, True, CPU, _over_baseline("decomposition", "native", "pass")),
     Goal("attribution pass over forward and backward", 1.1, True, CPU, _over_baseline("attribution", "native", "pass")),
     Goal("attribution pass over forward and backward", 1.1, True, GPU, _over_baseline("attribution", "triton", "pass")),
+    Goal(
+        "a GPU's host, eager step over a standard one, launches stubbed",
+        1.1,
+        True,
+        CPU,
+        _over_baseline("host", "grouped", "10 steps"),
+    ),
+    Goal("step of MwT or NeMo: speed-up over the published", 1.3, False, CPU, _speed_up("methods", "ours", "step", "")),
+    Goal(
+        "epoch of GradSplitter: speed-up over the published", 3, False, CPU, _speed_up("methods", "ours", "epoch", "")
+    ),
+    Goal(
+        "generation of CNNSplitter: speed-up over the published",
+        10,
+        False,
+        CPU,
+        _speed_up("methods", "ours", "generation", ""),
+    ),
 )
 
 
