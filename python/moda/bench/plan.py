@@ -178,7 +178,7 @@ class Plan:
             yield decomposition_case(about, budget)
 
     def _attribution(self) -> Iterator[Case]:
-        budget = self.budget if self.quick else Budget(least=5, most=20, seconds=20.0, warmups=1)
+        budget = self.budget if self.quick else Budget(least=11, most=25, seconds=20.0, warmups=1)
         for about in self._passes():
             yield attribution_case(about, budget)
 
