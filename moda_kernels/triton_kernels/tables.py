@@ -6,13 +6,15 @@ A table is int64, one column of `layers` entries per field, the first field bein
 A table goes up in one copy from pinned memory, which does not synchronise, and is kept by its content: the caching
 allocator hands the same addresses out step after step, so a training loop copies nothing after its first steps.
 While a CUDA graph is captured a copy would read host memory at every replay; there the entries travel as arguments of
-small kernels instead, and belong to the graph.
+small kernels instead, and belong to the graph. What is kept belongs to no graph: torch.compile warms its graphs up with
+a pool of memory in the place of the calling thread's own, and takes it back, so tables are made in another thread.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from itertools import chain
@@ -68,13 +70,27 @@ def device_table(columns: Sequence[Sequence[int]], device: torch.device) -> Tens
     if table is None:
         if on_gpu:
             _make_capturable(device)
-        host = torch.tensor(entries, dtype=torch.int64, pin_memory=on_gpu)
-        table = _kept[key] = host.to(device, non_blocking=True)
+            copying = _copier().submit(_copied, entries, torch.cuda.current_stream(device))
+            table = _kept[key] = copying.result()
+        else:
+            table = _kept[key] = torch.tensor(entries, dtype=torch.int64, device=device)
         if len(_kept) > CAPACITY:
             _kept.popitem(last=False)
     else:
         _kept.move_to_end(key)
     return table
+
+
+@lru_cache
+def _copier() -> ThreadPoolExecutor:
+    """A thread that never captures and has no pool of its own."""
+    return ThreadPoolExecutor(1, "moda tables")
+
+
+def _copied(entries: tuple[int, ...], stream: torch.cuda.Stream) -> Tensor:
+    """The table on the stream's device, for work that comes behind on the stream."""
+    with torch.cuda.stream(stream):
+        return torch.tensor(entries, dtype=torch.int64, pin_memory=True).to(stream.device, non_blocking=True)
 
 
 @lru_cache

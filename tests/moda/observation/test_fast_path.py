@@ -203,10 +203,11 @@ def test_compiled_by_inductor_on_the_cpu():
 @pytest.mark.gpu
 @pytest.mark.compiles
 @pytest.mark.parametrize("route", ROUTES)
-def test_reduce_overhead(route):
+@pytest.mark.parametrize("backend", ["auto", "triton"])
+def test_reduce_overhead(route, backend):
     reference, net = make_net("cuda", torch.float32), make_net("cuda", torch.float32)
     expected = train(reference, lambda x, y: published_step(reference, x, y), "cuda", torch.float32)
-    taps, loss = moda.observe(net, route=route), ModularLoss()
+    taps, loss = moda.observe(net, route=route), ModularLoss(backend=backend)
     step = torch.compile(lambda x, y: fast_step(taps, loss, x, y), fullgraph=True, mode="reduce-overhead")
     assert_same(train(net, step, "cuda", torch.float32), expected, 1e-3)
 
