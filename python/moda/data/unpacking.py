@@ -33,11 +33,16 @@ class Inputs:
 
     def to(self, device: torch.device | str) -> Inputs:
         """The same on a device."""
+        return self._with(lambda value: value.to(device))
 
-        def moved(value: Any) -> Any:
-            return value.to(device) if isinstance(value, Tensor) else value
+    def detached(self) -> Inputs:
+        """The same memory in tensors of our own, to which no graph of ours is attached from outside."""
+        return self._with(Tensor.detach)
 
-        args, kwargs = tree_map(moved, (self.args, self.kwargs))
+    def _with(self, function: Callable[[Tensor], Tensor]) -> Inputs:
+        args, kwargs = tree_map(
+            lambda value: function(value) if isinstance(value, Tensor) else value, (self.args, self.kwargs)
+        )
         return Inputs(args, kwargs)
 
     def into(self, model: nn.Module) -> Any:

@@ -79,7 +79,8 @@ def attribute(
             for inputs, labels, own in given:
                 check_label_range(labels[:own], num_classes)
                 counted = labels[:own].to(device).long()
-                logits = logits_of(gradients.forward(taps, inputs.to(device), counted), num_classes, output)
+                output_of_model = gradients.forward(taps, inputs.to(device).detached(), counted)
+                logits = logits_of(output_of_model, num_classes, output)
                 if own:
                     evaluated(function, logits[:own], counted).sum().backward()
         totals = gradients.together(taps, group)
@@ -159,14 +160,14 @@ class _Gradients:
 
 
 class _Start(torch.autograd.Function):
-    """An activation that has no graph, with one that ends here, so that the model may go on to overwrite it."""
+    """A copy of an activation that has no graph, with one that ends here: the activation may be somebody else's tensor.
+
+    Unlike a leaf, the copy may be overwritten by the model.
+    """
 
     @staticmethod
     def forward(ctx: Any, activation: Tensor, anchor: Tensor) -> Tensor:
-        if activation._is_view() or activation.is_inference():
-            return activation.clone()
-        ctx.mark_dirty(activation)
-        return activation
+        return activation.clone()
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[None, None]:

@@ -55,6 +55,41 @@ def kept_activations(model, x):
     return output, kept
 
 
+class HandsOn(nn.Module):
+    """An activation that gives what it was given."""
+
+    def forward(self, x):
+        return x
+
+
+class InPlace(nn.Module):
+    """The first activation is the input itself: overwritten, or handed on."""
+
+    def __init__(self, first):
+        super().__init__()
+        self.first, self.second = first, nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.second(self.first(x))
+
+
+@pytest.mark.parametrize("first", [lambda: nn.ReLU(inplace=True), HandsOn], ids=["overwritten", "handed on"])
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_inputs_stay_the_users(first, requires_grad):
+    model = InPlace(first())
+    x = torch.rand(5, 4, requires_grad=requires_grad)
+    labels = torch.tensor([0, 1, 2, 0, 1])
+    taps = moda.observe(model, activations=(HandsOn,))
+    for _ in range(2):
+        scores = moda.attribute(taps, [(x, labels)], 3, progress=False)
+    assert x.is_leaf
+    assert x.requires_grad == requires_grad
+    assert x.grad is None
+    assert all(parameter.grad is None and parameter.is_leaf for parameter in model.parameters())
+    (name,) = scores.scores
+    assert scores.scores[name].abs().sum() > 0
+
+
 def by_hand(model, loader, target):
     """In float64, the whole data in one batch, every gradient kept."""
     x, labels = (torch.cat(parts) for parts in zip(*loader, strict=True))
