@@ -212,7 +212,7 @@ class Run:
         x = args[0] if len(args) == 1 and not kwargs else None
         if type(x) is not Tensor or x.dim() != site.dims[self.training]:
             return call(*args, **kwargs)
-        if x.numel() * x.element_size() < self.norms_from or not (module.training or self.changes):
+        if x.numel() * x.element_size() < self.norms_from or not (module.training or self.function is not None):
             return call(*args, **kwargs)
         if not (torch.is_grad_enabled() and self.untouched) or has_hooks(module) or any_global_hooks():
             return call(*args, **kwargs)

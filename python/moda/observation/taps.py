@@ -54,7 +54,7 @@ from moda.observation.run import (
     Run,
     is_replayed,
 )
-from moda_kernels.validation import shown
+from moda_kernels.validation import check_flag, shown
 
 Route = Literal["grouped", "fused", "auto"]
 
@@ -159,6 +159,11 @@ class Taps:
 
     # ---- what is recorded ---
 
+    @property
+    def _keeps(self) -> bool:
+        """Whether what a pass records is kept: nobody takes it at once, or puts something else in its place."""
+        return self._receiver is None and self._function is None
+
     def activations(self) -> list[Tensor]:
         """What was recorded since the last call of this method, one tensor per tap in execution order; forgets it.
 
@@ -219,11 +224,12 @@ class Taps:
                 training, also in eval mode; unless the model is observed with `fuse_norms=False`.
 
         Raises:
-            TypeError: `function` cannot be called.
+            TypeError: `function` cannot be called, or `fuse_norms` is no bool.
             ValueError: in a forward pass: another shape, or other activation calls than in the first one.
         """
         if not callable(function):
             raise TypeError(f"function: expected a function of (index, activation), got {type(function).__name__}")
+        check_flag(fuse_norms, "fuse_norms")
         outer = self._function, self._fusing
         self._function, self._fusing = function, fuse_norms
         try:
@@ -345,11 +351,11 @@ class Taps:
             if run is not None or plan is None:
                 return run
         pooled = gradients and not (self._forced or changes)
-        norms = self.joins_norms and (self._fusing if self._function is not None else pooled and training)
-        norms = norms and gradients and not (self._forced or compiling or backward or apart)
+        norms = (pooled and training) or (gradients and self._fusing and not self._forced)
+        norms = norms and self.joins_norms and not (compiling or backward or apart)
         if not (recorded or changes or backward or norms or (self._overwriting and not gradients)):
             return None
-        record = self._record if recorded and self._receiver is None and self._function is None else None
+        record = self._record if recorded and self._keeps else None
         if backward:
             record = Record()  # the recomputation of a checkpoint does what was done, for nobody
         run = Run(
@@ -398,7 +404,7 @@ class Taps:
             training,
             samples,
             inputs,
-            record=self._record if recorded and self._receiver is None and self._function is None else None,
+            record=self._record if recorded and self._keeps else None,
             receiver=self._receiver if recorded else None,
             function=self._function,
             fuse_from=self._fuse_from(plan, args, kwargs, compiling=False) if pooled and self.reading else NEVER,
@@ -673,8 +679,7 @@ def observe(
         raise TypeError(f"sample_dim: expected an axis of the inputs, counted from 0, got {shown(sample_dim)}")
     _check_neuron_dim(neuron_dim)
     _check_sites(model, sites)
-    if not isinstance(fuse_norms, bool):
-        raise TypeError(f"fuse_norms: expected a bool, got {type(fuse_norms).__name__}")
+    check_flag(fuse_norms, "fuse_norms")
     taps = Taps(
         model,
         route=route,

@@ -596,10 +596,16 @@ def test_only_large_activations_are_fused(monkeypatch: pytest.MonkeyPatch, fused
 
 
 def test_arguments():
-    with pytest.raises(TypeError, match="fuse_norms: expected a bool, got int"):
+    with pytest.raises(TypeError, match="fuse_norms: expected True or False, got int"):
         moda.observe(nn.ReLU(), fuse_norms=1)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="model: expected"):
         moda.accelerate(3)  # type: ignore[arg-type]
+    replacing = moda.observe(nn.ReLU()).replacing
+    with (
+        pytest.raises(TypeError, match="fuse_norms: expected True or False, got str"),
+        replacing(print, fuse_norms="x"),
+    ):
+        pass
 
 
 def test_one_value_per_neuron_is_pytorchs_error():
