@@ -91,10 +91,10 @@ def losses_forward(
     with on_device_of(pooled):
         _launch_pool(plan, arranged, rows, device)
         table = tiling.table(rows, device)
-        prepared = segments, inverse, _ = launch_preparation(tiling, table, labels)
-        sums = launch_class_sums(tiling, table, inverse, segments)
+        prepared = launch_preparation(tiling, table, labels)
+        sums = launch_class_sums(tiling, table, prepared)
         losses, terms = launch_pair_terms(tiling, table, prepared, sums, weights)
-    return losses, Saved(pooled, inverse, sums, terms, *segments)
+    return losses, Saved(pooled, prepared.inverse, sums, terms, *prepared.segments)
 
 
 def losses_backward(

@@ -26,9 +26,9 @@ import triton.language as tl
 from torch import Tensor
 
 from moda_kernels.closed_form import Weights
-from moda_kernels.segments import Segments
 from moda_kernels.triton_kernels.launching import launch
 from moda_kernels.triton_kernels.layouts import LARGEST
+from moda_kernels.triton_kernels.preparation import Preparation
 from moda_kernels.triton_kernels.rows import BLOCK, NEURONS, WARPS, Tiling, load_rows, segment_bounds
 from moda_kernels.triton_kernels.segment_sums import has_several, in_parts, segment_sum, total_of
 from moda_kernels.triton_kernels.tables import find_layer
@@ -157,7 +157,7 @@ PARTIALS = 512
 def launch_pair_terms(
     tiling: Tiling,
     table: Tensor,
-    prepared: tuple[Segments, Tensor, Tensor],
+    prepared: Preparation,
     sums: Tensor,
     weights: Weights,
 ) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], Tensor]:

@@ -17,6 +17,8 @@ order of the batch.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -112,10 +114,16 @@ MOST_SAMPLES = 512
 WARPS = 4
 
 
-def launch_preparation(
-    tiling: Tiling, table: Tensor, labels: Tensor, *, norms: bool = True
-) -> tuple[Segments, Tensor, Tensor]:
-    """Segments of the labels, inverse norms (L, N) float32 (or none), and a counter of programs that begins at 0."""
+class Preparation(NamedTuple):
+    """What the losses need before anything is added up."""
+
+    segments: Segments
+    inverse: Tensor  # (L, N) float32, or (0, N)
+    arrivals: Tensor  # () int32, 0: programs of a later launch count themselves
+
+
+def launch_preparation(tiling: Tiling, table: Tensor, labels: Tensor, *, norms: bool = True) -> Preparation:
+    """Segments of the labels and, if wanted, inverse norms of the rows."""
     samples, layers, device = tiling.samples, len(tiling.neurons) if norms else 0, table.device
     inverse = torch.empty(layers, samples, dtype=torch.float32, device=device)
     arrivals = torch.empty((), dtype=torch.int32, device=device)
@@ -135,4 +143,4 @@ def launch_preparation(
             table, inverse, arrivals, labels, *segments, layers, samples, by_kernel, size, COMPARED, ROWS, WIDTH,
             num_warps=WARPS,
         )  # fmt: skip
-    return segments, inverse, arrivals
+    return Preparation(segments, inverse, arrivals)

@@ -27,9 +27,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moda_kernels.segments import Segments
 from moda_kernels.triton_kernels.launching import launch
-from moda_kernels.triton_kernels.preparation import launch_preparation
+from moda_kernels.triton_kernels.preparation import Preparation, launch_preparation
 from moda_kernels.triton_kernels.rows import BLOCK, BLOCK_SAMPLES, NEURONS, WARPS, Tiling, load_rows, segment_bounds
 from moda_kernels.triton_kernels.tables import find_layer, on_device_of
 
@@ -193,43 +192,29 @@ def sums_shape(samples: int, width: int) -> tuple[int, ...]:
 
 
 def launch_class_sums(
-    tiling: Tiling, table: Tensor, inverse: Tensor, segments: Segments, labelling: Labelling | None = None
+    tiling: Tiling, table: Tensor, prepared: Preparation, labelling: Labelling | None = None
 ) -> Tensor:
     """The sums, float64: of blocks in parts, or the total and the segments that cross a block boundary.
 
     With a labelling the sums of all segments go to the addresses in `table` as well.
     """
     parts = torch.empty(3, tiling.blocks, tiling.width, dtype=torch.float64, device=table.device)
+    segments, inverse, _ = prepared
     labels = segments.order if labelling is None else labelling.labels
     sizes = (len(tiling.neurons), tiling.samples, tiling.width, 0 if labelling is None else labelling.classes)
     where = (segments.order, segments.offsets, segments.segment, labels)
     normalize = labelling is None or labelling.normalize
     launch(
-        block_sums_kernel,
-        (tiling.blocks, tiling.tiles),
-        table,
-        inverse,
-        *where,
-        parts,
-        *sizes,
-        labelling is not None,
-        normalize,
-        num_warps=WARPS,
-    )
+        block_sums_kernel, (tiling.blocks, tiling.tiles),
+        table, inverse, *where, parts, *sizes, labelling is not None, normalize, num_warps=WARPS,
+    )  # fmt: skip
     if labelling is None and in_parts(tiling.samples):
         return parts
     sums = torch.empty(1 + tiling.blocks, tiling.width, dtype=torch.float64, device=table.device)
     launch(
-        combine_kernel,
-        (1 + tiling.blocks, tiling.tiles),
-        table,
-        *where,
-        parts,
-        sums,
-        *sizes,
-        labelling is not None,
-        num_warps=WARPS,
-    )
+        combine_kernel, (1 + tiling.blocks, tiling.tiles),
+        table, *where, parts, sums, *sizes, labelling is not None, num_warps=WARPS,
+    )  # fmt: skip
     return sums
 
 
@@ -243,7 +228,7 @@ def class_sums(pooled: Sequence[Tensor], labels: Tensor, num_classes: int, *, no
     with on_device_of(labels):
         addresses, targets = ([tensor.data_ptr() for tensor in given] for given in (layers, sums))
         table = tiling.table(addresses, device, targets)
-        segments, inverse, _ = launch_preparation(tiling, table, labels, norms=normalize)
+        prepared = launch_preparation(tiling, table, labels, norms=normalize)
         labelling = Labelling(labels.long().contiguous(), num_classes, normalize)
-        launch_class_sums(tiling, table, inverse, segments, labelling)
+        launch_class_sums(tiling, table, prepared, labelling)
     return sums

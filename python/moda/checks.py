@@ -104,7 +104,10 @@ def _within(low: float, high: float) -> str:
 
 
 def _shown(value: Any) -> str:
-    """The value as text, but no kilobytes of it."""
+    """The value as text, but no kilobytes of it.
+
+    As `moda_kernels.validation.shown`; but that package imports PyTorch, for which the command's help does not wait.
+    """
     if isinstance(value, int) and abs(value) > 1 << 64:
         return f"one of {value.bit_length()} bits"
     try:

@@ -16,7 +16,7 @@ __all__ = ["Output", "check_output", "class_dim", "logit_places", "logits_of", "
 Output = str | int | Sequence["str | int"] | None
 """A key or place of an output, several of them, or None for what the model's outputs say themselves."""
 MOST_OUTPUTS = 1 << 20
-"""That a model can have here; what a larger number means is a mistake."""
+"""No model has more; a larger number is no place of one."""
 
 
 def check_output(output: Any) -> None:
