@@ -5,8 +5,8 @@
 
 Four launches and one or two, whatever the number of layers: one more pooling launch each for a second and a third
 dtype, and one for long channels_last maps; beyond 512 samples one more for class sums, and PyTorch's own for segments.
-A float32 (N, C) layer is read where it lies, and its gradient comes straight out
-of the first backward launch. Everything here works on plain tensors; autograd is in ops.py.
+A float32 (N, C) layer is read where it lies, and its gradient comes straight out of the first backward launch.
+Everything here works on plain tensors; autograd is in ops.py.
 
 The gradient of what a ReLU put out is not written in its size: it is the gradient of the pooled rows over the number of
 positions, a view that says so for every position. Where |y| has another derivative, at 0, the ReLU that is next in the
@@ -26,7 +26,7 @@ from moda_kernels.segments import Segments
 from moda_kernels.triton_kernels.layouts import gradient_like
 from moda_kernels.triton_kernels.losses_backward import launch_losses_backward
 from moda_kernels.triton_kernels.pair_terms import launch_pair_terms
-from moda_kernels.triton_kernels.plans import Plan, plan_of
+from moda_kernels.triton_kernels.plans import Plan, is_pooled, plan_of
 from moda_kernels.triton_kernels.pool_backward import launch_pool_backward
 from moda_kernels.triton_kernels.pool_forward import launch_pool
 from moda_kernels.triton_kernels.preparation import launch_preparation
@@ -57,8 +57,8 @@ class Saved(NamedTuple):
 
 
 def needs_pooling(activation: Tensor) -> bool:
-    """Whether a layer's pooled rows are another tensor than the layer: it is spatial or not float32."""
-    return activation.dim() != 2 or activation.dtype != torch.float32
+    """Whether a layer `is_pooled`."""
+    return is_pooled(activation.dim(), activation.dtype)
 
 
 def is_rectified(activation: Tensor) -> bool:
@@ -137,10 +137,9 @@ def losses_backward(
 
 
 def _launch_pool(plan: Plan, arranged: Sequence[Tensor], rows: Sequence[int], device: torch.device) -> None:
-    which = [i for i, pooled in enumerate(plan.pooled) if pooled]
-    if which:
-        addresses = [arranged[i].data_ptr() for i in which]
-        launch_pool(plan.pooling(which), addresses, [rows[i] for i in which], device)
+    if plan.to_pool:
+        addresses = [arranged[i].data_ptr() for i in plan.to_pool]
+        launch_pool(plan.pooling(plan.to_pool), addresses, [rows[i] for i in plan.to_pool], device)
 
 
 def pool_forward(activations: Sequence[Tensor]) -> list[Tensor]:

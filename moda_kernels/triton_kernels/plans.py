@@ -17,13 +17,19 @@ Signature: TypeAlias = tuple[tuple[tuple[int, ...], tuple[int, ...], torch.dtype
 """Shape, strides and dtype of each layer."""
 
 
+def is_pooled(dims: int, dtype: torch.dtype) -> bool:
+    """Whether a layer's pooled rows are another tensor than the layer: it is spatial or not float32."""
+    return dims != 2 or dtype != torch.float32
+
+
 class Plan:
     """Layers of some shapes, strides and dtypes.
 
     Attributes:
         copied: places of the layers that have to be copied, because no kernel takes them as they lie.
         layouts: of the layers, after that.
-        pooled: whether a layer's pooled rows are another tensor than the layer: it is spatial or not float32.
+        pooled: whether each layer `is_pooled`.
+        to_pool: places of those that are.
         offsets: where each layer's pooled rows begin in one buffer, in elements. There are no gaps: an operator's
             outputs are compared whole. Layers stay aligned to 16 bytes as long as N * C is a multiple of 4.
         size: of that buffer.
@@ -36,7 +42,8 @@ class Plan:
         for i in self.copied:
             found[i] = layout_of(signature[i][0])
         self.layouts = [cast(Layout, layout) for layout in found]
-        self.pooled = [len(shape) != 2 or dtype != torch.float32 for shape, _, dtype in signature]
+        self.pooled = [is_pooled(len(shape), dtype) for shape, _, dtype in signature]
+        self.to_pool = tuple(i for i, pooled in enumerate(self.pooled) if pooled)
         self.offsets, self.size = [], 0
         for layout, pooled in zip(self.layouts, self.pooled, strict=True):
             self.offsets.append(self.size)
