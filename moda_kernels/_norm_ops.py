@@ -15,7 +15,7 @@ from torch import Tensor
 
 from moda_kernels import _native_calls as calls
 from moda_kernels import closed_form
-from moda_kernels.batch_norm import BatchNorm
+from moda_kernels.batch_norm import RECTIFIERS, BatchNorm
 from moda_kernels.once import refuse_second_backward, relu_pool_gradient
 from moda_kernels.plain import is_traced
 from moda_kernels.precision import accumulation
@@ -33,13 +33,23 @@ class Kernels(Protocol):
         """
 
     def norm_relu_pool_backward(
-        self, x: Tensor, y: Tensor | None, saved: Tensor, dy: Tensor | None, dpooled: Tensor | None, training: bool
+        self,
+        x: Tensor,
+        kept: Tensor | None,
+        saved: Tensor,
+        dy: Tensor | None,
+        dpooled: Tensor | None,
+        training: bool,
+        activation: str,
     ) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Gradients of x, of the residual (where `y` is there), and of weight and bias, (2, C)."""
+        """Gradients of x, of the residual (where `kept` is there), and of weight and bias, (2, C).
+
+        `kept` is there if there was a residual: y where the activation rectifies, and else the residual.
+        """
 
 
 def norm_relu_pool(kernels: Kernels, x: Tensor, norm: BatchNorm) -> tuple[Tensor, Tensor]:
-    """`relu(batch_norm(x) + residual)` and its pooled activation; as an operator differentiable once, else twice."""
+    """`activation(batch_norm(x) + residual)` and its pooled activation; as an operator differentiable once, else twice."""
     x = kernels.dense(x)
     if is_traced():
         y, pooled = _through_operator(x, norm)
@@ -51,7 +61,7 @@ def norm_relu_pool(kernels: Kernels, x: Tensor, norm: BatchNorm) -> tuple[Tensor
 
 def _through_operator(x: Tensor, norm: BatchNorm) -> tuple[Tensor, Tensor]:
     statistics = (norm.running_mean, norm.running_var)
-    settings = (norm.training, norm.momentum, norm.eps)
+    settings = (norm.training, norm.momentum, norm.eps, norm.activation)
     y, pooled, _, running_mean, running_var = operator(x, norm.residual, norm.weight, norm.bias, *statistics, *settings)
     if norm.training and norm.running_mean is not None and norm.running_var is not None:
         norm.running_mean.copy_(running_mean)
@@ -72,10 +82,11 @@ class _NormReluPool(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor | None]:
         ctx.set_materialize_grads(False)
         y, pooled, saved = kernels.norm_relu_pool_forward(x, norm)
-        ctx.kernels, ctx.training, ctx.eps = kernels, norm.training, norm.eps
+        ctx.kernels, ctx.training, ctx.eps, ctx.activation = kernels, norm.training, norm.eps, norm.activation
         ctx.bias_dtype = None if bias is None else bias.dtype
-        # Like batch norm, this keeps the weight: a change of it before backward is an error.
-        ctx.save_for_backward(x, saved, weight, None if residual is None else y)
+        # Like batch norm, this keeps the weight: a change of it before backward is an error. The bias is for a graph.
+        kept_bias = None if norm.rectifies else bias
+        ctx.save_for_backward(x, saved, weight, _kept(residual, y, norm.activation), kept_bias)
         return y, pooled
 
     @staticmethod
@@ -84,35 +95,68 @@ class _NormReluPool(torch.autograd.Function):
             return (None,) * 6
         if torch.is_grad_enabled():
             return *_gradients_with_graph(ctx, dy, dpooled), None, None
-        x, saved, weight, y = ctx.saved_tensors
-        dx, dresidual, parameters = ctx.kernels.norm_relu_pool_backward(x, y, saved, dy, dpooled, ctx.training)
+        x, saved, weight, kept, _ = ctx.saved_tensors
+        dx, dresidual, parameters = ctx.kernels.norm_relu_pool_backward(
+            x, kept, saved, dy, dpooled, ctx.training, ctx.activation
+        )
         dweight = None if weight is None else parameters[0].to(weight.dtype)
         dbias = None if ctx.bias_dtype is None else parameters[1].to(ctx.bias_dtype)
         return dx, dresidual, dweight, dbias, None, None
 
 
+def _kept(residual: Tensor | None, y: Tensor, activation: str) -> Tensor | None:
+    """What backward needs beside x, if there is a residual."""
+    return None if residual is None else y if activation in RECTIFIERS else residual
+
+
 def _gradients_with_graph(ctx: Any, dy: Tensor | None, dpooled: Tensor | None) -> tuple[Tensor | None, ...]:
     """Gradients of x, residual, weight and bias in operations of PyTorch, for a graph of them (create_graph=True)."""
-    x, saved, weight, y = ctx.saved_tensors
+    x, saved, weight, kept, bias = ctx.saved_tensors
+    if ctx.activation in RECTIFIERS:
+        return _through_mask(ctx, _leaves(x, weight), saved, kept, dy, dpooled)
+    leaves = _leaves(x, kept, weight, bias)
+    x, residual, weight, bias = leaves
+    norm = BatchNorm(*_statistics(ctx, saved, weight), weight, bias, residual, ctx.training, 0.0, *_settings(ctx))
+    given = zip(closed_form.norm_relu_pool(x, norm), (dy, dpooled), strict=True)
+    results, upstream = zip(*[pair for pair in given if pair[1] is not None], strict=True)
+    present = [leaf for leaf in leaves if leaf is not None]
+    gradients = iter(torch.autograd.grad(results, present, upstream, create_graph=True))
+    return tuple(None if leaf is None else next(gradients) for leaf in leaves)
+
+
+def _through_mask(
+    ctx: Any, leaves: list[Any], saved: Tensor, y: Tensor | None, dy: Tensor | None, dpooled: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    """The same where the activation's gradient is 0 or 1, and no function of x."""
+    x, weight = leaves
     mean, _, scale, bias = (numbers.view(-1, *[1] * (x.dim() - 2)) for numbers in saved.detach().unbind())
-    z = (x.to(saved.dtype) - mean) * scale + bias if y is None else y  # positive exactly where y is
-    g = relu_pool_gradient(z.sign().to(x.dtype), dy, dpooled)
-    present = [tensor for tensor in (x, weight) if tensor is not None]
-    with_respect_to = [tensor if tensor.requires_grad else tensor.detach().requires_grad_() for tensor in present]
-    dtype = saved.dtype if weight is None else weight.dtype
-    normalized = F.batch_norm(
-        with_respect_to[0],
-        None if ctx.training else saved[0].to(dtype),
-        None if ctx.training else saved[1].pow(-2).to(dtype),
-        None if weight is None else with_respect_to[1],
-        training=ctx.training,
-        momentum=0.0,
-        eps=ctx.eps if ctx.training else 0.0,
-    )
-    dx, *dweight = torch.autograd.grad(normalized, with_respect_to, g, create_graph=True)
+    with torch.no_grad():  # z is positive exactly where y is
+        z = (x.to(saved.dtype) - mean) * scale + bias if y is None else y.to(saved.dtype)
+        passes = z.sign() if ctx.activation == "relu" else z.sign().masked_fill(z.to(x.dtype) >= 6, 0)
+    g = relu_pool_gradient(passes.to(x.dtype), dy, dpooled)
+    running = _statistics(ctx, saved, weight)
+    normalized = F.batch_norm(x, *running, weight, training=ctx.training, momentum=0.0, eps=_settings(ctx)[0])
+    dx, *dweight = torch.autograd.grad(normalized, [x] if weight is None else [x, weight], g, create_graph=True)
     over = (0, *range(2, x.dim()))
     dbias = None if ctx.bias_dtype is None else g.sum(over, dtype=saved.dtype).to(ctx.bias_dtype)
     return dx, None if y is None else g, dweight[0] if dweight else None, dbias
+
+
+def _leaves(*tensors: Tensor | None) -> list[Any]:
+    """The tensors, made to require gradients."""
+    return [x.detach().requires_grad_() if x is not None and not x.requires_grad else x for x in tensors]
+
+
+def _statistics(ctx: Any, saved: Tensor, weight: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """The running statistics that forward used; None for both where it took the batch's."""
+    if ctx.training:
+        return None, None
+    dtype = saved.dtype if weight is None else weight.dtype
+    return saved[0].to(dtype), saved[1].pow(-2).to(dtype)  # eps is in there
+
+
+def _settings(ctx: Any) -> tuple[float, str]:
+    return ctx.eps if ctx.training else 0.0, ctx.activation
 
 
 def _kernels_for(x: Tensor) -> Kernels:
@@ -134,13 +178,14 @@ def operator(
     training: bool,
     momentum: float,
     eps: float,
+    activation: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """y, pooled, what backward needs, and the running statistics after the batch.
 
     x is dense. What is not there comes back empty: pooled of an (N, C) activation, running statistics nobody keeps.
     """
     mean, var = (None if kept is None else kept.clone() for kept in (running_mean, running_var))
-    norm = BatchNorm(mean, var, weight, bias, residual, training, momentum, eps)
+    norm = BatchNorm(mean, var, weight, bias, residual, training, momentum, eps, activation)
     y, pooled, saved = _kernels_for(x).norm_relu_pool_forward(x, norm)
     return (
         y,
@@ -161,42 +206,50 @@ def _(x: Tensor, _residual: Any, _weight: Any, _bias: Any, running_mean: Any, ru
 
 @torch.library.custom_op("moda_kernels::norm_relu_pool_backward", mutates_args=())
 def operator_backward(
-    x: Tensor, y: Tensor | None, saved: Tensor, dy: Tensor | None, dpooled: Tensor | None, training: bool
+    x: Tensor,
+    kept: Tensor | None,
+    saved: Tensor,
+    dy: Tensor | None,
+    dpooled: Tensor | None,
+    training: bool,
+    activation: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of x, of the residual (empty if there was none), and of weight and bias: (2, C)."""
-    dx, dresidual, parameters = _kernels_for(x).norm_relu_pool_backward(x, y, saved, dy, dpooled, training)
+    dx, dresidual, parameters = _kernels_for(x).norm_relu_pool_backward(
+        x, kept, saved, dy, dpooled, training, activation
+    )
     return dx, x.new_empty(0) if dresidual is None else dresidual, parameters
 
 
 @operator_backward.register_fake
 def _(
-    x: Tensor, y: Tensor | None, saved: Tensor, dy: Tensor | None, dpooled: Tensor | None, training: bool
+    x: Tensor, kept: Tensor | None, saved: Tensor, _dy: Any, _dpooled: Any, _training: bool, _activation: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dresidual = x.new_empty(0) if y is None else torch.empty_like(x)
+    dresidual = x.new_empty(0) if kept is None else torch.empty_like(x)
     return torch.empty_like(x), dresidual, saved.new_empty((2, x.shape[1]))
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, residual, weight, bias, _, _, training, _, _ = inputs
+    x, residual, weight, bias, _, _, training, _, _, activation = inputs
     y, _, saved, mean, var = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(saved, mean, var)
-    ctx.training, ctx.matrix = training, x.dim() == 2
+    ctx.training, ctx.activation, ctx.matrix = training, activation, x.dim() == 2
     ctx.dtypes = tuple(None if tensor is None else tensor.dtype for tensor in (weight, bias))
-    ctx.save_for_backward(x, saved, None if residual is None else y)
+    ctx.save_for_backward(x, saved, _kept(residual, y, activation))
 
 
 def _differentiate(ctx: Any, dy: Tensor | None, dpooled: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    x, saved, y = ctx.saved_tensors
+    x, saved, kept = ctx.saved_tensors
     dpooled = None if ctx.matrix else dpooled
     if dy is None and dpooled is None:
-        return (None,) * 9
-    dx, dresidual, parameters = operator_backward(x, y, saved, dy, dpooled, ctx.training)
+        return (None,) * 10
+    dx, dresidual, parameters = operator_backward(x, kept, saved, dy, dpooled, ctx.training, ctx.activation)
     dweight, dbias = (
         None if dtype is None else gradient.to(dtype)
         for dtype, gradient in zip(ctx.dtypes, parameters.unbind(), strict=True)
     )
-    return dx, None if y is None else dresidual, dweight, dbias, None, None, None, None, None
+    return dx, None if kept is None else dresidual, dweight, dbias, *[None] * 6
 
 
 operator.register_autograd(_differentiate, setup_context=_save)

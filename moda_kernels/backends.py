@@ -64,7 +64,7 @@ class Backend(Protocol):
         """`relu(x)`, written over `x` if `inplace`, and its pooled activation."""
 
     def norm_relu_pool(self, x: Tensor, norm: BatchNorm) -> tuple[Tensor, Tensor]:
-        """`relu(batch_norm(x) + residual)` and its pooled activation."""
+        """`activation(batch_norm(x) + residual)` and its pooled activation."""
 
     def class_sums(
         self, pooled: Sequence[Tensor], labels: Tensor, num_classes: int, *, normalize: bool = True

@@ -1,4 +1,4 @@
-"""The arguments of batch norm beside its input, and the check that they fit it."""
+"""The arguments of batch norm and of the activation behind it, and the check that they fit an input."""
 
 from __future__ import annotations
 
@@ -8,11 +8,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from moda_kernels.validation import check_strided
+from moda_kernels.validation import check_strided, shown
+
+RECTIFIERS = ("relu", "relu6")
+"""Activations whose gradient is 0 or 1, as what they give tells."""
+ACTIVATIONS = (*RECTIFIERS, "hardswish", "silu", "gelu")
+"""Activations that batch norm is one operation with, by the names of their functions in `torch.nn.functional`."""
 
 
 class BatchNorm(NamedTuple):
-    """The arguments of `torch.nn.functional.batch_norm`, and a residual that is added to its result.
+    """The arguments of `torch.nn.functional.batch_norm`, a residual that is added to its result, and an activation.
 
     Numbers per neuron are (C,) tensors. Statistics are the batch's with `training` (then the running ones, if there are
     any, are updated in place), and the running ones without.
@@ -26,6 +31,12 @@ class BatchNorm(NamedTuple):
     training: bool
     momentum: float
     eps: float
+    activation: str = "relu"  # one of ACTIVATIONS
+
+    @property
+    def rectifies(self) -> bool:
+        """Whether the activation's result tells its gradient."""
+        return self.activation in RECTIFIERS
 
     def tensors(self) -> list[Tensor]:
         """Every tensor that is not None."""
@@ -71,6 +82,11 @@ def _check_settings(norm: BatchNorm) -> None:
             raise TypeError(f"{name}: expected a number, got {type(value).__name__}{hint}")
         if not math.isfinite(value):
             raise ValueError(f"{name}: expected a finite number, got {value}")
+    if not isinstance(norm.activation, str):
+        raise TypeError(f"activation: expected a str, got {type(norm.activation).__name__}")
+    if norm.activation not in ACTIVATIONS:
+        known = ", ".join(map(repr, ACTIVATIONS))
+        raise ValueError(f"activation: expected one of {known}, got {shown(norm.activation)}")
     if norm.eps < 0 or (norm.training and norm.eps == 0):
         expected = "a positive number when training" if norm.training else "a number of at least 0"
         raise ValueError(f"eps: expected {expected}, got {norm.eps}")

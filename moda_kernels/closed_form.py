@@ -18,7 +18,7 @@ unless `torch.use_deterministic_algorithms(True)` is set (the Triton backend alw
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypeAlias
 
 import torch
@@ -101,13 +101,23 @@ def _mean_over_positions(magnitude: Tensor) -> Tensor:
 
 
 def norm_relu_pool(x: Tensor, norm: BatchNorm) -> tuple[Tensor, Tensor]:
-    """`relu(batch_norm(x) + residual)` and its pooled activation."""
+    """`activation(batch_norm(x) + residual)` and its pooled activation."""
     z = F.batch_norm(
         x, norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.training, norm.momentum, norm.eps
     )
+    if norm.residual is not None:
+        z = z + norm.residual
     # Neither batch norm nor the addition keeps its result for backward, so the ReLU may overwrite it.
-    y = torch.relu_(z if norm.residual is None else z + norm.residual)
-    return y, _pooled_relu(y)
+    y = torch.relu_(z) if norm.activation == "relu" else _FUNCTIONS[norm.activation](z)
+    return y, _pooled_relu(y) if norm.rectifies else pooled_activation(y)
+
+
+_FUNCTIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "relu6": F.relu6,
+    "hardswish": F.hardswish,
+    "silu": F.silu,
+    "gelu": F.gelu,
+}
 
 
 def normalized_rows(pooled: Tensor) -> Tensor:

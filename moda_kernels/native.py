@@ -107,7 +107,7 @@ def grouped_losses(activations: Sequence[Tensor], labels: Tensor) -> tuple[Tenso
 
 
 def norm_relu_pool(x: Tensor, norm: BatchNorm) -> tuple[Tensor, Tensor]:
-    """`relu(batch_norm(x) + residual)` and its pooled activation; differentiable twice, traced once."""
+    """`activation(batch_norm(x) + residual)` and its pooled activation; differentiable twice, traced once."""
     return _norm_ops.norm_relu_pool(calls, x, norm)
 
 

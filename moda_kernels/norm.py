@@ -1,4 +1,4 @@
-"""Batch norm, ReLU and the pooled activation as one operation."""
+"""Batch norm, a ReLU or its like, and the pooled activation as one operation."""
 
 from __future__ import annotations
 
@@ -21,13 +21,15 @@ def norm_relu_pool(
     training: bool = False,
     momentum: float = 0.1,
     eps: float = 1e-5,
+    activation: str = "relu",
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """`relu(batch_norm(x) + residual)` and its pooled activation.
+    """`activation(batch_norm(x) + residual)` and its pooled activation.
 
     The kernels read x once for the statistics and once to write y, and backward reads x and the gradient of y twice and
-    writes the gradient of x: they keep x and numbers per neuron and compute the ReLU's mask again. With a residual they
-    keep y for the mask, and write the residual's gradient too. Apart, batch norm, ReLU and pooling take 13 passes.
+    writes the gradient of x: they keep x and numbers per neuron and compute the activation's input again. With a
+    residual they keep y for the mask of ReLU and ReLU6, or the residual for the others, and write the residual's
+    gradient too. Apart, batch norm, ReLU and pooling take 13 passes.
 
     Args:
         x: (N, C) or (N, C, *spatial), floating point.
@@ -41,10 +43,12 @@ def norm_relu_pool(
         momentum: the share of the batch's statistics in the running ones; a module whose momentum is None passes
             1 / num_batches_tracked here.
         eps: added to the variance.
+        activation: "relu", "relu6", "hardswish", "silu" or "gelu" (the exact one, by the error function).
         backend: see `moda_kernels.backends`.
 
     Returns:
-        `(y, pooled)`: y like x; pooled (N, C), mean of y over positions, float64 for float64 x and float32 otherwise.
+        `(y, pooled)`: y like x; pooled (N, C), mean of |y| over positions, or y itself where there are none (x is
+        (N, C)); float64 for float64 x and float32 otherwise.
 
     Raises:
         TypeError, ValueError: an argument is of another kind, shape, dtype or device than x asks for; running
@@ -52,7 +56,7 @@ def norm_relu_pool(
         BackendUnavailableError: the backend asked for cannot run.
     """
     check_activation(x, "x")
-    norm = BatchNorm(running_mean, running_var, weight, bias, residual, training, momentum, eps)
+    norm = BatchNorm(running_mean, running_var, weight, bias, residual, training, momentum, eps, activation)
     check_batch_norm(x, norm)
     y, pooled = select("norm_relu_pool", backend, (x,), norm.tensors()).norm_relu_pool(x, norm)
     if x.dim() > 2:

@@ -83,7 +83,7 @@ def relu_pool(x: Tensor, inplace: bool) -> tuple[Tensor, Tensor]:
 
 
 def norm_relu_pool(x: Tensor, norm: BatchNorm) -> tuple[Tensor, Tensor]:
-    """`relu(batch_norm(x) + residual)` and its pooled activation; differentiable twice, traced once."""
+    """`activation(batch_norm(x) + residual)` and its pooled activation; differentiable twice, traced once."""
     from moda_kernels.triton_kernels import norm as kernels
 
     return _norm_ops.norm_relu_pool(kernels, x, norm)
