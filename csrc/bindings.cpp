@@ -17,6 +17,7 @@ namespace py = pybind11;
 
 namespace {
 
+using moda::Activation;
 using moda::AttributionLayer;
 using moda::CpuKernels;
 using moda::Dtype;
@@ -130,21 +131,22 @@ SegmentsView segments_of(const Integers& f) {
   return {address<const std::int64_t>(f[0]), address<const std::int64_t>(f[1]), address<const std::int64_t>(f[2]), f[3], f[4], f[5]};
 }
 
-// Fields: those of a Layer, residual, weight, bias, running_mean, running_var, saved, of_batch.
+// Fields: those of a Layer, residual, weight, bias, running_mean, running_var, saved, of_batch, activation.
 NormForward norm_forward_of(const Integers& f, double momentum, double eps) {
-  if (f.size() != kLayerFields + 7) throw std::invalid_argument("norm: fields are missing");
+  if (f.size() != kLayerFields + 8) throw std::invalid_argument("norm: fields are missing");
   const auto rest = f.begin() + kLayerFields;
   return {layer_of(f.begin()),    address<const void>(rest[0]), address<const void>(rest[1]), address<const void>(rest[2]),
           address<void>(rest[3]), address<void>(rest[4]),       address<void>(rest[5]),       momentum,
-          eps,                    rest[6] != 0};
+          eps,                    rest[6] != 0,                 static_cast<Activation>(rest[7])};
 }
 
-// Fields: those of a Layer, dy, y, dresidual, saved, parameters, of_batch.
+// Fields: those of a Layer, dy, kept, dresidual, saved, parameters, of_batch, activation.
 NormBackward norm_backward_of(const Integers& f) {
-  if (f.size() != kLayerFields + 6) throw std::invalid_argument("norm: fields are missing");
+  if (f.size() != kLayerFields + 7) throw std::invalid_argument("norm: fields are missing");
   const auto rest = f.begin() + kLayerFields;
   return {layer_of(f.begin()),          address<const void>(rest[0]), address<const void>(rest[1]), address<void>(rest[2]),
-          address<const void>(rest[3]), address<void>(rest[4]),       rest[5] != 0};
+          address<const void>(rest[3]), address<void>(rest[4]),       rest[5] != 0,
+          static_cast<Activation>(rest[6])};
 }
 
 py::dict build_info() {

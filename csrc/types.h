@@ -56,7 +56,9 @@ struct Terms {
   double compactness;
 };
 
-// Batch norm, a residual added to it, ReLU and pooling as one operation. A pointer to what is absent is null; numbers per neuron
+enum class Activation : int64_t { kRelu = 0, kRelu6 = 1, kHardswish = 2, kSilu = 3, kGelu = 4 };
+
+// Batch norm, a residual added to it, an activation and pooling as one operation. A pointer to what is absent is null; numbers per neuron
 // are in the accumulation dtype. The layer is (N, C) if `layout` is kNoPositions, and has no rows then.
 struct NormForward {
   Layer layer;           // data: x; rows: pooled activation; out: y, another tensor than x
@@ -69,16 +71,18 @@ struct NormForward {
   double momentum;
   double eps;
   bool of_batch;  // normalise with the batch's statistics
+  Activation activation;
 };
 
 struct NormBackward {
   Layer layer;        // data: x; rows: gradient of the pooled activation, or null; out: gradient of x, another tensor than x
   const void* dy;     // like data
-  const void* y;      // like data: what forward wrote, where it added a residual
+  const void* kept;   // like data, where there was a residual: y for kRelu and kRelu6, else the residual
   void* dresidual;    // like data, where there was a residual
   const void* saved;  // what forward wrote
   void* parameters;   // (2, C): gradients of weight and bias
   bool of_batch;
+  Activation activation;
 };
 
 // One layer of a firing count.

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from moda_kernels._version import __version__
-from moda_kernels.batch_norm import BatchNorm
+from moda_kernels.batch_norm import ACTIVATIONS, BatchNorm
 from moda_kernels.plain import resolved
 from moda_kernels.precision import accumulation
 from moda_kernels.segments import Segments
@@ -223,6 +223,7 @@ def norm_relu_pool_forward(x: Tensor, norm: BatchNorm) -> NormForward:
         *_fields(x, _address(pooled), y.data_ptr()),
         *map(_address, (residual, weight, bias, mean, var, saved)),
         int(norm.training),
+        ACTIVATIONS.index(norm.activation),
     )
     extension().norm_relu_pool_forward(fields, norm.momentum, norm.eps, torch.get_num_threads())
     if norm.training:
@@ -238,17 +239,25 @@ def _put_back(target: Tensor | None, updated: Tensor | None) -> None:
 
 
 def norm_relu_pool_backward(
-    x: Tensor, y: Tensor | None, saved: Tensor, dy: Tensor | None, dpooled: Tensor | None, training: bool
+    x: Tensor,
+    kept: Tensor | None,
+    saved: Tensor,
+    dy: Tensor | None,
+    dpooled: Tensor | None,
+    training: bool,
+    activation: str,
 ) -> NormBackward:
-    """The gradients; `y` is there if there was a residual. An upstream gradient that is None is zero."""
+    """The gradients; for `kept` see NormBackward in csrc/types.h. An upstream gradient that is None is zero."""
     dx, parameters = torch.empty_like(x), saved.new_empty((2, x.shape[1]))
     dy = torch.zeros_like(x) if dy is None else _like_layout(dy, x)
     rows = None if dpooled is None else resolved(dpooled).contiguous()
-    dresidual = None if y is None else torch.empty_like(x)
+    kept = None if kept is None else _like_layout(kept, x)
+    dresidual = None if kept is None else torch.empty_like(x)
     fields = (
         *_fields(x, _address(rows), dx.data_ptr()),
-        *map(_address, (dy, y, dresidual, saved, parameters)),
+        *map(_address, (dy, kept, dresidual, saved, parameters)),
         int(training),
+        ACTIVATIONS.index(activation),
     )
     extension().norm_relu_pool_backward(fields, torch.get_num_threads())
     return NormBackward(dx, dresidual, parameters)

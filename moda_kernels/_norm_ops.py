@@ -1,6 +1,6 @@
 """norm_relu_pool by compiled kernels: eager autograd, and the operators for `torch.compile`.
 
-The kernels are those of csrc/cpu/norm_relu_pool.cpp on the CPU, of triton_kernels/norm.py on a GPU. The operators
+The kernels are those of csrc/cpu/norm_relu_pool.h on the CPU, of triton_kernels/norm.py on a GPU. The operators
 `torch.ops.moda_kernels.norm_relu_pool` and its backward take those of the device. They change no tensor: running
 statistics come back as a result, and the caller copies them to where they belong.
 """
@@ -49,7 +49,7 @@ class Kernels(Protocol):
 
 
 def norm_relu_pool(kernels: Kernels, x: Tensor, norm: BatchNorm) -> tuple[Tensor, Tensor]:
-    """`activation(batch_norm(x) + residual)` and its pooled activation; as an operator differentiable once, else twice."""
+    """`activation(batch_norm(x) + residual)` and its pooled activation; differentiable twice, as an operator once."""
     x = kernels.dense(x)
     if is_traced():
         y, pooled = _through_operator(x, norm)

@@ -13,7 +13,10 @@ from moda_kernels.validation import check_strided, shown
 RECTIFIERS = ("relu", "relu6")
 """Activations whose gradient is 0 or 1, as what they give tells."""
 ACTIVATIONS = (*RECTIFIERS, "hardswish", "silu", "gelu")
-"""Activations that batch norm is one operation with, by the names of their functions in `torch.nn.functional`."""
+"""Activations that batch norm is one operation with, by the names of their functions in `torch.nn.functional`.
+
+Their places are those of Activation in csrc/types.h.
+"""
 
 
 class BatchNorm(NamedTuple):

@@ -103,6 +103,10 @@ struct Vectors {
       store(to, value);
     }
   }
+  // A vector that has the value in every lane that matters, and back.
+  MODA_INLINE Value in_lanes(Value value) { return value; }
+  MODA_INLINE Value in_lanes(Acc value) { return Value{} + value; }
+  MODA_INLINE Value of_lanes(Value value) { return value; }
   // `value` where z is above `bound` or NaN, else 0.
   MODA_INLINE Value where_fires(Value z, Value value, Acc bound = 0) { return keep_where<Acc>(~(z <= bound), value); }
 };
@@ -116,6 +120,8 @@ struct Singles {
   MODA_INLINE void save(T* to, Value value) { Element<T>::store1(to, value); }
   template <bool kPastCaches, class T>
   MODA_INLINE void put(T* to, Value value) { Element<T>::store1(to, value); }
+  MODA_INLINE Vector<Acc> in_lanes(Value value) { return Vector<Acc>{} + value; }
+  MODA_INLINE Value of_lanes(Vector<Acc> value) { return value[0]; }
   MODA_INLINE Value where_fires(Value z, Value value, Acc bound = 0) { return z <= bound ? Acc(0) : value; }
 };
 

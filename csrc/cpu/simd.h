@@ -87,8 +87,30 @@ MODA_INLINE Vector<Acc> absolute(Vector<Acc> value) {
   return bit_cast<Vector<Acc>>(bit_cast<Vector<Bits<Acc>>>(value) & magnitude);
 }
 
+MODA_INLINE Vector<float> absolute(Vector<float> value) { return absolute<float>(value); }
+MODA_INLINE Vector<double> absolute(Vector<double> value) { return absolute<double>(value); }
 MODA_INLINE float absolute(float value) { return __builtin_fabsf(value); }
 MODA_INLINE double absolute(double value) { return __builtin_fabs(value); }
+
+// a * b + c, rounded once where there is an instruction for it.
+template <class Acc>
+MODA_INLINE Vector<Acc> multiply_add(Vector<Acc> a, Vector<Acc> b, Vector<Acc> c) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(Acc) == 4) {
+    return bit_cast<Vector<Acc>>(_mm512_fmadd_ps(bit_cast<__m512>(a), bit_cast<__m512>(b), bit_cast<__m512>(c)));
+  } else {
+    return bit_cast<Vector<Acc>>(_mm512_fmadd_pd(bit_cast<__m512d>(a), bit_cast<__m512d>(b), bit_cast<__m512d>(c)));
+  }
+#elif defined(__FMA__)
+  if constexpr (sizeof(Acc) == 4) {
+    return bit_cast<Vector<Acc>>(_mm256_fmadd_ps(bit_cast<__m256>(a), bit_cast<__m256>(b), bit_cast<__m256>(c)));
+  } else {
+    return bit_cast<Vector<Acc>>(_mm256_fmadd_pd(bit_cast<__m256d>(a), bit_cast<__m256d>(b), bit_cast<__m256d>(c)));
+  }
+#else
+  return a * b + c;
+#endif
+}
 
 // Joins all lanes, the two halves first, so that the order is that of a tree.
 template <class Lane, int64_t count = MODA_VECTOR_BYTES / sizeof(Lane), class Join>
@@ -165,6 +187,7 @@ struct Element {  // float, double
   MODA_INLINE void store1(T* to, T value) { *to = value; }
   MODA_INLINE Vector<T> load(const T* from) { return load_unaligned<Vector<T>>(from); }
   MODA_INLINE Vector<T> narrow(Vector<T> value) { return value; }
+  MODA_INLINE Vector<T> widen(Vector<T> value) { return value; }
 };
 
 template <>
@@ -173,9 +196,9 @@ struct Element<Bfloat> {
   using Narrow = Vector<uint16_t, kLanes<float>>;
   MODA_INLINE float load1(const Bfloat* from) { return bfloat_to_float(from->bits); }
   MODA_INLINE void store1(Bfloat* to, float value) { to->bits = float_to_bfloat(value); }
-  MODA_INLINE Vector<float> load(const Bfloat* from) {
-    const Vector<uint32_t> wide = __builtin_convertvector(load_unaligned<Narrow>(from), Vector<uint32_t>);
-    return bit_cast<Vector<float>>(wide << 16);
+  MODA_INLINE Vector<float> load(const Bfloat* from) { return widen(load_unaligned<Narrow>(from)); }
+  MODA_INLINE Vector<float> widen(Narrow value) {
+    return bit_cast<Vector<float>>(__builtin_convertvector(value, Vector<uint32_t>) << 16);
   }
   MODA_INLINE Narrow narrow(Vector<float> value) {
     const Vector<uint32_t> bits = bit_cast<Vector<uint32_t>>(value);
@@ -191,15 +214,16 @@ struct Element<Half> {
   using Narrow = Vector<uint16_t, kLanes<float>>;
   MODA_INLINE float load1(const Half* from) { return half_to_float(from->bits); }
   MODA_INLINE void store1(Half* to, float value) { to->bits = float_to_half(value); }
-  MODA_INLINE Vector<float> load(const Half* from) {
+  MODA_INLINE Vector<float> load(const Half* from) { return widen(load_unaligned<Narrow>(from)); }
+  MODA_INLINE Vector<float> widen(Narrow value) {
 #if defined(__AVX512F__)
-    return bit_cast<Vector<float>>(_mm512_cvtph_ps(load_unaligned<__m256i>(from)));
+    return bit_cast<Vector<float>>(_mm512_cvtph_ps(bit_cast<__m256i>(value)));
 #elif defined(__AVX2__)
-    return bit_cast<Vector<float>>(_mm256_cvtph_ps(load_unaligned<__m128i>(from)));
+    return bit_cast<Vector<float>>(_mm256_cvtph_ps(bit_cast<__m128i>(value)));
 #else
-    Vector<float> value{};
-    for (int64_t i = 0; i < kLanes<float>; ++i) value[i] = load1(from + i);
-    return value;
+    Vector<float> wide{};
+    for (int64_t i = 0; i < kLanes<float>; ++i) wide[i] = half_to_float(value[i]);
+    return wide;
 #endif
   }
   MODA_INLINE Narrow narrow(Vector<float> value) {

@@ -130,10 +130,21 @@ double number(const void* data, Dtype dtype, int64_t at) {
   return 0;
 }
 
+double activated(Activation activation, double z) {
+  switch (activation) {
+    case Activation::kRelu: return std::fmax(z, 0);
+    case Activation::kRelu6: return std::fmin(std::fmax(z, 0), 6);
+    case Activation::kHardswish: return z * std::fmin(std::fmax(z + 3, 0), 6) / 6;
+    case Activation::kSilu: return z / (1 + std::exp(-z));
+    case Activation::kGelu: return z * (1 + std::erf(z * std::sqrt(0.5))) / 2;
+  }
+  return 0;
+}
+
 // Batch norm without weight and bias, with statistics of the batch and with running ones, with a residual (x itself) and without;
 // y against plain loops, the gradients' sums against what they must be.
 void check_norm(const CpuKernels& kernels, const Shape& s, Dtype dtype, const Buffer& x, const std::vector<double>& plain,
-                bool of_batch, bool with_residual) {
+                bool of_batch, bool with_residual, Activation activation) {
   const int64_t N = s.samples, C = s.neurons, S = s.positions, elements = N * C * S, acc = dtype == Dtype::kFloat64 ? 8 : 4;
   const Dtype wide = acc == 8 ? Dtype::kFloat64 : Dtype::kFloat32;
   Buffer rows(N * C * acc), y(elements * width(dtype)), saved(4 * C * acc), running(2 * C * acc);
@@ -142,7 +153,7 @@ void check_norm(const CpuKernels& kernels, const Shape& s, Dtype dtype, const Bu
   const bool matrix = s.layout == Layout::kNoPositions;
   const Layer layer{x.as(), dtype, s.layout, N, C, S, matrix ? nullptr : rows.as(), y.as()};
   kernels.norm_relu_pool_forward({layer, with_residual ? x.as() : nullptr, nullptr, nullptr, running.as(), var, saved.as(), 0.5, 1e-3,
-                                  of_batch}, kThreads);
+                                  of_batch, activation}, kThreads);
   for (int64_t c = 0; c < C; ++c) {
     double mean = 0, square = 0;
     for (int64_t n = 0; n < N; ++n) {
@@ -159,17 +170,19 @@ void check_norm(const CpuKernels& kernels, const Shape& s, Dtype dtype, const Bu
       for (int64_t p = 0; p < S; ++p) {
         const double value = plain[static_cast<size_t>((n * C + c) * S + p)];
         const double z = (value - mean) / std::sqrt(variance + 1e-3) + (with_residual ? value : 0);
-        const double expected = z > 0 ? z : 0;
-        sum += expected;
-        require(std::fabs(number(y.as(), dtype, index_in(s, n, c, p)) - expected) < 0.02 * (1 + expected), "norm", s, dtype);
+        const double expected = activated(activation, z);
+        sum += std::fabs(expected);
+        require(std::fabs(number(y.as(), dtype, index_in(s, n, c, p)) - expected) < 0.02 * (1 + std::fabs(expected)), "norm", s, dtype);
       }
       if (!matrix) require(std::fabs(row_mean(rows, dtype, n * C + c) - sum / double(S)) < 0.02 * (1 + sum), "norm's rows", s, dtype);
     }
   }
   Buffer dx(elements * width(dtype)), dresidual(elements * width(dtype)), parameters(2 * C * acc);
   const Layer gradient{x.as(), dtype, s.layout, N, C, S, matrix ? nullptr : rows.as(), dx.as()};
-  kernels.norm_relu_pool_backward({gradient, x.as(), with_residual ? y.as() : nullptr, with_residual ? dresidual.as() : nullptr,
-                                   saved.as(), parameters.as(), of_batch}, kThreads);
+  const bool rectifies = activation == Activation::kRelu || activation == Activation::kRelu6;
+  const void* kept = with_residual ? (rectifies ? y.as() : x.as()) : nullptr;
+  kernels.norm_relu_pool_backward({gradient, x.as(), kept, with_residual ? dresidual.as() : nullptr, saved.as(), parameters.as(),
+                                   of_batch, activation}, kThreads);
   for (int64_t c = 0; c < C && of_batch && N * S > 1; ++c) {  // what statistics of the batch take away: the sum
     double sum = 0, largest = 0, upstream = 0;
     for (int64_t n = 0; n < N; ++n) {
@@ -364,7 +377,11 @@ void check(const CpuKernels* kernels, const Shape& s, Dtype dtype) {
   check_losses(*kernels, s, dtype, x);
   check_attributions(*kernels, s, dtype, x, plain);
   for (bool of_batch : {true, false}) {
-    for (bool with_residual : {true, false}) check_norm(*kernels, s, dtype, x, plain, of_batch, with_residual);
+    for (bool with_residual : {true, false}) {
+      check_norm(*kernels, s, dtype, x, plain, of_batch, with_residual, Activation::kRelu);
+      const auto other = static_cast<Activation>(1 + (s.samples + s.neurons + 2 * of_batch + with_residual) % 4);
+      check_norm(*kernels, s, dtype, x, plain, of_batch, with_residual, other);
+    }
   }
   if (s.layout != Layout::kNoPositions) return check_pooling(*kernels, s, dtype, x, plain);
   if (width(dtype) >= 4) check_class_sums(*kernels, s, dtype, x);

@@ -6,13 +6,23 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
 
 from moda_kernels import _native_calls, _norm_ops, native, norm_relu_pool
+from moda_kernels.batch_norm import ACTIVATIONS, BatchNorm
 from tests.moda_kernels._helpers.native_needed import needs_native
-from tests.moda_kernels._helpers.norms import as_leaves, assert_three_way, aten, make_case, outcome, truth
+from tests.moda_kernels._helpers.norms import (
+    DEFINITIONS,
+    as_leaves,
+    assert_three_way,
+    aten,
+    make_case,
+    outcome,
+    truth,
+)
 
 pytestmark = needs_native
 
@@ -46,6 +56,13 @@ OPTIONS = (
     {"training": False, "residual": True},
     {"affine": False, "running": False},
 )
+SMOOTH = (
+    {"activation": "relu6", "residual": True},
+    {"activation": "silu"},
+    {"activation": "gelu", "residual": True},
+    {"activation": "silu", "training": False, "residual": True},
+)
+"""Options with an activation that has no kink on the way."""
 
 
 @pytest.fixture(params=ISAS)
@@ -75,17 +92,72 @@ def test_three_ways_in_other_dtypes(isa: str, dtype: torch.dtype, last: bool):
         assert_three_way(case, native.norm_relu_pool)
 
 
+@pytest.mark.parametrize("activation", ACTIVATIONS[1:])
+@pytest.mark.parametrize("last", [False, True], ids=["positions_last", "neurons_last"])
+def test_three_ways_with_other_activations(isa: str, activation: str, last: bool):
+    for index, shape in enumerate(SHAPES[:-1]):
+        for dtype in (DTYPES[0], DTYPES[1 + index % 3]):
+            options = OPTIONS[(index + last) % len(OPTIONS)]
+            case = make_case(shape, dtype, last=last, seed=index, activation=activation, **options)
+            ours = assert_three_way(case, native.norm_relu_pool, ulps=16)
+            assert ours.y.stride() == case.x.stride()
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS[1:])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("residual", [False, True])
+def test_activations_over_all_numbers(isa: str, activation: str, dtype: torch.dtype, residual: bool):
+    """Every value of half precision, and far beyond what an exponential holds in the others; as PyTorch's function."""
+    if dtype.itemsize == 2:
+        z = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16).view(dtype)
+    else:
+        ends = torch.tensor([0.0, -0.0, 3.0, -3.0, 6.0, torch.inf, -torch.inf, torch.nan], dtype=dtype)
+        z = torch.cat(
+            [torch.linspace(-30, 30, 100_001, dtype=dtype), torch.linspace(-2000, 2000, 3999, dtype=dtype), ends]
+        )
+        z = torch.cat(
+            [z, 10 ** torch.linspace(-37, 37, 999, dtype=dtype), -(10 ** torch.linspace(-37, 37, 999, dtype=dtype))]
+        )
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    ones, zeros = torch.ones(1, dtype=wide), torch.zeros(1, dtype=wide)
+    x = z.view(1, 1, -1).detach().requires_grad_()
+    added = torch.zeros_like(x).detach() if residual else None
+    norm = BatchNorm(zeros, ones, None, None, added, False, 0.1, 0.0, activation)
+    y, _ = native.norm_relu_pool(x, norm)
+    (dx,) = torch.autograd.grad(y, x, torch.ones_like(y))
+    exact = z.double().requires_grad_()
+    expected = DEFINITIONS[activation](exact)
+    (slope,) = torch.autograd.grad(expected.sum(), exact)
+    theirs = z.clone().requires_grad_()
+    (their_slope,) = torch.autograd.grad((their_y := getattr(F, activation)(theirs)).sum(), theirs)
+    finite = z.isfinite()
+    unit = torch.finfo(dtype).eps
+    for mine, other, right in ((y, their_y, expected), (dx, their_slope, slope)):
+        mine, other, right = (
+            mine.detach().flatten()[finite].double(),
+            other.detach()[finite].double(),
+            right.detach()[finite],
+        )
+        error = (mine - right).abs() - (other - right).abs() - 2 * unit * right.abs() - 4 * torch.finfo(wide).eps
+        if activation == "hardswish":  # at -3 and 3 PyTorch decides, as here; the definition's derivative lies between
+            error = torch.where(mine == other, 0, error)
+        assert not mine.isnan().any()
+        rounded = right.abs() > torch.finfo(dtype).max  # too large for the dtype
+        assert (error[~rounded] <= 0).all(), (z[finite][error.argmax()], error.max())
+    assert torch.equal(y.flatten().isnan(), their_y.isnan())
+
+
 @pytest.mark.parametrize("used", ["dy", "dpooled"])
 @pytest.mark.parametrize("shape", [(4, 7, 3), (4, 7, 6, 6)])
 @pytest.mark.parametrize("last", [False, True])
 def test_one_gradient_only(isa: str, used: str, shape: tuple[int, ...], last: bool):
-    for options in OPTIONS:
+    for options in (*OPTIONS, {"activation": "silu"}, {"activation": "relu6", "residual": True}):
         case = make_case(shape, last=last, **options)
         kept = {"dy": case.dy, "dpooled": case.dpooled} | {"dy" if used == "dpooled" else "dpooled": None}
         assert_three_way(type(case)(case.x, case.norm, **kept), native.norm_relu_pool)
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("options", [*OPTIONS, *SMOOTH], ids=str)
 @pytest.mark.parametrize("shape", [(4, 3), (3, 4, 3), (2, 3, 6, 6)])
 @pytest.mark.parametrize("last", [False, True])
 def test_gradcheck(isa: str, options: dict[str, bool], shape: tuple[int, ...], last: bool):
@@ -201,6 +273,7 @@ def test_results_do_not_depend_on_the_number_of_threads(isa: str):
     """Nor on the run: bitwise equal, whether a block's two readings are one loop or two."""
     shapes = [(200, 2, 23, 23), (70, 515), (24, 64, 4, 4), (24, 64, 17, 17), (90, 20, 2, 2), (7, 300, 3)]
     cases = [make_case(shape, last=last, residual=last) for shape in shapes for last in (False, True)]
+    cases += [make_case(shape, last=last, activation="gelu") for shape in shapes for last in (False, True)]
 
     def results(threads: int) -> list[Tensor]:
         torch.set_num_threads(threads)
@@ -265,7 +338,7 @@ def test_backward_twice_and_inputs_left_alone():
     assert all(torch.equal(a, b) for a, b in zip(case.leaves(), kept, strict=True))
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("options", [*OPTIONS, *SMOOTH], ids=str)
 @pytest.mark.parametrize("shape", [(4, 3), (2, 2, 3), (2, 2, 2, 2)])
 def test_gradgradcheck(options: dict[str, bool], shape: tuple[int, ...]):
     case = as_leaves(make_case(shape, torch.float64, constant=False, **options))
@@ -285,7 +358,7 @@ def test_gradgradcheck(options: dict[str, bool], shape: tuple[int, ...]):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("used", ["y", "pooled", "both"])
 def test_a_gradient_with_a_graph_is_the_gradient(dtype: torch.dtype, used: str):
-    for options in OPTIONS:
+    for options in (*OPTIONS, *SMOOTH, {"activation": "relu6"}):
         case = as_leaves(make_case((4, 6, 5, 5), dtype, **options))
         y, pooled = native.norm_relu_pool(case.x, case.norm)
         outputs = [out for out, name in ((y, "y"), (pooled, "pooled")) if used in (name, "both")]
@@ -321,7 +394,7 @@ def through_operator(x: Tensor, norm) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize(
-    "options", [*OPTIONS, {"half_parameters": True, "dtype": torch.bfloat16, "residual": True}], ids=str
+    "options", [*OPTIONS, *SMOOTH, {"half_parameters": True, "dtype": torch.bfloat16, "residual": True}], ids=str
 )
 def test_operators_and_eager_agree_to_the_bit(options):
     for shape, last in (((4, 6, 5, 5), False), ((4, 6, 5, 5), True), ((4, 6, 3), False)):
@@ -331,7 +404,7 @@ def test_operators_and_eager_agree_to_the_bit(options):
             assert torch.equal(tensor, theirs.named()[name]), name
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("options", [*OPTIONS, *SMOOTH[:2]], ids=str)
 @pytest.mark.parametrize("shape", [(4, 3), (4, 3, 5, 5)])
 def test_opcheck(options, shape):
     case = as_leaves(make_case(shape, **options))
@@ -345,6 +418,7 @@ def test_opcheck(options, shape):
         norm.training,
         norm.momentum,
         norm.eps,
+        norm.activation,
     )
     opcheck(_norm_ops.operator, (case.x, *arguments))
     _, _, saved, _, _ = _norm_ops.operator(case.x, *arguments)
@@ -352,12 +426,14 @@ def test_opcheck(options, shape):
     dpooled = None if len(shape) == 2 else case.dpooled
     checks = ("test_schema", "test_faketensor")
     opcheck(
-        _norm_ops.operator_backward, (case.x.detach(), y, saved, case.dy, dpooled, norm.training), test_utils=checks
+        _norm_ops.operator_backward,
+        (case.x.detach(), y, saved, case.dy, dpooled, norm.training, norm.activation),
+        test_utils=checks,
     )
 
 
 @pytest.mark.parametrize("shape", [(4, 6), (4, 6, 5, 5)])
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("options", [*OPTIONS, SMOOTH[1]], ids=str)
 def test_compiles_whole(options, shape):
     torch._dynamo.reset()  # every case is a recompilation of one function
     case = make_case(shape, **options)

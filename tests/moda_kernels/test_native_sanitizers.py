@@ -23,6 +23,7 @@ SOURCES = (
     "csrc/cuda/statistics_emulated.cpp",
     "csrc/cpu/kernels.cpp",
     "csrc/cpu/norm_relu_pool.cpp",
+    "csrc/cpu/norm_activation_pool.cpp",
 )
 COMPILER = shutil.which("g++")
 OPTIONS = {  # as in CMakeLists.txt

@@ -8,6 +8,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from moda_kernels import norm_relu_pool
+from moda_kernels.batch_norm import ACTIVATIONS
 from tests.moda_kernels._helpers.norms import Case, as_leaves, assert_three_way, make_case, outcome, truth
 
 BACKENDS = ("torch", "auto")
@@ -30,6 +31,7 @@ def front_door(backend: str):
         {"affine": False},
         {"running": False},
         {"last": True, "residual": True},
+        *({"activation": name, "residual": name in ("relu6", "silu")} for name in ACTIVATIONS[1:]),
     ],
     ids=str,
 )
@@ -165,6 +167,8 @@ def wrong(change: dict[str, object]) -> Case:
         ({"training": 1}, TypeError, "training: expected a bool, got int"),
         ({"momentum": None}, TypeError, "momentum: expected a number, got NoneType; for a cumulative average pass 1 / num_batches_tracked"),
         ({"momentum": float("nan")}, ValueError, "momentum: expected a finite number, got nan"),
+        ({"activation": "tanh"}, ValueError, "activation: expected one of 'relu', 'relu6', 'hardswish', 'silu', 'gelu', got 'tanh'"),
+        ({"activation": torch.relu}, TypeError, "activation: expected a str, got builtin_function_or_method"),
         ({"eps": "1e-5"}, TypeError, "eps: expected a number, got str"),
         ({"eps": 0.0}, ValueError, "eps: expected a positive number when training, got 0.0"),
         ({"eps": -1.0, "training": False}, ValueError, "eps: expected a number of at least 0, got -1.0"),

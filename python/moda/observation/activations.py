@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moda_kernels.batch_norm import ACTIVATIONS
+
 _MODULES = (
     nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.RReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish,
     nn.Hardswish, nn.Softplus,
@@ -72,6 +74,26 @@ def is_left_whole(module: nn.Module) -> bool:
 
 PLAIN = "moda plain"
 """Where a class of an observed model keeps the class that it was made of."""
+
+
+_PLAIN_MODULES = {
+    nn.ReLU: "relu", nn.ReLU6: "relu6", nn.Hardswish: "hardswish", nn.SiLU: "silu", nn.GELU: "gelu",
+}  # fmt: skip
+
+
+def function_of(module: nn.Module) -> str:
+    """The function that a call of this module computes, of those that the kernels have; empty for another one."""
+    name = _PLAIN_MODULES.get(plain_class(type(module)), "")
+    if name == "gelu" and module.approximate != "none":
+        return ""
+    if name == "relu6" and (module.min_val, module.max_val) != (0, 6):
+        return ""
+    return name
+
+
+def function_called(name: str, kwargs: dict[str, Any]) -> str:
+    """The same for a call of a function or method of PyTorch of this name."""
+    return name if name in ACTIVATIONS and kwargs.get("approximate", "none") == "none" else ""
 
 
 class Known:

@@ -124,10 +124,10 @@ class Caller(Part):
 
 
 class Norm(Part):
-    """A batch norm that feeds nothing but one ReLU, directly or through one addition.
+    """A batch norm that feeds nothing but one activation, directly or through one addition.
 
     Attributes:
-        dims: axes of the ReLU's activation in the probes in eval and in train mode; 0 where there was none of that mode
+        dims: axes of that activation in the probes in eval and in train mode; 0 where there was none of that mode
             or the last one saw something else.
     """
 
@@ -136,7 +136,7 @@ class Norm(Part):
         self.dims = [0, 0]
 
     def call(self, module: nn.Module, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Its result may be left to the ReLU."""
+        """Its result may be left to the activation."""
         run = self.taps._run
         if run is None or run.inside or torch.compiler.is_compiling():
             return call(*args, **kwargs)

@@ -1,9 +1,9 @@
-"""A batch norm whose result is computed when somebody asks for it: by the ReLU behind it in one operation, or plainly.
+"""A batch norm whose result is computed when somebody asks for it: with the activation behind it, or plainly.
 
-Where the probe saw that a batch norm feeds nothing but one ReLU, directly or through one addition, the norm's module
-gives a `Deferred` in the place of its result. The ReLU takes it apart and runs `moda_kernels.norm_relu_pool`. Every
-other use computes what PyTorch's own batch norm (and the addition) gives, from the same tensors, so that a model which
-does something else than in the probe still gets its own numbers, bit for bit.
+Where the probe saw that a batch norm feeds nothing but one ReLU or its like, directly or through one addition, the
+norm's module gives a `Deferred` in the place of its result. The activation takes it apart and runs
+`moda_kernels.norm_relu_pool`. Every other use computes what PyTorch's own batch norm (and the addition) gives, from the
+same tensors, so that a model which does something else than in the probe still gets its own numbers, bit for bit.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from torch.utils._pytree import tree_map
 from moda.observation.activations import plain_class
 from moda_kernels import closed_form
 from moda_kernels.backends import Backend, select
-from moda_kernels.batch_norm import BatchNorm, check_batch_norm
+from moda_kernels.batch_norm import RECTIFIERS, BatchNorm, check_batch_norm
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 """Classes of modules whose calls may be deferred. Subclasses may do anything; SyncBatchNorm asks other processes."""
 
 _WAY_OUT = "observe the model with fuse_norms=False"
 _OVERWRITTEN = (
-    "a batch norm's input, weight or bias, or what is added to its result, was overwritten in place before the ReLU "
-    f"behind it ran, in a way that the first forward pass did not show; {_WAY_OUT}"
+    "a batch norm's input, weight or bias, or what is added to its result, was overwritten in place before the "
+    f"activation behind it ran, in a way that the first forward pass did not show; {_WAY_OUT}"
 )
 _BYPASSED = (
     "the result of a batch norm goes somewhere else than in the first forward pass, past PyTorch's functions (a custom "
@@ -126,13 +126,15 @@ class Deferred(Tensor):
                 self._value = value if self._residual is None else value + self._residual
         return self._value
 
-    def rectified(self) -> tuple[Tensor, Tensor] | None:
-        """The ReLU of the result and its pooled activation, in one operation; None where that cannot be."""
+    def activated(self, function: str) -> tuple[Tensor, Tensor] | None:
+        """The function of the result and its pooled activation, in one operation; None where that cannot be."""
         if not (self.is_open and torch.is_grad_enabled()) or hooks_on_saved_tensors():
             return None
         self._check()
         call = self._call
-        norm = call.norm._replace(residual=self._residual)
+        if self._residual is not None and function not in RECTIFIERS:
+            return None  # the operation would keep what was added, which the model may overwrite from here on
+        norm = call.norm._replace(residual=self._residual, activation=function)
         backend = _compiled_backend(call.x, norm)
         if backend is None:
             return None

@@ -18,9 +18,11 @@ class Tap:
         index: place in execution order.
         width: how many neurons.
         layout: where samples and neurons are.
-        relu: whether it is a plain ReLU, which something else may compute.
+        function: of `torch.nn.functional`, if it is a plain one that something else may compute (see `plain_function`).
         overwritten: whether the model overwrites the activation later.
         spare: whether nobody but this call reads its input.
+        relu: whether the function is ReLU.
+        pooled: whether the pooled activation may be recorded in the activation's place.
         fusible: whether ReLU and pooling may be one pass here.
         as_it_is: whether the activation itself is what is recorded.
     """
@@ -29,15 +31,19 @@ class Tap:
     index: int
     width: int
     layout: Layout
-    relu: bool = False
+    function: str = ""
     overwritten: bool = False
     spare: bool = False
     # Asked at every call of the activation.
+    relu: bool = field(init=False, repr=False, compare=False)
+    pooled: bool = field(init=False, repr=False, compare=False)
     fusible: bool = field(init=False, repr=False, compare=False)
     as_it_is: bool = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "fusible", self.relu and self.layout.plain and self.layout.dims > 2)
+        object.__setattr__(self, "relu", self.function == "relu")
+        object.__setattr__(self, "pooled", self.layout.plain and self.layout.dims > 2)
+        object.__setattr__(self, "fusible", self.relu and self.pooled)
         object.__setattr__(self, "as_it_is", self.layout.plain and not self.overwritten)
 
 

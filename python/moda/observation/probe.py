@@ -21,7 +21,14 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from moda.observation.activations import FUNCTIONS, ActivationFunction, is_left_whole, plain_class
+from moda.observation.activations import (
+    FUNCTIONS,
+    ActivationFunction,
+    function_called,
+    function_of,
+    is_left_whole,
+    plain_class,
+)
 from moda.observation.attached import Caller, Norm, Part, Root, Site, Whole, part_of
 from moda.observation.deferred import NORMS, hooks_on_saved_tensors
 from moda.observation.handle import Handle
@@ -53,12 +60,12 @@ class _Found:
     layout: Layout
     width: int
     index: int
-    relu: bool
+    function: str
     overwritten: bool = False
     spare: bool = False
 
     def tap(self) -> Tap:
-        return Tap(self.name, self.index, self.width, self.layout, self.relu, self.overwritten, self.spare)
+        return Tap(self.name, self.index, self.width, self.layout, self.function, self.overwritten, self.spare)
 
 
 class _NormResult:
@@ -86,8 +93,8 @@ class _Watched:
 
 
 @dataclass(frozen=True)
-class _NormedReLU:
-    """A ReLU behind a batch norm: the norm, axes of the activation, and what must have one reader each."""
+class _Normed:
+    """An activation behind a batch norm: the norm, axes of the activation, and what must have one reader each."""
 
     module: nn.Module
     dims: int
@@ -114,7 +121,7 @@ class Probe(Run):
         self._norms: dict[Node, _NormResult] = {}
         self._reads: dict[Node, int] = {}  # of results of norms, and of sums with them
         self._statistics = WeakTensorKeyDictionary()  # running ones, and the result of the norm that moved them on
-        self._normed: list[_NormedReLU] = []
+        self._normed: list[_Normed] = []
         self._hooked = any_global_hooks()
         self._idle = False
         self._blind = torch.is_inference_mode_enabled()  # such tensors do not tell when they are overwritten
@@ -172,10 +179,10 @@ class Probe(Run):
 
     def call_module(self, site: Site, module: nn.Module, call: Call, args: tuple[Any, ...], kwargs: Any) -> Any:
         """An activation module is called."""
-        relu = plain_class(type(module)) is nn.ReLU
+        function = function_of(module)
         inplace = bool(getattr(module, "inplace", False))
         path = self.paths.get(module, "")
-        return self._activation(site, path, call, args, kwargs, relu, inplace, self._hooked or has_hooks(module))
+        return self._activation(site, path, call, args, kwargs, function, inplace, self._hooked or has_hooks(module))
 
     def call_function(
         self, function: Call, known: ActivationFunction, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -193,7 +200,7 @@ class Probe(Run):
         def call(*args: Any, **kwargs: Any) -> Any:
             return self.follow(function, args, kwargs)
 
-        return self._activation(site, path, call, args, kwargs, known.name == "relu", inplace)
+        return self._activation(site, path, call, args, kwargs, function_called(known.name, kwargs), inplace)
 
     def _activation(
         self,
@@ -202,13 +209,14 @@ class Probe(Run):
         call: Call,
         args: tuple[Any, ...],
         kwargs: Any,
-        relu: bool,
+        computed: str,
         inplace: bool,
         hooked: bool = False,
     ) -> Any:
         name = unique_name(path, self._names)
         calls = self._calls.setdefault(site, [])
-        if relu and not hooked and args and isinstance(args[0], Tensor):
+        relu = computed == "relu"
+        if computed and not hooked and args and isinstance(args[0], Tensor):
             self._note_normed(args[0])
         if relu and not hooked and args and isinstance(args[0], Tensor):
             found = self._fused_at_once(name, args[0])
@@ -225,7 +233,7 @@ class Probe(Run):
             value = call(*given, **kwargs)
         finally:
             self.inside = inside
-        found = self._found(name, value, relu)
+        found = self._found(name, value, computed)
         calls.append(found)
         if found is not None:
             if relu and not inplace and args and isinstance(args[0], Tensor):
@@ -246,7 +254,7 @@ class Probe(Run):
         layout = self._unwatched_layout(name, x)
         if isinstance(layout, str):
             return None
-        found = self._new(name, layout, x, True)
+        found = self._new(name, layout, x, "relu")
         with self._resting():
             fuses = self._fuses(found.tap(), x)
         if not fuses:
@@ -293,18 +301,18 @@ class Probe(Run):
         finally:
             self._idle = before
 
-    def _found(self, name: str, value: Any, relu: bool) -> _Found | None:
+    def _found(self, name: str, value: Any, function: str) -> _Found | None:
         layout = self._unwatched_layout(name, value)
         if isinstance(layout, str):
             self.skipped[name] = layout
             return None
-        found = self._new(name, layout, value, relu)
+        found = self._new(name, layout, value, function)
         self.found.append(found)
         return found
 
-    def _new(self, name: str, layout: Layout, value: Tensor, relu: bool) -> _Found:
+    def _new(self, name: str, layout: Layout, value: Tensor, function: str) -> _Found:
         self.largest = max(self.largest, value.numel() * value.element_size())
-        return _Found(name, layout, value.shape[layout.neurons], len(self.found), relu)
+        return _Found(name, layout, value.shape[layout.neurons], len(self.found), function)
 
     def _unwatched_layout(self, name: str, value: Any) -> Layout | str:
         """As `_layout`, whose own operations are none of the model's."""
@@ -378,7 +386,7 @@ class Probe(Run):
         key = _memory_key(tensor)
         return None if key is None else self._memory.get(key)
 
-    # ---- norms that feed a ReLU ---
+    # ---- norms that feed an activation ---
 
     def _note_norm(self, node: Node, args: tuple[Any, ...]) -> None:
         """A batch norm gave the result that `node` stands for."""
@@ -402,10 +410,10 @@ class Probe(Run):
                 self._reads[node] += 1
         for node in [self._statistics.get(tensor) for tensor in tensors]:
             if node is not None and all(node not in normed.read_once for normed in self._normed):
-                self._reads[node] += 1  # the ReLU, which would bring the batch into the statistics, comes too late
+                self._reads[node] += 1  # the activation, which would bring in the batch, comes too late
 
     def _note_normed(self, x: Tensor) -> None:
-        """A ReLU without hooks is called with `x`: note the norm that it may be computed with."""
+        """An activation without hooks is called with `x`: note the norm that it may be computed with."""
         node = self._nodes.get(x)
         if node is None or torch.is_grad_enabled() != self.gradients or hooks_on_saved_tensors():
             return
@@ -416,11 +424,11 @@ class Probe(Run):
         for source in sources:
             found = None if source is None else self._norms.get(source)
             if found is not None and source is not None and found.input_is_intact:
-                self._normed.append(_NormedReLU(found.module, x.dim(), (source, node) if total else (source,)))
+                self._normed.append(_Normed(found.module, x.dim(), (source, node) if total else (source,)))
                 return
 
     def _attach_norms(self) -> None:
-        """Let the norms whose results a ReLU alone reads leave them to it; of modules that are called once."""
+        """Let the norms whose results an activation alone reads leave them to it; of modules that are called once."""
         calls = [found.module for found in self._norms.values()]
         fusible: dict[nn.Module, int] = {}
         for normed in self._normed:

@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._device import DeviceContext
 from torch.utils.checkpoint import CheckpointFunction
 
-from moda.observation.activations import FUNCTIONS, ActivationFunction
+from moda.observation.activations import FUNCTIONS, ActivationFunction, function_called, function_of
 from moda.observation.attached import Caller, Norm, Site
 from moda.observation.deferred import Deferred, NormCall, defer, plain_values
 from moda.observation.handle import Handle
@@ -38,8 +38,8 @@ NEVER = float("inf")
 OTHER_CALLS = "model: expected the activation calls of the first forward pass in every one, got others"
 
 # On the CPU ReLU and pooling are one pass under route="auto" from so many bytes of activation on: always, because fused
-# was the cheaper and the leaner route for every model measured (docs/benchmarks.md). Batch norm and ReLU are one
-# operation from 1 MiB on: below, a step's time is in calls, not in memory.
+# was the cheaper and the leaner route for every model measured (docs/benchmarks.md). Batch norm and activation are
+# one operation from 1 MiB on: below, a step's time is in calls, not in memory.
 FUSED_FROM_BYTES = 0
 NORMS_FUSED_FROM_BYTES = 1 << 20
 
@@ -75,7 +75,7 @@ class Run:
         function: makes what takes an activation's place.
         marking: whether values pass the marker operator.
         fuse_from: from how many bytes of an activation on ReLU and pooling are one pass.
-        norms_from: from how many bytes on batch norm and ReLU are one operation.
+        norms_from: from how many bytes on batch norm and activation are one operation.
         overwriting: whether ReLUs overwrite inputs that nobody else reads.
         samples: how many there are.
     """
@@ -145,7 +145,7 @@ class Run:
         inplace = bool(getattr(module, "inplace", False))
         hooked = not self.untouched or has_hooks(module) or any_global_hooks()
         if self.norms and args and type(args[0]) is Deferred:
-            y = None if tap is None or hooked else self._rectified(tap, args[0], inplace)
+            y = None if tap is None or hooked else self._normed(tap, function_of(module), args[0], inplace)
             if y is not None:
                 return y
             args = plain_values(args)
@@ -174,7 +174,7 @@ class Run:
             if y is not None:
                 return y
         if self.norms and args and type(args[0]) is Deferred:
-            y = self._rectified(tap, args[0], inplace)
+            y = self._normed(tap, function_called(known.name, kwargs), args[0], inplace)
             if y is not None:
                 return y
             args = plain_values(args)
@@ -208,7 +208,7 @@ class Run:
         return x
 
     def call_norm(self, site: Norm, module: nn.Module, call: Call, args: tuple[Any, ...], kwargs: Any) -> Any:
-        """A batch norm is called that feeds nothing but a ReLU, as far as the probe saw."""
+        """A batch norm is called that feeds nothing but an activation, as far as the probe saw."""
         x = args[0] if len(args) == 1 and not kwargs else None
         if type(x) is not Tensor or x.dim() != site.dims[self.training]:
             return call(*args, **kwargs)
@@ -341,7 +341,10 @@ class Run:
         return tap.relu and len(args) > 0 and isinstance(args[0], Tensor)
 
     def _fuses(self, tap: Tap, x: Tensor) -> bool:
-        if not tap.fusible or self.fuse_from == NEVER or x.dim() != tap.layout.dims:
+        return tap.fusible and self._pools(tap, x)
+
+    def _pools(self, tap: Tap, x: Tensor) -> bool:
+        if not tap.pooled or self.fuse_from == NEVER or x.dim() != tap.layout.dims:
             return False
         if x.numel() * x.element_size() < max(self.fuse_from, 1):
             return False
@@ -375,15 +378,15 @@ class Run:
         if not torch.compiler.is_compiling():
             record.versions[tap.index] = pooled._version
 
-    def _rectified(self, tap: Tap, value: Deferred, inplace: bool) -> Tensor | None:
-        """A ReLU of a deferred batch norm, in one operation with it; None where that cannot be."""
-        if not tap.relu or value.dim() != tap.layout.dims or watched_by_others():
+    def _normed(self, tap: Tap, function: str, value: Deferred, inplace: bool) -> Tensor | None:
+        """An activation of a deferred batch norm, in one operation with it; None where that cannot be."""
+        if not function or value.dim() != tap.layout.dims or watched_by_others():
             return None
-        results = value.rectified()
+        results = value.activated(function)
         if results is None:
             return None
         y, pooled = results
-        if self.record is not None and self._fuses(tap, y):
+        if self.record is not None and self._pools(tap, y):
             mark_pooled(pooled)
             self._note_pooled(tap, pooled)
         else:
@@ -399,7 +402,7 @@ class Run:
         return plain_values(values) if self.norms else values
 
     def settled(self, output: Any) -> Any:
-        """The model's output, with nothing deferred in it; batches that no ReLU took join the running statistics."""
+        """The model's output, with nothing deferred in it; batches that nobody took join the running statistics."""
         output = self.plain(output)
         for norm in self.norms:
             norm.settle()
@@ -479,12 +482,18 @@ def has_hooks(module: nn.Module) -> bool:
 
 
 def is_untouched() -> bool:
-    """Whether nobody has put something else in the place of what ReLUs and batch norms call, for all of them."""
-    now = (nn.ReLU.forward, F.relu, _BatchNorm.forward, F.batch_norm)
-    return now == _WRITTEN and nn.Module.__call__ is nn.Module._wrapped_call_impl
+    """Whether nobody has put something else in the place of what these modules call, for all of them."""
+    return _called() == _WRITTEN and nn.Module.__call__ is nn.Module._wrapped_call_impl
 
 
-_WRITTEN = (nn.ReLU.forward, F.relu, _BatchNorm.forward, F.batch_norm)
+def _called() -> tuple[object, ...]:
+    """What batch norms, and activations that may be one operation with them, call."""
+    modules = (nn.ReLU.forward, nn.ReLU6.forward, nn.Hardswish.forward, nn.SiLU.forward, nn.GELU.forward)
+    functions = (F.relu, F.hardtanh, F.hardswish, F.silu, F.gelu)
+    return *modules, *functions, _BatchNorm.forward, F.batch_norm
+
+
+_WRITTEN = _called()
 
 
 def watched_by_others() -> bool:

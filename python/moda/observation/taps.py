@@ -154,7 +154,7 @@ class Taps:
 
     @property
     def joins_norms(self) -> bool:
-        """Whether a batch norm and the ReLU behind it may be one operation."""
+        """Whether a batch norm and the activation behind it may be one operation."""
         return self.fuse_norms and (self.route != "grouped" or self._fusing)
 
     # ---- what is recorded ---
@@ -220,8 +220,8 @@ class Taps:
 
         Args:
             function: gives what takes an activation's place.
-            fuse_norms: where gradients are enabled, let batch norm and the ReLU behind it be one operation, as in
-                training, also in eval mode; unless the model is observed with `fuse_norms=False`.
+            fuse_norms: where gradients are enabled, let batch norm and the activation behind it be one operation, as
+                in training, also in eval mode; unless the model is observed with `fuse_norms=False`.
 
         Raises:
             TypeError: `function` cannot be called, or `fuse_norms` is no bool.
@@ -662,9 +662,10 @@ def observe(
         sites: paths of modules whose outputs are tapped in place of activations, as methods act on them: convolutions,
             linear layers, norms.
         fuse_norms: let batch norm (in training mode) and the ReLU behind it be one operation, and the addition that may
-            stand between them: on the CPU from `NORMS_FUSED_FROM_BYTES` bytes of activation on, on a GPU as route
-            "auto" says. That saves time and memory, and gives the plain model's numbers to the dtype's rounding; with
-            False they are the same bit for bit. Route "grouped" never does it.
+            stand between them; also ReLU6, and, without an addition, Hardswish, SiLU and GELU. On the CPU from
+            `NORMS_FUSED_FROM_BYTES` bytes of activation on, on a GPU as route "auto" says. That saves time and memory,
+            and gives the plain model's numbers to the dtype's rounding; with False they are the same bit for bit. Route
+            "grouped" never does it.
         example: an input to probe with at once: a tensor, a tuple of positional arguments or a dict of keyword
             arguments. Buffers and random state are put back. Without it, the first forward pass is the probe.
 
@@ -699,14 +700,14 @@ def observe(
 
 
 def accelerate(model: nn.Module, *, example: Any = None) -> Taps:
-    """Let a model train faster: batch norm and the ReLU behind it become one operation, and nothing is recorded.
+    """Let a model train faster: batch norm and the activation behind it become one operation, and nothing is recorded.
 
     The operation is `moda_kernels.norm_relu_pool`, with the addition that may stand between the two (as in ResNets). It
     is used in training mode, where activations are large (`observe` says how large) and the first forward pass showed
-    that the norm feeds nothing but this ReLU. Losses, gradients and running statistics are the plain model's to the
-    dtype's rounding. Hooks on either module, control flow, evaluation, `torch.compile`, checkpoints and everything
-    else that asks for the norm's result by itself get what PyTorch computes. An observed model needs no call of this:
-    `moda.observe` does the same.
+    that the norm feeds nothing but this activation (`observe` says which ones). Losses, gradients and running
+    statistics are the plain model's to the dtype's rounding. Hooks on either module, control flow, evaluation,
+    `torch.compile`, checkpoints and everything else that asks for the norm's result by itself get what PyTorch
+    computes. An observed model needs no call of this: `moda.observe` does the same.
 
     Args:
         model: any module; the very object is changed, and its own code goes on to run.

@@ -47,6 +47,8 @@ class Net(nn.Module):
         self.norm = nn.BatchNorm2d(6) if norm is None else norm
         self.relu = nn.ReLU()
         self.inplace = nn.ReLU(inplace=True)
+        self.relu6, self.hardswish = nn.ReLU6(inplace=True), nn.Hardswish()
+        self.silu, self.gelu = nn.SiLU(inplace=True), nn.GELU()
         self.other = nn.BatchNorm2d(6)
         self.head = nn.Linear(6, 4)
         self.between = between
@@ -105,6 +107,15 @@ FUSED = {
     "sum in place": (add_in_place, True),
     "method sum in place": (lambda net, z, x: net.inplace(z.add_(x)), True),
     "two norms": (lambda net, z, x: net.relu(z + net.other(x)), True),
+    "ReLU6": (lambda net, z, x: net.relu6(z), False),
+    "Hardswish": (lambda net, z, x: net.hardswish(z), False),
+    "SiLU": (lambda net, z, x: net.silu(z), False),
+    "GELU": (lambda net, z, x: net.gelu(z), False),
+    "relu6": (lambda net, z, x: F.relu6(z), False),
+    "hardswish in place": (lambda net, z, x: F.hardswish(z, True), False),
+    "silu": (lambda net, z, x: F.silu(z), False),
+    "gelu": (lambda net, z, x: F.gelu(z, approximate="none"), False),
+    "sum, ReLU6": (lambda net, z, x: net.relu6(z + x), True),
     "asked for its shape": (lambda net, z, x: net.relu(z) if z.shape == x.shape and z.dim() == 4 else z, False),
 }
 
@@ -123,7 +134,7 @@ def test_fused_and_the_same_to_rounding(between: str, fused: list[bool]):
     assert type(model.norm) is nn.BatchNorm2d
 
 
-@pytest.mark.parametrize("between", ["module", "function in place", "sum in place"])
+@pytest.mark.parametrize("between", ["module", "function in place", "sum in place", "ReLU6", "SiLU", "gelu"])
 def test_observed_with_the_loss(between: str, fused: list[bool]):
     plain, model = twins(FUSED[between][0])
     labels = torch.tensor([0, 1, 0, 1, 2])
@@ -392,7 +403,29 @@ def twice(net: Net, z: Tensor, x: Tensor) -> Tensor:
 
 
 def other_activation(net: Net, z: Tensor, x: Tensor) -> Tensor:
-    return F.gelu(z)
+    return F.elu(z)
+
+
+def approximated(net: Net, z: Tensor, x: Tensor) -> Tensor:
+    return F.gelu(z, approximate="tanh")
+
+
+def module_approximated(net: Net, z: Tensor, x: Tensor) -> Tensor:
+    net.gelu.approximate = "tanh"
+    return net.gelu(z)
+
+
+def other_bounds(net: Net, z: Tensor, x: Tensor) -> Tensor:
+    net.relu6.max_val = 1.0
+    return net.relu6(z)
+
+
+def overwritten_summand(net: Net, z: Tensor, x: Tensor) -> Tensor:
+    added = x + 1
+    y = net.silu(z + added)
+    with torch.no_grad():
+        added.mul_(2)  # the sum is what SiLU keeps
+    return y
 
 
 def statistics_read(net: Net, z: Tensor, x: Tensor) -> Tensor:
@@ -401,8 +434,12 @@ def statistics_read(net: Net, z: Tensor, x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    "between", [other_users, by_view, after_scaling, broadcast, weighted, twice, other_activation, statistics_read]
-)
+    "between",
+    [
+        other_users, by_view, after_scaling, broadcast, weighted, twice, other_activation, statistics_read,
+        approximated, module_approximated, other_bounds, overwritten_summand,
+    ],
+)  # fmt: skip
 def test_norms_that_feed_more_or_something_else_are_left_alone(between, fused: list[bool]):
     plain, model = twins(between)
     moda.accelerate(model, example=images(2))
@@ -410,7 +447,10 @@ def test_norms_that_feed_more_or_something_else_are_left_alone(between, fused: l
     assert not fused
 
 
-@pytest.mark.parametrize("between", [other_users, by_view, after_scaling, broadcast, weighted, other_activation])
+@pytest.mark.parametrize(
+    "between",
+    [other_users, by_view, after_scaling, broadcast, weighted, other_activation, approximated, module_approximated],
+)
 def test_control_flow_gets_the_plain_numbers(between, fused: list[bool]):
     """The first pass shows a norm that feeds a ReLU alone; the passes after it do something else."""
     plain, model = twins(FUSED["module"][0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -58,6 +59,7 @@ def make_case(
     training: bool = True,
     half_parameters: bool = False,
     constant: bool = True,
+    activation: str = "relu",
     device: str = "cpu",
     seed: int = 0,
 ) -> Case:
@@ -87,6 +89,7 @@ def make_case(
         training=training,
         momentum=MOMENTUM,
         eps=EPS,
+        activation=activation,
     )
     dy, dpooled = arrange(normal(*shape).to(dtype)), normal(*shape[:2]).to(wide)
     return Case(arrange(x).to(device), norm, dy.to(device), dpooled.to(device))
@@ -137,7 +140,7 @@ def outcome(case: Case, run: object, dtype: torch.dtype | None = None) -> Outcom
 def truth(x: Tensor, norm: BatchNorm, fires: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The definition, step by step, in the dtype of x; running statistics as PyTorch documents them.
 
-    `fires` says where the ReLU lets its input through; its sign does unless given.
+    `fires` says where a ReLU or ReLU6 lets its input through; that itself does unless given.
     """
     over = (0, *range(2, x.dim()))
     shape = (1, -1, *[1] * (x.dim() - 2))
@@ -158,16 +161,32 @@ def truth(x: Tensor, norm: BatchNorm, fires: Tensor | None = None) -> tuple[Tens
         z = z + norm.bias.view(shape)
     if norm.residual is not None:
         z = z + norm.residual
-    y = torch.relu(z) if fires is None else torch.where(fires, z, 0)
-    return y, y if y.dim() == 2 else y.flatten(2).mean(2)
+    y = DEFINITIONS[norm.activation](z)
+    if fires is not None:
+        y = torch.where(fires, z, y.detach())
+    return y, y if y.dim() == 2 else y.abs().flatten(2).mean(2)
+
+
+DEFINITIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": torch.relu,
+    "relu6": lambda z: z.clamp(0, 6),
+    "hardswish": lambda z: z * (z + 3).clamp(0, 6) / 6,
+    "silu": lambda z: z * torch.sigmoid(z),
+    "gelu": lambda z: z * torch.special.ndtr(z),
+}
+
+
+def passes(y: Tensor, norm: BatchNorm) -> Tensor:
+    """Where a ReLU or ReLU6 that gave y lets its input through."""
+    return (y > 0) & (y < 6) if norm.activation == "relu6" else y > 0
 
 
 def aten(x: Tensor, norm: BatchNorm) -> tuple[Tensor, Tensor]:
     """Three operations of PyTorch in the dtype of x."""
     z = F.batch_norm(x, *norm[:4], norm.training, norm.momentum, norm.eps)
-    y = torch.relu(z if norm.residual is None else z + norm.residual)
+    y = getattr(F, norm.activation)(z if norm.residual is None else z + norm.residual)
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return y, y.to(wide) if y.dim() == 2 else y.mean(tuple(range(2, y.dim())), dtype=wide)
+    return y, y.to(wide) if y.dim() == 2 else y.abs().mean(tuple(range(2, y.dim())), dtype=wide)
 
 
 def assert_three_way(case: Case, run: object, *, ulps: float = 8) -> Outcome:
@@ -175,8 +194,8 @@ def assert_three_way(case: Case, run: object, *, ulps: float = 8) -> Outcome:
     element in the accumulation dtype, and of the element itself in the dtype of the result.
     """
     ours, theirs, exact = outcome(case, run), outcome(case, aten), outcome(case, truth, torch.float64)
-    fires = ours.y > 0
-    if not torch.equal(fires, exact.y > 0):
+    fires = passes(ours.y, case.norm)
+    if case.norm.rectifies and not torch.equal(fires, passes(exact.y, case.norm)):
         # Where the truth is as good as 0 the mask may go either way (y itself is compared below); the gradients then follow it.
         exact = replace(exact, gradients=outcome(case, lambda x, norm: truth(x, norm, fires), torch.float64).gradients)
     wide = torch.finfo(torch.float64 if case.x.dtype == torch.float64 else torch.float32).eps
@@ -193,6 +212,8 @@ def assert_three_way(case: Case, run: object, *, ulps: float = 8) -> Outcome:
             allowed += own * expected.abs().max()  # g is rounded before it is multiplied: by a residual, by an own pool
         if name in ("weight", "bias"):  # sums of terms of either sign that are far larger than their sum
             terms = (case.x.numel() / case.x.shape[1]) ** 0.5
+            if not case.norm.rectifies:  # all pass, not half, with slopes up to 1.5
+                terms *= 2
             allowed += 2 * wide * terms
             if case.x.dim() == 2:  # PyTorch rounds the sum of both gradients of y, which is its own pool
                 allowed += torch.finfo(case.x.dtype).eps * terms
