@@ -130,9 +130,8 @@ def _through_mask(
     """The same where the activation's gradient is 0 or 1, and no function of x."""
     x, weight = leaves
     mean, _, scale, bias = (numbers.view(-1, *[1] * (x.dim() - 2)) for numbers in saved.detach().unbind())
-    with torch.no_grad():  # z is positive exactly where y is
-        z = (x.to(saved.dtype) - mean) * scale + bias if y is None else y.to(saved.dtype)
-        passes = z.sign() if ctx.activation == "relu" else z.sign().masked_fill(z.to(x.dtype) >= 6, 0)
+    z = (x.to(saved.dtype) - mean) * scale + bias if y is None else y.to(saved.dtype)  # positive exactly where y is
+    passes = z.sign() if ctx.activation == "relu" else z.sign().masked_fill(z.to(x.dtype) >= 6, 0)
     g = relu_pool_gradient(passes.to(x.dtype), dy, dpooled)
     running = _statistics(ctx, saved, weight)
     normalized = F.batch_norm(x, *running, weight, training=ctx.training, momentum=0.0, eps=_settings(ctx)[0])

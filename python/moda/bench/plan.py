@@ -17,7 +17,7 @@ from moda.bench.host import host_case
 from moda.bench.inputs import CIFAR, IMAGENET, MODELS, Shapes, tap_shapes
 from moda.bench.losses import LossInputs, loss_case
 from moda.bench.methods import method_cases
-from moda.bench.norm import norm_case
+from moda.bench.norm import OTHERS, norm_case
 from moda.bench.pooling import pooling_case
 from moda.bench.training_step import StepInputs, step_case
 
@@ -38,6 +38,8 @@ SUITES = (
 _POOLED_CIFAR = ((64, 32, 32), (128, 16, 16), (256, 8, 8), (512, 4, 4), (512, 2, 2))
 _POOLED_IMAGENET = ((64, 224, 224), (128, 112, 112), (512, 14, 14))
 """Neurons and positions of the taps that ReLU with pooling is measured at: one of each stage of VGG16 and ResNet18."""
+_NARROW = ((32, 56, 56), (144, 28, 28), (576, 7, 7))
+"""Those of networks with other activations: of MobileNetV2, at a batch of 64."""
 
 
 @dataclass(frozen=True)
@@ -153,6 +155,10 @@ class Plan:
             for dtype in self.dtypes:
                 for residual in (False,) if self.quick else (False, True):
                     yield norm_case((128, *shape), self.device, self.budget, dtype=dtype, residual=residual)
+        for shape in () if self.quick else _NARROW:
+            for dtype in self.dtypes:
+                for activation in OTHERS:
+                    yield norm_case((64, *shape), self.device, self.budget, dtype=dtype, activation=activation)
 
     def _firing(self) -> Iterator[Case]:
         for model, size, shapes in self._shapes():

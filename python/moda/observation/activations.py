@@ -84,9 +84,10 @@ _PLAIN_MODULES = {
 def function_of(module: nn.Module) -> str:
     """The function that a call of this module computes, of those that the kernels have; empty for another one."""
     name = _PLAIN_MODULES.get(plain_class(type(module)), "")
-    if name == "gelu" and module.approximate != "none":
+    settings: Any = module
+    if name == "gelu" and settings.approximate != "none":
         return ""
-    if name == "relu6" and (module.min_val, module.max_val) != (0, 6):
+    if name == "relu6" and (settings.min_val, settings.max_val) != (0, 6):
         return ""
     return name
 

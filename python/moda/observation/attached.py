@@ -90,12 +90,33 @@ class Site(Part):
         return run.call_module(self, module, call, args, kwargs)
 
 
+class Norm(Part):
+    """A batch norm that feeds nothing but one activation, directly or through one addition.
+
+    Attributes:
+        dims: axes of that activation in the probes in eval and in train mode; 0 where there was none of that mode
+            or the last one saw something else.
+    """
+
+    def __init__(self, taps: Handle) -> None:
+        super().__init__(taps)
+        self.dims = [0, 0]
+
+    def call(self, module: nn.Module, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Its result may be left to the activation."""
+        run = self.taps._run
+        if run is None or run.inside or torch.compiler.is_compiling():
+            return call(*args, **kwargs)
+        return run.call_norm(self, module, call, args, kwargs)
+
+
 class Caller(Part):
-    """A module that calls activation functions."""
+    """A module that calls activation functions, or the function that is a batch norm."""
 
     def __init__(self, taps: Handle) -> None:
         super().__init__(taps)
         self.functions: dict[str, Site] = {}
+        self.norm: Norm | None = None
 
     def call(self, module: nn.Module, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Its calls of functions are looked at while it runs."""
@@ -121,26 +142,6 @@ class Caller(Part):
                 run.watching = False
         finally:
             run.caller = outer
-
-
-class Norm(Part):
-    """A batch norm that feeds nothing but one activation, directly or through one addition.
-
-    Attributes:
-        dims: axes of that activation in the probes in eval and in train mode; 0 where there was none of that mode
-            or the last one saw something else.
-    """
-
-    def __init__(self, taps: Handle) -> None:
-        super().__init__(taps)
-        self.dims = [0, 0]
-
-    def call(self, module: nn.Module, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Its result may be left to the activation."""
-        run = self.taps._run
-        if run is None or run.inside or torch.compiler.is_compiling():
-            return call(*args, **kwargs)
-        return run.call_norm(self, module, call, args, kwargs)
 
 
 class Whole(Part):

@@ -24,7 +24,7 @@ from moda_kernels.backends import Backend, select
 from moda_kernels.batch_norm import RECTIFIERS, BatchNorm, check_batch_norm
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-"""Classes of modules whose calls may be deferred. Subclasses may do anything; SyncBatchNorm asks other processes."""
+"""Classes of modules whose calls may be deferred. Of others, and of subclasses, it is the function that they call."""
 
 _WAY_OUT = "observe the model with fuse_norms=False"
 _OVERWRITTEN = (
@@ -196,24 +196,39 @@ def _may_be_added_to(value: Any) -> bool:
     return type(value) is Deferred and value.is_open and value._residual is None
 
 
-def defer(module: Any, x: Tensor) -> tuple[Deferred, NormCall] | None:
-    """What takes the place of a batch norm's result, and the call behind it; None where it has to be computed.
+def defer(x: Tensor, norm: BatchNorm) -> tuple[Deferred, NormCall] | None:
+    """What takes the place of a batch norm's result, and the call behind it; None where it has to be computed."""
+    call = NormCall(x, norm) if _may_wait(x, norm) else None
+    return None if call is None else (Deferred(call), call)
 
-    The counter of batches is moved on, as the module does it. Hooks of the module are the caller's to look for.
-    """
-    kind = plain_class(type(module))
-    if kind not in NORMS or kind.forward is not _BatchNorm.forward:
-        return None
+
+def _may_wait(x: Tensor, norm: BatchNorm) -> bool:
     if x.is_inference() or x.is_neg() or not _is_dense(x) or hooks_on_saved_tensors():
+        return False
+    try:
+        check_batch_norm(x, norm)
+    except (TypeError, ValueError):  # PyTorch has an error of its own for it, or takes what the kernels do not
+        return False
+    return _compiled_backend(x, norm) is not None
+
+
+def is_plain_norm(module: nn.Module) -> bool:
+    """Whether this is one of PyTorch's batch norms, and does what PyTorch wrote."""
+    kind = plain_class(type(module))
+    return kind in NORMS and kind.forward is _BatchNorm.forward
+
+
+def defer_module(module: Any, x: Tensor) -> tuple[Deferred, NormCall] | None:
+    """As `defer`, for a call of a plain batch norm whose hooks the caller has looked for.
+
+    The counter of batches is moved on, as the module does it.
+    """
+    if not is_plain_norm(module):
         return None
     training, tracked = module.training, module.track_running_stats
     mean, var = (module.running_mean, module.running_var) if tracked or not training else (None, None)
     norm = BatchNorm(mean, var, module.weight, module.bias, None, training, module.momentum or 0.0, module.eps)
-    try:
-        check_batch_norm(x, norm)
-    except (TypeError, ValueError):  # the module has an error of its own for it, or takes what the kernels do not
-        return None
-    if _compiled_backend(x, norm) is None:
+    if not _may_wait(x, norm):
         return None
     if training and tracked and module.num_batches_tracked is not None:
         module.num_batches_tracked.add_(1)

@@ -30,7 +30,7 @@ from moda.observation.activations import (
     plain_class,
 )
 from moda.observation.attached import Caller, Norm, Part, Root, Site, Whole, part_of
-from moda.observation.deferred import NORMS, hooks_on_saved_tensors
+from moda.observation.deferred import hooks_on_saved_tensors, is_plain_norm
 from moda.observation.handle import Handle
 from moda.observation.labels import SEQUENCES, Node, Ref, fold_of, map_refs
 from moda.observation.layout import Layout
@@ -69,10 +69,10 @@ class _Found:
 
 
 class _NormResult:
-    """The result of a batch norm module, and whether its input has been left alone."""
+    """The result of a batch norm, and whether its input has been left alone."""
 
     def __init__(self, module: nn.Module, x: Tensor) -> None:
-        self.module = module
+        self.module = module  # that is the norm, or calls the function that is
         self._x = weakref.ref(x)
         self._version = x._version
 
@@ -388,14 +388,12 @@ class Probe(Run):
 
     # ---- norms that feed an activation ---
 
-    def _note_norm(self, node: Node, args: tuple[Any, ...]) -> None:
+    def _note_norm(self, node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A batch norm gave the result that `node` stands for."""
-        module = self._stack[-1]
-        known = plain_class(type(module)) in NORMS and args and isinstance(args[0], Tensor)
-        if known and not args[0].is_inference():
-            self._norms[node] = _NormResult(module, args[0])
+        if args and isinstance(args[0], Tensor) and not args[0].is_inference():
+            self._norms[node] = _NormResult(self._stack[-1], args[0])
             self._reads[node] = 0
-            for buffer in (module.running_mean, module.running_var):
+            for buffer in (*args[1:3], kwargs.get("running_mean"), kwargs.get("running_var")):
                 if isinstance(buffer, Tensor):
                     self._statistics[buffer] = node
 
@@ -436,12 +434,19 @@ class Probe(Run):
             if once and all(self._reads[node] == 1 for node in normed.read_once):
                 fusible[normed.module] = normed.dims
         for module in self.paths:
-            part = _own_part(module)
-            if part is None and module in fusible:
-                part = Norm(self.taps)
-                self.taps._attach(module, part)
-            if isinstance(part, Norm):
+            part = self._norm_part(module, module in fusible)
+            if part is not None:
                 part.dims[self.training] = fusible.get(module, 0)
+
+    def _norm_part(self, module: nn.Module, fusible: bool) -> Norm | None:
+        """The part of a module that is a norm or calls one; it is attached if there is none yet and it is fusible."""
+        part = _own_part(module)
+        if part is None and fusible:
+            part = Norm(self.taps) if is_plain_norm(module) else Caller(self.taps)
+            self.taps._attach(module, part)
+        if isinstance(part, Caller) and part.norm is None and fusible:
+            part.norm = Norm(self.taps)
+        return part.norm if isinstance(part, Caller) else part if isinstance(part, Norm) else None
 
     # ---- following ---
 
@@ -468,7 +473,7 @@ class Probe(Run):
             node = Node(function, name, self._refs(args), self._refs(kwargs), tuple(output.shape))
             self._nodes[output] = node
             if name == "batch_norm":
-                self._note_norm(node, args)
+                self._note_norm(node, args, kwargs)
             elif name in _ADDITIONS:
                 self._note_sum(node)
         elif isinstance(output, tuple | list) and not isinstance(output, torch.Size):

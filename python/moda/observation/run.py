@@ -20,12 +20,13 @@ from torch.utils.checkpoint import CheckpointFunction
 
 from moda.observation.activations import FUNCTIONS, ActivationFunction, function_called, function_of
 from moda.observation.attached import Caller, Norm, Site
-from moda.observation.deferred import Deferred, NormCall, defer, plain_values
+from moda.observation.deferred import Deferred, NormCall, defer, defer_module, plain_values
 from moda.observation.handle import Handle
 from moda.observation.plan import Plan, Tap
 from moda.observation.record import Record, version_of
 from moda_kernels import relu_pool
 from moda_kernels.backends import select
+from moda_kernels.batch_norm import BatchNorm
 from moda_kernels.marks import mark_pooled
 from moda_kernels.pooling import compiled_relu_pool
 
@@ -145,7 +146,7 @@ class Run:
         inplace = bool(getattr(module, "inplace", False))
         hooked = not self.untouched or has_hooks(module) or any_global_hooks()
         if self.norms and args and type(args[0]) is Deferred:
-            y = None if tap is None or hooked else self._normed(tap, function_of(module), args[0], inplace)
+            y = None if tap is None or hooked else self._after_norm(tap, function_of(module), args[0], inplace)
             if y is not None:
                 return y
             args = plain_values(args)
@@ -174,7 +175,7 @@ class Run:
             if y is not None:
                 return y
         if self.norms and args and type(args[0]) is Deferred:
-            y = self._normed(tap, function_called(known.name, kwargs), args[0], inplace)
+            y = self._after_norm(tap, function_called(known.name, kwargs), args[0], inplace)
             if y is not None:
                 return y
             args = plain_values(args)
@@ -210,18 +211,29 @@ class Run:
     def call_norm(self, site: Norm, module: nn.Module, call: Call, args: tuple[Any, ...], kwargs: Any) -> Any:
         """A batch norm is called that feeds nothing but an activation, as far as the probe saw."""
         x = args[0] if len(args) == 1 and not kwargs else None
+        fusible = self._norm_is_fusible(site, x, module.training) and not (has_hooks(module) or any_global_hooks())
+        deferred = defer_module(module, x) if fusible and x is not None else None
+        return call(*args, **kwargs) if deferred is None else self._left(*deferred)
+
+    def call_batch_norm(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The same for a call of `torch.nn.functional.batch_norm` by the module that is `self.caller`."""
+        site = None if self.caller is None else self.caller.norm
+        if site is None or self.inside or not args or torch.compiler.is_dynamo_compiling():
+            return call(*args, **kwargs)
+        given = dict(zip(_BATCH_NORM, args[1:], strict=False)) | kwargs
+        norm = BatchNorm(**{**_BATCH_NORM, **given}, residual=None) if given.keys() <= _BATCH_NORM.keys() else None
+        fusible = norm is not None and self._norm_is_fusible(site, args[0], norm.training)
+        deferred = defer(args[0], norm) if fusible and norm is not None else None
+        return call(*args, **kwargs) if deferred is None else self._left(*deferred)
+
+    def _norm_is_fusible(self, site: Norm, x: Any, training: bool) -> bool:
         if type(x) is not Tensor or x.dim() != site.dims[self.training]:
-            return call(*args, **kwargs)
-        if x.numel() * x.element_size() < self.norms_from or not (module.training or self.function is not None):
-            return call(*args, **kwargs)
-        if not (torch.is_grad_enabled() and self.untouched) or has_hooks(module) or any_global_hooks():
-            return call(*args, **kwargs)
-        if watched_by_others():
-            return call(*args, **kwargs)
-        deferred = defer(module, x)
-        if deferred is None:
-            return call(*args, **kwargs)
-        value, of_norm = deferred
+            return False
+        if x.numel() * x.element_size() < self.norms_from or not (training or self.function is not None):
+            return False
+        return torch.is_grad_enabled() and self.untouched and not watched_by_others()
+
+    def _left(self, value: Deferred, of_norm: NormCall) -> Deferred:
         self.norms.append(of_norm)
         return value
 
@@ -378,7 +390,7 @@ class Run:
         if not torch.compiler.is_compiling():
             record.versions[tap.index] = pooled._version
 
-    def _normed(self, tap: Tap, function: str, value: Deferred, inplace: bool) -> Tensor | None:
+    def _after_norm(self, tap: Tap, function: str, value: Deferred, inplace: bool) -> Tensor | None:
         """An activation of a deferred batch norm, in one operation with it; None where that cannot be."""
         if not function or value.dim() != tap.layout.dims or watched_by_others():
             return None
@@ -454,6 +466,8 @@ class FunctionMode(QuietMode):
         known = FUNCTIONS.get(func)
         run = self.taps._run
         if known is None or run is None or run.caller is None:
+            if func is F.batch_norm and run is not None:
+                return run.call_batch_norm(func, args, kwargs or {})
             return func(*args, **kwargs) if kwargs else func(*args)
         if torch.compiler.is_dynamo_compiling():
             return run.call_function(func, known, args, kwargs or {})
@@ -468,6 +482,13 @@ class FunctionMode(QuietMode):
             tap = site.simple[run.training] or run.next(site)
             return value if tap is None else run.noted(tap, value)
         return run.call_function(func, known, args, kwargs or {})
+
+
+_BATCH_NORM: dict[str, Any] = {
+    "running_mean": None, "running_var": None, "weight": None, "bias": None, "training": False, "momentum": 0.1,
+    "eps": 1e-5,
+}  # fmt: skip
+"""Arguments of `torch.nn.functional.batch_norm` behind its input, and their defaults."""
 
 
 def has_hooks(module: nn.Module) -> bool:

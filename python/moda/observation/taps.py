@@ -488,13 +488,18 @@ def _attach_copy(taps: Taps, module: nn.Module, part: Part | None, sites: dict[i
     elif isinstance(part, Caller):
         caller = Caller(taps)
         caller.functions = {name: _site_copy(taps, site, sites) for name, site in part.functions.items()}
+        caller.norm = None if part.norm is None else _norm_copy(taps, part.norm)
         taps._attach(module, caller)
     elif isinstance(part, Whole):
         taps._attach(module, Whole(taps))
     elif isinstance(part, Norm):
-        norm = Norm(taps)
-        norm.dims = list(part.dims)
-        taps._attach(module, norm)
+        taps._attach(module, _norm_copy(taps, part))
+
+
+def _norm_copy(taps: Taps, norm: Norm) -> Norm:
+    made = Norm(taps)
+    made.dims = list(norm.dims)
+    return made
 
 
 def _site_copy(taps: Taps, site: Site, sites: dict[int, Site]) -> Site:

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import moda
 from moda.observation import taps as taps_module
-from moda.observation.deferred import Deferred, defer
+from moda.observation.deferred import Deferred, defer_module
 from moda_kernels import ModularLoss, backends, native
 from moda_kernels.batch_norm import BatchNorm
 
@@ -132,6 +132,79 @@ def test_fused_and_the_same_to_rounding(between: str, fused: list[bool]):
     compare(model, plain, images())
     assert len(fused) == 2
     assert type(model.norm) is nn.BatchNorm2d
+
+
+class NormAndActivation(nn.BatchNorm2d):
+    """A norm with its activation inside, as timm has them, calls the function."""
+
+    def __init__(self, activation: nn.Module, **settings: object) -> None:
+        super().__init__(6, **settings)  # type: ignore[arg-type]
+        self.drop, self.activation = nn.Identity(), activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training and self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+        numbers = (self.running_mean, self.running_var, self.weight, self.bias)
+        x = F.batch_norm(x, *numbers, training=self.training or self.running_mean is None, eps=self.eps, momentum=0.2)
+        return self.activation(self.drop(x))
+
+
+class NormOfFunctions(NormAndActivation):
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, self.training, 0.1, self.eps)
+        return F.relu6(x)
+
+
+CALLING = {
+    "SiLU": lambda: NormAndActivation(nn.SiLU(inplace=True)),
+    "ReLU": lambda: NormAndActivation(nn.ReLU()),
+    "no running statistics": lambda: NormAndActivation(nn.GELU(), track_running_stats=False),
+    "functions": lambda: NormOfFunctions(nn.Identity()),
+}
+
+
+@pytest.mark.parametrize("norm", CALLING)
+def test_norms_that_are_called_as_functions(norm: str, fused: list[bool]):
+    plain, model = twins(lambda net, z, x: z, norm=CALLING[norm]())
+    kind = type(model.norm)
+    taps = moda.accelerate(model, example=images(2))
+    for _ in range(2):
+        compare(model, plain, images())
+    assert len(fused) == 2
+    compare(copy.deepcopy(model), copy.deepcopy(plain), images())
+    assert len(fused) == 3
+    taps.remove()
+    assert type(model.norm) is kind
+    plain.load_state_dict(model.state_dict())
+    compare(model, plain, images(), exactly=True)
+    assert len(fused) == 3
+
+
+def test_norms_called_as_functions_that_do_something_else_later_are_plain(fused: list[bool]):
+    for change in (
+        lambda net: setattr(net.norm, "activation", nn.ELU()),
+        lambda net: setattr(net.norm, "drop", nn.Dropout(0.0)),
+        lambda net: setattr(net.norm, "drop", nn.Sigmoid()),
+        lambda net: net.norm.activation.register_forward_hook(lambda *_: None),
+        lambda net: net.eval(),
+    ):
+        plain, model = twins(lambda net, z, x: z, norm=NormAndActivation(nn.SiLU()))
+        moda.accelerate(model, example=images(2))
+        for net in (plain, model):
+            change(net)
+        compare(model, plain, images(), exactly=True)
+    assert not fused
+
+
+def test_a_module_that_calls_several_norms_as_functions_is_left_alone(fused: list[bool]):
+    def between(net: Net, z: Tensor, x: Tensor) -> Tensor:
+        first = F.relu(F.batch_norm(x, None, None, training=True))
+        return first + F.relu(F.batch_norm(x + 1, None, None, training=True))
+
+    plain, model = twins(between)
+    moda.accelerate(model, example=images(2))
+    compare(model, plain, images(), exactly=True)
+    assert not fused
 
 
 @pytest.mark.parametrize("between", ["module", "function in place", "sum in place", "ReLU6", "SiLU", "gelu"])
@@ -518,7 +591,7 @@ def deferred() -> tuple[Deferred, Tensor, nn.BatchNorm2d, nn.BatchNorm2d]:
     """A norm's deferred result and the plain one of its twin; the norms."""
     norm = nn.BatchNorm2d(3).train()
     plain = copy.deepcopy(norm)
-    made = defer(norm, images())
+    made = defer_module(norm, images())
     assert made is not None
     return made[0], plain(images()), norm, plain
 
@@ -604,7 +677,7 @@ def test_what_it_is_computed_from_must_not_change():
 
 
 def test_accelerated_models_can_be_counted_copied_and_saved(fused: list[bool]):
-    _, model = twins(FUSED["module"][0])
+    plain, model = twins(FUSED["module"][0])
     taps = moda.accelerate(model)
     model(images())
     rates = moda.count_firings(model, [(images(), torch.tensor([0, 1, 0, 1, 0]))], num_classes=2)
@@ -622,7 +695,7 @@ def test_accelerated_models_can_be_counted_copied_and_saved(fused: list[bool]):
     file.seek(0)
     assert type(torch.load(file, weights_only=False)) is nn.BatchNorm2d
     taps.remove()
-    assert {type(module) for module in model.modules()} == {Net, nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.Linear}
+    assert [type(module) for module in model.modules()] == [type(module) for module in plain.modules()]
 
 
 def test_only_large_activations_are_fused(monkeypatch: pytest.MonkeyPatch, fused: list[bool]):

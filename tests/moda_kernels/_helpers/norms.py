@@ -212,8 +212,6 @@ def assert_three_way(case: Case, run: object, *, ulps: float = 8) -> Outcome:
             allowed += own * expected.abs().max()  # g is rounded before it is multiplied: by a residual, by an own pool
         if name in ("weight", "bias"):  # sums of terms of either sign that are far larger than their sum
             terms = (case.x.numel() / case.x.shape[1]) ** 0.5
-            if not case.norm.rectifies:  # all pass, not half, with slopes up to 1.5
-                terms *= 2
             allowed += 2 * wide * terms
             if case.x.dim() == 2:  # PyTorch rounds the sum of both gradients of y, which is its own pool
                 allowed += torch.finfo(case.x.dtype).eps * terms
