@@ -15,8 +15,7 @@ MODA_INLINE Vector<Acc> all_lanes_of(Acc value) { return Vector<Acc>{} + value; 
 // `value` where the mask is set, else `otherwise`.
 template <class Acc>
 MODA_INLINE Vector<Acc> choose(Vector<Bits<Acc>> mask, Vector<Acc> value, Vector<Acc> otherwise) {
-  const auto bits = bit_cast<Vector<Bits<Acc>>>(value), others = bit_cast<Vector<Bits<Acc>>>(otherwise);
-  return bit_cast<Vector<Acc>>((mask & bits) | (~mask & others));
+  return mask ? value : otherwise;
 }
 
 // Comparisons with NaN are false, so that NaN stays.

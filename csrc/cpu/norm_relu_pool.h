@@ -361,11 +361,19 @@ MODA_INLINE typename As::Value gradient_at(Other f, const GradientTensors<T>& te
   return as.of_lanes(gradient_of<T>(f.kind, as.in_lanes(z), as.in_lanes(as.load(tensors.dy + at)), as.in_lanes(share)));
 }
 
+// Whether the second reading finds g in dx, where the first one left it: f'(z) costs more than the traffic. Half precision would round it.
+template <bool kResidual, class T, class F>
+constexpr bool kLeavesGradient = !kResidual && std::is_same<F, Other>::value && std::is_same<T, AccOf<T>>::value;
+
 // Writes what the first reading knows already: the residual's gradient, and with running statistics the gradient of x.
-template <bool kResidual, bool kFrozen, class T, class As, class Each>
+template <bool kResidual, bool kFrozen, class F, class T, class As, class Each>
 MODA_INLINE void write_gradient(const GradientTensors<T>& tensors, int64_t at, As as, typename As::Value g, Each scale) {
   if constexpr (kResidual) as.save(tensors.dresidual + at, g);
-  if constexpr (kFrozen) as.save(tensors.dx + at, typename As::Value(g * scale));
+  if constexpr (kFrozen) {
+    as.save(tensors.dx + at, typename As::Value(g * scale));
+  } else if constexpr (kLeavesGradient<kResidual, T, F>) {
+    as.save(tensors.dx + at, g);
+  }
 }
 
 // share[e] = what the pooled activation's gradient gives to element e of a segment of sample n.
@@ -412,7 +420,7 @@ MODA_INLINE void gradient_sums(const NormBackward& norm, const Part& part, F act
         const auto centred = as.load(tensors.x + offset + i) - as.load(mean + i);
         const auto scaled = as.load(scale + i);
         const auto g = gradient_at<kResidual>(activation, tensors, offset + i, as, centred, scaled, as.load(bias + i), as.load(share + i));
-        write_gradient<kResidual, kFrozen>(tensors, offset + i, as, g, scaled);
+        write_gradient<kResidual, kFrozen, F>(tensors, offset + i, as, g, scaled);
         as.save(sum + i, as.load(sum + i) + g);
         as.save(product + i, as.load(product + i) + g * centred);
       });
@@ -430,7 +438,7 @@ MODA_INLINE void gradient_sums(const NormBackward& norm, const Part& part, F act
         const Vectors<Acc> as;
         const Vector<Acc> centred = Element<T>::load(tensors.x + offset + i) - mean;
         const Vector<Acc> g = gradient_at<kResidual>(activation, tensors, offset + i, as, centred, scale, bias, share);
-        write_gradient<kResidual, kFrozen>(tensors, offset + i, as, g, scale);
+        write_gradient<kResidual, kFrozen, F>(tensors, offset + i, as, g, scale);
         sum += keep(g);
         product += keep(g * centred);
       });
@@ -472,10 +480,13 @@ MODA_INLINE void differentiate_task(const NormBackward& norm, const Part& part, 
     Value g;
     if constexpr (kResidual) {
       g = as.load(tensors.dresidual + at);
+    } else if constexpr (kLeavesGradient<kResidual, T, F>) {
+      g = as.load(tensors.dx + at);
     } else {
       g = gradient_at<kResidual>(activation, tensors, at, as, centred, scale, bias, share);
     }
-    as.template put<kPastCaches>(tensors.dx + at, Value(g * scale - (centred * slope + level)));
+    // Lines that the first reading wrote are in a cache.
+    as.template put<kPastCaches && !kLeavesGradient<kResidual, T, F>>(tensors.dx + at, Value(g * scale - (centred * slope + level)));
   };
   if (has_columns(layer) || S < kFlatBelow) {
     Acc mean[kSegment], scale[kSegment], bias[kSegment], slope[kSegment], level[kSegment], share[kSegment] = {};
@@ -500,12 +511,16 @@ MODA_INLINE void differentiate_task(const NormBackward& norm, const Part& part, 
       for (int64_t c = part.neurons.begin; c < part.neurons.end; ++c) {
         const int64_t offset = (n * C + c) * S;
         const Acc mean = saved.mean[c], scale = saved.scale[c], bias = saved.bias[c], share = share_of<Acc>(layer, n * C + c);
-        const auto vector_at = [&](int64_t i) {
-          differentiate(offset + i, Vectors<Acc>{}, mean, scale, bias, share, slopes[c], levels[c]);
+        const auto value_at = [&](int64_t i, auto as) {
+          differentiate(offset + i, as, mean, scale, bias, share, slopes[c], levels[c]);
         };
-        int64_t i = 0;
-        for (; i + kLanes<Acc> <= S; i += kLanes<Acc>) vector_at(i);
-        if (i < S) vector_at(S - kLanes<Acc>);
+        if constexpr (kLeavesGradient<kResidual, T, F>) {  // no element may be read again that has been written
+          over_elements<Acc>(S, value_at);
+        } else {
+          int64_t i = 0;
+          for (; i + kLanes<Acc> <= S; i += kLanes<Acc>) value_at(i, Vectors<Acc>{});
+          if (i < S) value_at(S - kLanes<Acc>, Vectors<Acc>{});
+        }
       }
     }
   }

@@ -36,6 +36,7 @@ KINDS = """
 import torch
 import triton
 import triton.language as tl
+from triton import knobs
 from triton.compiler import CompiledKernel
 from moda.bench.stubbed import stubbed_driver
 from moda_kernels.triton_kernels.launching import launch
@@ -54,7 +55,15 @@ def check(grid, given, **options):
     theirs = kernel[grid](*given, **options)
     del used[:]
     launch(kernel, grid, *given, **options)
-    assert used == [theirs], (used, theirs)
+    assert not used  # nobody is told
+    told, hook = [], lambda metadata: told.append(metadata)
+    for chain in (knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook):
+        del used[:], told[:]
+        chain.add(hook)
+        launch(kernel, grid, *given, **options)
+        chain.remove(hook)
+        assert used == [theirs], (used, theirs)
+        assert len(told) == 1
     return theirs
 
 with stubbed_driver() as launches:
@@ -67,7 +76,7 @@ with stubbed_driver() as launches:
         check((1,), arguments(), num_warps=8),
     ]
     assert len({id(compiled) for compiled in [first, *others]}) == 5
-    assert launches.value == 18
+    assert launches.value == 30
 
 @triton.jit
 def specialised(x, count: tl.int32):
