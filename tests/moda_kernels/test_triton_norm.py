@@ -192,10 +192,10 @@ def test_large_numbers_and_bounds(activation, device):
     expected = getattr(F, activation)(exact)
     means = expected.abs().mean(2)
     near = 1e-7 if activation == "gelu" else 1e-30  # 1 + erf(z / sqrt 2) loses digits, as in PyTorch
-    torch.testing.assert_close(y, expected.float(), rtol=1e-6, atol=near)
+    torch.testing.assert_close(y, expected.float(), rtol=1e-5, atol=near)
     torch.testing.assert_close(pooled, means.float(), rtol=1e-6, atol=0)
     (upstream,) = torch.autograd.grad([expected, means], exact, [torch.full_like(exact, 2), torch.full_like(means, 16)])
-    torch.testing.assert_close(dx, upstream.float(), rtol=1e-6, atol=max(near, 1e-18))
+    torch.testing.assert_close(dx, upstream.float(), rtol=1e-5, atol=max(near, 1e-18))
 
 
 @pytest.mark.parametrize("device", DEVICES)
