@@ -161,6 +161,7 @@ def _relu_pool_cases() -> Iterator[Case]:
             neurons = layouts.LINE_BYTES * 8 // element.primitive_bitwidth
             ahead = forward.relu_pool_columns_kernel
             plain = _columns_tile(neurons, forward.MOST_POSITIONS) | {"VEC": vec, "NORM": False, "RESIDUAL": False}
+            plain |= {"ACTIVATION": "relu"}
             yield _relu_pool(f"relu_pool/{name}", ahead, f"*{dtype}", plain, wide)
             lines = {"LINES": backward.COLUMNS_TILE // neurons, "NEURONS": neurons, "VEC": vec, "LARGE": False}
             both = lines | {"HAS_DY": True, "HAS_DPOOLED": True}
@@ -195,24 +196,30 @@ def _norm_cases() -> Iterator[Case]:
         yield _case(f"join_kernel/{name}", norm_apply.join_kernel, joins, given, **narrow)
     for dtype in ("fp32", "bf16"):
         for wide in (True, False):
-            yield from _norm_passes(dtype, wide)
+            yield from _norm_passes(dtype, wide, "relu")
+        for activation in ("relu6", "silu"):
+            yield from _norm_passes(dtype, True, activation)
 
 
-def _norm_passes(dtype: str, wide: bool) -> Iterator[Case]:
-    """The four passes over an activation in rows and in columns; with a residual where accesses are wide."""
+def _norm_passes(dtype: str, wide: bool, activation: str) -> Iterator[Case]:
+    """The four passes over an activation in rows and in columns; behind ReLU with a residual where accesses are wide.
+    Statistics know no activation, and are left out behind any other than ReLU.
+    """
     from moda_kernels.triton_kernels import layouts, norm_apply, norm_sums, relu_pool_forward
 
-    itemsize = DTYPES[dtype].primitive_bitwidth // 8
-    activations = dict.fromkeys(("x", "y", "dy", "dx", "residual", "dresidual"), f"*{dtype}")
+    itemsize, relu = DTYPES[dtype].primitive_bitwidth // 8, activation == "relu"
+    activations = dict.fromkeys(("x", "y", "kept", "dy", "dx", "residual", "dresidual"), f"*{dtype}")
     floats = dict.fromkeys(("saved", "numbers", "sums", "pooled", "parts", "dpooled", "means"), "*fp32")
 
     def case(shape: str, kernel: Any, constants: dict[str, Any], residual: bool, writes: bool = True) -> Case:
         names = {parameter.name for parameter in kernel.params}
         vec = min(16 // itemsize, constants.get("WIDTH", 16)) if wide else 1
         given = constants | {"VEC": vec, "ALIGN": vec * itemsize, "LARGE": False, "RESIDUAL": residual}
+        given |= {"ACTIVATION": activation}
         full = vec * itemsize == 16  # a row of four half-precision values has eight bytes
+        variant = ("/residual" if residual else "") + ("" if relu else f"/{activation}")
         return _case(
-            f"{kernel.__name__}/{shape}/{dtype}/{'wide' if wide else 'narrow'}{'/residual' if residual else ''}",
+            f"{kernel.__name__}/{shape}/{dtype}/{'wide' if wide else 'narrow'}{variant}",
             kernel,
             {name: kind for name, kind in (activations | floats).items() if name in names},
             {name: value for name, value in given.items() if name in names},
@@ -221,7 +228,7 @@ def _norm_passes(dtype: str, wide: bool) -> Iterator[Case]:
             frame=8,
         )
 
-    for residual in (False, True) if wide else (False,):
+    for residual in (False, True) if wide and relu else (False,):
         both = {"HAS_DY": True, "HAS_DPOOLED": True}
         back = {"HAS_DY": True, "HAS_DPOOLED": not residual, "MASKED": residual, "TRAINING": True}
         for width in (4, 256)[residual:] if wide else (64,):
@@ -230,7 +237,7 @@ def _norm_passes(dtype: str, wide: bool) -> Iterator[Case]:
             def tile(elements: int, together: int = together, width: int = width) -> dict[str, int]:
                 return {"SAMPLES": max(1, elements // (together * width)), "NEURONS": together, "WIDTH": width}
 
-            if not residual:
+            if not residual and relu:
                 statistics = tile(norm_sums.STATISTICS_TILES.rows)
                 yield case(f"rows{width}", norm_sums.statistics_rows_kernel, statistics, residual, False)
             sums = tile(norm_sums.GRADIENT_TILES.rows) | both
@@ -241,7 +248,7 @@ def _norm_passes(dtype: str, wide: bool) -> Iterator[Case]:
             yield case(f"rows{width}", norm_apply.gradient_rows_kernel, gradient, residual)
         neurons = layouts.LINE_BYTES // itemsize
         line = {"NEURONS": neurons}
-        if not residual:
+        if not residual and relu:
             rows = {"ROWS": norm_sums.STATISTICS_TILES.columns_bytes // layouts.LINE_BYTES}
             yield case("columns", norm_sums.statistics_columns_kernel, line | rows, residual, False)
         rows = {"ROWS": norm_sums.GRADIENT_TILES.columns_bytes // layouts.LINE_BYTES}

@@ -1,14 +1,15 @@
-"""Batch norm, a residual added to it, ReLU and pooling as one operation, and its gradient, in three launches each.
+"""Batch norm, an added residual, an activation and pooling as one operation, and its gradient, in three launches each.
 
     z = (x - mean) * scale + bias [+ residual]          scale = weight / sqrt(var + eps)
-    y = relu(z)          pooled[n, c] = mean over positions of y[n, c, :]
+    y = f(z)             pooled[n, c] = mean over positions of |y[n, c, :]|
 
-    g  = z > 0 ? dy + dpooled[n, c] / S : 0             the gradient of z, and of the residual
+    g  = f'(z) * (dy + sign(y) * dpooled[n, c] / S)     the gradient of z, and of the residual
     dx = scale * (g - mean of g - (x - mean) / (var + eps) * mean of g * (x - mean))
 
 Forward sums x and its square over parts of the batch (norm_sums.py), joins the parts and normalises (norm_apply.py);
-backward sums g and g * (x - mean), joins them and writes dx. Kept for backward are x and four numbers per neuron: the
-sign of z is computed again from the same numbers in the same order. With a residual, y has it.
+backward sums g and g * (x - mean), joins them and writes dx. Kept for backward are x and four numbers per neuron: z is
+computed again from the same numbers in the same order. With a residual, what is kept beside them is y for ReLU and
+ReLU6, whose gradient it tells, and the residual for other activations (activation.py).
 Shapes and layouts as in layouts.py; x, residual, y and their gradients in float16, bfloat16 or float32, all else in
 float32.
 Precision: a part's sums are of x less a shift near its mean, and are joined in float64, so that a mean far from 0 costs
@@ -59,22 +60,32 @@ def norm_relu_pool_forward(x: Tensor, norm: BatchNorm) -> Forward:
     with on_device_of(x):
         sums = norm_sums.launch_statistics(x, layout) if norm.training else None
         saved = norm_apply.launch_numbers(x, layout, sums, norm)
-        pooled = norm_apply.launch_apply(x, residual, y, saved, layout)
+        pooled = norm_apply.launch_apply(x, residual, y, saved, layout, norm.activation)
     return Forward(y, None if x.dim() == 2 else pooled, saved)
 
 
 def norm_relu_pool_backward(
-    x: Tensor, y: Tensor | None, saved: Tensor, dy: Tensor | None, dpooled: Tensor | None, training: bool
+    x: Tensor,
+    kept: Tensor | None,
+    saved: Tensor,
+    dy: Tensor | None,
+    dpooled: Tensor | None,
+    training: bool,
+    activation: str,
 ) -> Backward:
-    """The gradients; `y` is there if there was a residual. An upstream gradient that is None is zero."""
+    """The gradients. An upstream gradient that is None is zero.
+
+    `kept` is there if there was a residual: y where the activation rectifies, and else the residual.
+    """
     x, layout = _arranged(x)
+    kept = None if kept is None else like_layout(kept, x)
     dy = None if dy is None else like_layout(resolved(dy), x)
     rows = None if dpooled is None else resolved(dpooled).contiguous()
-    dresidual = None if y is None else torch.empty_like(x)
+    dresidual = None if kept is None else torch.empty_like(x)
     with on_device_of(x):
-        sums = norm_sums.launch_gradient_sums(x, y, saved, dy, rows, dresidual, layout)
+        sums = norm_sums.launch_gradient_sums(x, kept, saved, dy, rows, dresidual, layout, activation)
         parameters, means = norm_apply.launch_join(x, layout, sums, saved, training)
-        dx = norm_apply.launch_gradient(x, saved, dy, rows, dresidual, means, layout, training)
+        dx = norm_apply.launch_gradient(x, saved, dy, rows, dresidual, means, layout, training, activation)
     return Backward(dx, dresidual, parameters)
 
 

@@ -2,7 +2,7 @@
 
     numbers      mean, 1 / sqrt(var + eps), scale, bias: from the batch's sums, or from running statistics; running
                  statistics move towards the batch's
-    apply        y = relu((x - mean) * scale + bias [+ residual]) and its pooled activation
+    apply        y = activation((x - mean) * scale + bias [+ residual]) and its pooled activation
     join         gradients of weight and bias, and the two means that dx takes: from the sums of g and g * (x - mean)
     gradient     dx = scale * (g - mean of g - (x - mean) * 1 / (var + eps) * mean of g * (x - mean))
 
@@ -18,9 +18,10 @@ from torch import Tensor
 
 from moda_kernels.batch_norm import BatchNorm
 from moda_kernels.triton_kernels import layouts
+from moda_kernels.triton_kernels.activation import activated, gradient_of, magnitude
 from moda_kernels.triton_kernels.launching import launch
 from moda_kernels.triton_kernels.layouts import Layout, mean_of, sample_of, unit_of
-from moda_kernels.triton_kernels.norm_sums import Sums, masked_gradient
+from moda_kernels.triton_kernels.norm_sums import Sums
 from moda_kernels.triton_kernels.relu_pool_forward import COLUMNS_TILE, launch_columns, normalising, vector_width
 
 JOINED_NEURONS = 8  # a program's; few, so that many programs share the work of joining
@@ -112,15 +113,11 @@ def join_kernel(
         tl.store(means + neurons + neuron, (product / values * inverse * inverse).to(tl.float32), mask=there)
 
 
-@triton.jit
-def _rectified(value):
-    return tl.where(value <= 0, 0.0, value)  # a comparison with NaN is false
-
-
 @triton.jit(do_not_specialize=["rows", "neurons", "positions"])
 def apply_rows_kernel(
     x, residual, y, pooled, saved, rows: tl.int64, neurons: tl.int64, positions: tl.int64,
     ROWS: tl.constexpr, WIDTH: tl.constexpr, VEC: tl.constexpr, ALIGN: tl.constexpr, RESIDUAL: tl.constexpr,
+    ACTIVATION: tl.constexpr,
 ):  # fmt: skip
     """2048 elements: ROWS rows of one (sample, neuron) each, walked to their end."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -139,10 +136,10 @@ def apply_rows_kernel(
         if RESIDUAL:
             sources = tl.max_contiguous(tl.multiple_of(residual + offsets, [1, ALIGN]), [1, VEC])
             value += tl.load(sources, mask=inside, other=0.0).to(tl.float32)
-        value = tl.where(inside, _rectified(value), 0.0)
+        value = tl.where(inside, activated(value, ACTIVATION), 0.0)
         targets = tl.max_contiguous(tl.multiple_of(y + offsets, [1, ALIGN]), [1, VEC])
         tl.store(targets, value.to(y.dtype.element_ty), mask=inside)
-        total += value * unit
+        total += magnitude(value, ACTIVATION) * unit
     tl.store(pooled + row, mean_of(tl.sum(total, 1), positions, unit), mask=there)
 
 
@@ -151,6 +148,7 @@ def gradient_rows_kernel(
     x, dy, dpooled, saved, means, dx, rows: tl.int64, neurons: tl.int64, positions: tl.int64,
     ROWS: tl.constexpr, WIDTH: tl.constexpr, VEC: tl.constexpr, ALIGN: tl.constexpr,
     HAS_DY: tl.constexpr, HAS_DPOOLED: tl.constexpr, MASKED: tl.constexpr, TRAINING: tl.constexpr,
+    ACTIVATION: tl.constexpr,
 ):  # fmt: skip
     """2048 elements: ROWS rows of one (sample, neuron) each, walked to their end. MASKED: dy is g already."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -171,11 +169,17 @@ def gradient_rows_kernel(
         pointers = tl.max_contiguous(tl.multiple_of(x + offsets, [1, ALIGN]), [1, VEC])
         centred = tl.load(pointers, mask=inside, other=0.0).to(tl.float32) - mean
         gradient = tl.broadcast_to(share[:, None], [ROWS, WIDTH])
+        arriving = gradient
         if HAS_DY:
             sources = tl.max_contiguous(tl.multiple_of(dy + offsets, [1, ALIGN]), [1, VEC])
-            gradient += tl.load(sources, mask=inside, other=0.0).to(tl.float32)
-        if not MASKED:
-            gradient = masked_gradient((centred * scale + bias).to(x.dtype.element_ty).to(tl.float32), gradient)
+            arriving = tl.load(sources, mask=inside, other=0.0).to(tl.float32)
+        if MASKED:
+            gradient += arriving
+        else:
+            gradient = gradient_of(
+                centred, scale, bias, centred, gradient, arriving,
+                x.dtype.element_ty, False, HAS_DY, HAS_DPOOLED, ACTIVATION,
+            )  # fmt: skip
         if TRAINING:
             gradient = gradient - level - centred * slope
         targets = tl.max_contiguous(tl.multiple_of(dx + offsets, [1, ALIGN]), [1, VEC])
@@ -187,6 +191,7 @@ def gradient_columns_kernel(
     x, dy, dpooled, saved, means, dx, lines: tl.int64, neurons: tl.int64, positions: tl.int64, per_program: tl.int64,
     ROWS: tl.constexpr, NEURONS: tl.constexpr, VEC: tl.constexpr, ALIGN: tl.constexpr, LARGE: tl.constexpr,
     HAS_DY: tl.constexpr, HAS_DPOOLED: tl.constexpr, MASKED: tl.constexpr, TRAINING: tl.constexpr,
+    ACTIVATION: tl.constexpr,
 ):  # fmt: skip
     """NEURONS neurons over `per_program` rows of the matrix (N * S, C). MASKED: dy is g already."""
     neuron = tl.program_id(0).to(tl.int64) * NEURONS + tl.arange(0, NEURONS)
@@ -210,11 +215,17 @@ def gradient_columns_kernel(
             gradient = (
                 tl.load(dpooled + sample[:, None] * neurons + neuron[None, :], mask=inside, other=0.0) / positions
             )
+        arriving = gradient
         if HAS_DY:
             sources = tl.max_contiguous(tl.multiple_of(dy + offsets, [1, ALIGN]), [1, VEC])
-            gradient += tl.load(sources, mask=inside, other=0.0).to(tl.float32)
-        if not MASKED:
-            gradient = masked_gradient((centred * scale + bias).to(x.dtype.element_ty).to(tl.float32), gradient)
+            arriving = tl.load(sources, mask=inside, other=0.0).to(tl.float32)
+        if MASKED:
+            gradient += arriving
+        else:
+            gradient = gradient_of(
+                centred, scale, bias, centred, gradient, arriving,
+                x.dtype.element_ty, False, HAS_DY, HAS_DPOOLED, ACTIVATION,
+            )  # fmt: skip
         if TRAINING:
             gradient = gradient - level - centred * slope
         targets = tl.max_contiguous(tl.multiple_of(dx + offsets, [1, ALIGN]), [1, VEC])
@@ -249,17 +260,20 @@ def _dense(numbers: Tensor | None, otherwise: Tensor) -> Tensor:
     return otherwise if numbers is None else numbers.contiguous()
 
 
-def launch_apply(x: Tensor, residual: Tensor | None, y: Tensor, saved: Tensor, layout: Layout) -> Tensor:
+def launch_apply(
+    x: Tensor, residual: Tensor | None, y: Tensor, saved: Tensor, layout: Layout, activation: str
+) -> Tensor:
     """Write y; return pooled (N, C) float32. Every tensor of x's shape lies as x does."""
     if layout.mode == layouts.COLUMNS:
-        return launch_columns(x, residual, y, saved, layout)
+        return launch_columns(x, residual, y, saved, layout, activation)
     pooled = torch.empty(x.shape[:2], dtype=torch.float32, device=x.device)
     width = layouts.ROW_WIDTHS[layout.mode - layouts.ROWS]
     vec = min(vector_width(layout, *(tensor for tensor in (x, residual, y) if tensor is not None)), width)
     launch(
         apply_rows_kernel, (layout.programs,),
         x, x if residual is None else residual, y, pooled, saved, layout.rows, layout.neurons, layout.positions,
-        layouts.TILE // width, width, vec, vec * x.element_size(), residual is not None, num_warps=layouts.WARPS,
+        layouts.TILE // width, width, vec, vec * x.element_size(), residual is not None, activation,
+        num_warps=layouts.WARPS,
     )  # fmt: skip
     return pooled
 
@@ -277,15 +291,15 @@ def launch_join(x: Tensor, layout: Layout, sums: Sums, saved: Tensor, training: 
 
 def launch_gradient(
     x: Tensor, saved: Tensor, dy: Tensor | None, dpooled: Tensor | None, masked: Tensor | None, means: Tensor,
-    layout: Layout, training: bool,
+    layout: Layout, training: bool, activation: str,
 ) -> Tensor:  # fmt: skip
     """dx, which lies as x does; `masked`, if given, is g, and stands in for dy and dpooled."""
     dx = torch.empty_like(x)
     if masked is not None:
-        dy, dpooled = masked, None
+        dy, dpooled, activation = masked, None, "relu"  # g is that of every activation
     vec = vector_width(layout, *(tensor for tensor in (x, dy, dx) if tensor is not None))
     tensors = (x, x if dy is None else dy, saved if dpooled is None else dpooled, saved, means, dx)
-    have = (dy is not None, dpooled is not None, masked is not None, training)
+    have = (dy is not None, dpooled is not None, masked is not None, training, activation)
     if layout.mode != layouts.COLUMNS:
         width = layouts.ROW_WIDTHS[layout.mode - layouts.ROWS]
         vec, rows = min(vec, width), GRADIENT_ROWS_TILE // width

@@ -22,6 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moda_kernels.triton_kernels import layouts
+from moda_kernels.triton_kernels.activation import gradient_of
 from moda_kernels.triton_kernels.launching import launch
 from moda_kernels.triton_kernels.layouts import Layout, sample_of
 from moda_kernels.triton_kernels.relu_pool_forward import normalising, vector_width
@@ -142,18 +143,12 @@ def statistics_columns_kernel(
     tl.store(sums + (2 * parts + part) * neurons + neuron, tl.sum(square, 0), mask=there)
 
 
-@triton.jit
-def masked_gradient(z, gradient):
-    """The gradient of a ReLU's input z: as in torch.relu, NaN passes it."""
-    return tl.where(z <= 0, 0.0, gradient)
-
-
 @triton.jit(do_not_specialize=["samples", "neurons", "positions", "per_part"])
 def gradient_sums_rows_kernel(
-    x, y, saved, dy, dpooled, dresidual, sums,
+    x, kept, saved, dy, dpooled, dresidual, sums,
     samples: tl.int64, neurons: tl.int64, positions: tl.int64, per_part: tl.int64,
     SAMPLES: tl.constexpr, NEURONS: tl.constexpr, WIDTH: tl.constexpr, VEC: tl.constexpr, ALIGN: tl.constexpr,
-    HAS_DY: tl.constexpr, HAS_DPOOLED: tl.constexpr, RESIDUAL: tl.constexpr,
+    HAS_DY: tl.constexpr, HAS_DPOOLED: tl.constexpr, RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr,
 ):  # fmt: skip
     """NEURONS neurons over `per_part` samples; with a residual, its gradient g is written."""
     part = tl.program_id(1).to(tl.int64)
@@ -178,16 +173,21 @@ def gradient_sums_rows_kernel(
             pointers = tl.max_contiguous(tl.multiple_of(x + offsets, [1, 1, ALIGN]), [1, 1, VEC])
             centred = tl.load(pointers, mask=valid, other=0.0).to(tl.float32) - mean
             gradient = tl.broadcast_to(share[:, :, None], [SAMPLES, NEURONS, WIDTH])
+            arriving = gradient
             if HAS_DY:
                 sources = tl.max_contiguous(tl.multiple_of(dy + offsets, [1, 1, ALIGN]), [1, 1, VEC])
-                gradient += tl.load(sources, mask=valid, other=0.0).to(tl.float32)
+                arriving = tl.load(sources, mask=valid, other=0.0).to(tl.float32)
+            beside = centred
             if RESIDUAL:
-                results = tl.max_contiguous(tl.multiple_of(y + offsets, [1, 1, ALIGN]), [1, 1, VEC])
-                gradient = masked_gradient(tl.load(results, mask=valid, other=0.0).to(tl.float32), gradient)
+                sources = tl.max_contiguous(tl.multiple_of(kept + offsets, [1, 1, ALIGN]), [1, 1, VEC])
+                beside = tl.load(sources, mask=valid, other=0.0).to(tl.float32)
+            gradient = gradient_of(
+                centred, scale, bias, beside, gradient, arriving,
+                x.dtype.element_ty, RESIDUAL, HAS_DY, HAS_DPOOLED, ACTIVATION,
+            )  # fmt: skip
+            if RESIDUAL:
                 targets = tl.max_contiguous(tl.multiple_of(dresidual + offsets, [1, 1, ALIGN]), [1, 1, VEC])
                 tl.store(targets, gradient.to(dresidual.dtype.element_ty), mask=valid)
-            else:
-                gradient = masked_gradient((centred * scale + bias).to(x.dtype.element_ty).to(tl.float32), gradient)
             gradient = tl.where(valid, gradient, 0.0)
             total += gradient
             product += tl.where(valid, gradient * centred, 0.0)
@@ -198,10 +198,10 @@ def gradient_sums_rows_kernel(
 
 @triton.jit(do_not_specialize=["rows", "neurons", "positions", "per_part"])
 def gradient_sums_columns_kernel(
-    x, y, saved, dy, dpooled, dresidual, sums,
+    x, kept, saved, dy, dpooled, dresidual, sums,
     rows: tl.int64, neurons: tl.int64, positions: tl.int64, per_part: tl.int64,
     ROWS: tl.constexpr, NEURONS: tl.constexpr, VEC: tl.constexpr, ALIGN: tl.constexpr, LARGE: tl.constexpr,
-    HAS_DY: tl.constexpr, HAS_DPOOLED: tl.constexpr, RESIDUAL: tl.constexpr,
+    HAS_DY: tl.constexpr, HAS_DPOOLED: tl.constexpr, RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr,
 ):  # fmt: skip
     """NEURONS neurons over `per_part` rows of the matrix; with a residual, its gradient g is written."""
     part = tl.program_id(1).to(tl.int64)
@@ -224,16 +224,21 @@ def gradient_sums_columns_kernel(
             sample = sample_of(at, positions, LARGE)
             shares = dpooled + sample[:, None] * neurons + neuron[None, :]
             gradient = tl.load(shares, mask=valid, other=0.0) / positions
+        arriving = gradient
         if HAS_DY:
             sources = tl.max_contiguous(tl.multiple_of(dy + offsets, [1, ALIGN]), [1, VEC])
-            gradient += tl.load(sources, mask=valid, other=0.0).to(tl.float32)
+            arriving = tl.load(sources, mask=valid, other=0.0).to(tl.float32)
+        beside = centred
         if RESIDUAL:
-            results = tl.max_contiguous(tl.multiple_of(y + offsets, [1, ALIGN]), [1, VEC])
-            gradient = masked_gradient(tl.load(results, mask=valid, other=0.0).to(tl.float32), gradient)
+            sources = tl.max_contiguous(tl.multiple_of(kept + offsets, [1, ALIGN]), [1, VEC])
+            beside = tl.load(sources, mask=valid, other=0.0).to(tl.float32)
+        gradient = gradient_of(
+            centred, scale, bias, beside, gradient, arriving,
+            x.dtype.element_ty, RESIDUAL, HAS_DY, HAS_DPOOLED, ACTIVATION,
+        )  # fmt: skip
+        if RESIDUAL:
             targets = tl.max_contiguous(tl.multiple_of(dresidual + offsets, [1, ALIGN]), [1, VEC])
             tl.store(targets, gradient.to(dresidual.dtype.element_ty), mask=valid)
-        else:
-            gradient = masked_gradient((centred * scale + bias).to(x.dtype.element_ty).to(tl.float32), gradient)
         gradient = tl.where(valid, gradient, 0.0)
         total += gradient
         product += tl.where(valid, gradient * centred, 0.0)
@@ -273,26 +278,26 @@ def launch_statistics(x: Tensor, layout: Layout) -> Sums:
 
 
 def launch_gradient_sums(
-    x: Tensor, y: Tensor | None, saved: Tensor, dy: Tensor | None, dpooled: Tensor | None, dresidual: Tensor | None,
-    layout: Layout,
+    x: Tensor, kept: Tensor | None, saved: Tensor, dy: Tensor | None, dpooled: Tensor | None, dresidual: Tensor | None,
+    layout: Layout, activation: str,
 ) -> Sums:  # fmt: skip
     """(2, parts, C) float32; dresidual is written if it is there. Every tensor of x's shape lies as x does."""
     parts = cut(layout, x.element_size(), GRADIENT_TILES)
     sums = torch.empty((2, parts.count, layout.neurons), dtype=torch.float32, device=x.device)
-    present = [tensor for tensor in (x, y, dy, dresidual) if tensor is not None]
+    present = [tensor for tensor in (x, kept, dy, dresidual) if tensor is not None]
     vec = min(vector_width(layout, *present), parts.neurons if parts.columns else parts.width)
     align = vec * x.element_size()
     samples = layout.rows // layout.neurons
     tensors = (
         x,
-        x if y is None else y,
+        x if kept is None else kept,
         saved,
         x if dy is None else dy,
         saved if dpooled is None else dpooled,
         x if dresidual is None else dresidual,
         sums,
     )  # an absent one is never touched
-    have = (dy is not None, dpooled is not None, y is not None)
+    have = (dy is not None, dpooled is not None, kept is not None, activation)
     if parts.columns:
         launch(
             gradient_sums_columns_kernel, parts.grid,

@@ -18,14 +18,10 @@ import triton.language as tl
 from torch import Tensor
 
 from moda_kernels.triton_kernels import layouts
+from moda_kernels.triton_kernels.activation import activated, magnitude
 from moda_kernels.triton_kernels.launching import launch
 from moda_kernels.triton_kernels.layouts import Layout, mean_of, unit_of
 from moda_kernels.triton_kernels.tables import on_device_of
-
-
-@triton.jit
-def _relu(value):
-    return tl.where(value <= 0, 0.0, value)  # a comparison with NaN is false
 
 
 @triton.jit
@@ -51,7 +47,7 @@ def relu_pool_rows_kernel(
         offsets = row[:, None] * positions + position[None, :]
         inside = tl.max_constancy((row < rows)[:, None] & (position < positions)[None, :], [1, VEC])
         pointers = tl.max_contiguous(tl.multiple_of(x + offsets, [1, ALIGN]), [1, VEC])
-        value = _relu(tl.load(pointers, mask=inside, other=0.0).to(tl.float32))
+        value = activated(tl.load(pointers, mask=inside, other=0.0).to(tl.float32), "relu")
         targets = tl.max_contiguous(tl.multiple_of(y + offsets, [1, ALIGN]), [1, VEC])
         tl.store(targets, value.to(y.dtype.element_ty), mask=inside)
         total += value * unit
@@ -65,7 +61,7 @@ def relu_pool_flat_kernel(x, y, pooled, rows: tl.int64, TILE: tl.constexpr, VEC:
     index = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     inside = tl.max_constancy(index < rows, VEC)
     pointers = tl.max_contiguous(tl.multiple_of(x + index, ALIGN), VEC)
-    value = _relu(tl.load(pointers, mask=inside, other=0.0).to(tl.float32))
+    value = activated(tl.load(pointers, mask=inside, other=0.0).to(tl.float32), "relu")
     targets = tl.max_contiguous(tl.multiple_of(y + index, ALIGN), VEC)
     tl.store(targets, value.to(y.dtype.element_ty), mask=inside)
     means = tl.max_contiguous(tl.multiple_of(pooled + index, ALIGN), VEC)
@@ -77,7 +73,7 @@ def relu_pool_columns_kernel(
     x, residual, y, parts, numbers,
     rows: tl.int64, samples: tl.int64, neurons: tl.int64, positions: tl.int64, splits: tl.int64, span: tl.int64,
     SAMPLES: tl.constexpr, POSITIONS: tl.constexpr, NEURONS: tl.constexpr, VEC: tl.constexpr,
-    NORM: tl.constexpr, RESIDUAL: tl.constexpr,
+    NORM: tl.constexpr, RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr,
 ):  # fmt: skip
     """NEURONS neurons of SAMPLES samples over `span` positions; with NORM, x is normalised first (norm_apply.py)."""
     ALIGN: tl.constexpr = VEC * (x.dtype.element_ty.primitive_bitwidth // 8)
@@ -103,12 +99,12 @@ def relu_pool_columns_kernel(
         if RESIDUAL:
             sources = tl.max_contiguous(tl.multiple_of(residual + offsets, [1, 1, ALIGN]), [1, 1, VEC])
             value += tl.load(sources, mask=inside, other=0.0).to(tl.float32)
-        value = _relu(value)
+        value = activated(value, ACTIVATION)
         if NORM:
             value = tl.where(inside, value, 0.0)
         targets = tl.max_contiguous(tl.multiple_of(y + offsets, [1, 1, ALIGN]), [1, 1, VEC])
         tl.store(targets, value.to(y.dtype.element_ty), mask=inside)
-        total += value * unit
+        total += magnitude(value, ACTIVATION) * unit
     means = mean_of(tl.sum(total, 1), positions, unit)
     tl.store(parts + split * rows + sample[:, None] * neurons + neuron[None, :], means, mask=row_inside)
 
@@ -140,7 +136,7 @@ def launch_relu_pool(x: Tensor, y: Tensor, layout: Layout) -> Tensor:
     """Write relu(x) to y, which lies as x does (or is x); return pooled (N, C) float32."""
     if layout.mode == layouts.COLUMNS:
         with on_device_of(x):
-            return launch_columns(x, None, y, None, layout)
+            return launch_columns(x, None, y, None, layout, "relu")
     pooled = torch.empty(x.shape[:2], dtype=torch.float32, device=x.device)
     vec = vector_width(layout, x, y)
     grid = (layout.programs,)
@@ -157,8 +153,12 @@ def launch_relu_pool(x: Tensor, y: Tensor, layout: Layout) -> Tensor:
     return pooled
 
 
-def launch_columns(x: Tensor, residual: Tensor | None, y: Tensor, numbers: Tensor | None, layout: Layout) -> Tensor:
-    """As `launch_relu_pool`, for COLUMNS; x is normalised by `numbers` and a residual added, if they are there."""
+def launch_columns(
+    x: Tensor, residual: Tensor | None, y: Tensor, numbers: Tensor | None, layout: Layout, activation: str
+) -> Tensor:
+    """As `launch_relu_pool`, for COLUMNS and any activation; x is normalised by `numbers` and a residual added, if they
+    are there.
+    """
     samples = layout.rows // layout.neurons
     pooled = torch.empty((samples, layout.neurons), dtype=torch.float32, device=x.device)
     tile = layouts.matrix_tile(layout, x.element_size(), COLUMNS_TILE)
@@ -173,7 +173,8 @@ def launch_columns(x: Tensor, residual: Tensor | None, y: Tensor, numbers: Tenso
         relu_pool_columns_kernel, (blocks, groups * splits),
         x, x if residual is None else residual, y, parts, x if numbers is None else numbers,
         layout.rows, samples, layout.neurons, layout.positions, splits, span,
-        together, positions, tile.neurons, vec, numbers is not None, residual is not None, num_warps=layouts.WARPS,
+        together, positions, tile.neurons, vec, numbers is not None, residual is not None, activation,
+        num_warps=layouts.WARPS,
     )  # fmt: skip
     if splits > 1:
         grid = (-(-layout.rows // PARTS_BLOCK),)

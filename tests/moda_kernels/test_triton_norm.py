@@ -6,11 +6,25 @@ from functools import partial
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from moda_kernels import norm_relu_pool, triton_kernels
-from tests.moda_kernels._helpers.norms import as_leaves, assert_three_way, make_case, outcome
+from moda_kernels import closed_form, norm_relu_pool, triton_kernels
+from moda_kernels.batch_norm import ACTIVATIONS, BatchNorm
+from tests.moda_kernels._helpers.norms import (
+    Case,
+    Outcome,
+    as_leaves,
+    assert_three_way,
+    make_case,
+    neurons_last,
+    outcome,
+    truth,
+)
 from tests.moda_kernels._helpers.triton_oracle import DEVICES
+
+# The interpreter calculates in NumPy, which reports every infinity.
+pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SHAPES = (
@@ -60,6 +74,144 @@ def test_full_sizes(shape, last, dtype):
         again = outcome(make_case(shape, dtype, last=last, device="cuda", **options), run)
         for name, tensor in ours.named().items():
             assert torch.equal(tensor, again.named()[name]), f"{name} differs from run to run"
+
+
+OTHERS = [activation for activation in ACTIVATIONS if activation != "relu"]
+
+
+def make_other(shape: tuple[int, ...], dtype: torch.dtype = torch.float32, *, activation: str, **options) -> Case:
+    """A case behind that activation, its input wide enough to reach every bound."""
+    case = make_case(shape, dtype, **options)
+    weight = None if case.norm.weight is None else case.norm.weight * 3
+    return Case(case.x, case.norm._replace(weight=weight, activation=activation), case.dy, case.dpooled)
+
+
+def definition(x: Tensor, norm: BatchNorm, passes: Tensor) -> tuple[Tensor, Tensor]:
+    """y and pooled in the dtype of x; `passes` says where ReLU6 lets its input through."""
+    z, _ = truth(x, norm, torch.ones_like(passes))
+    if norm.activation == "relu6":
+        y = torch.where(passes, z, torch.where(z > 3, 6.0, 0.0))
+    else:
+        y = getattr(F, norm.activation)(z)
+    return y, closed_form.pooled_activation(y)
+
+
+def assert_other(case: Case, *, ulps: float) -> Outcome:
+    """As `assert_three_way`, behind another activation than ReLU; ATen's part is plain PyTorch's."""
+    ours, theirs = outcome(case, run), outcome(case, closed_form.norm_relu_pool)
+    exact = outcome(case, partial(definition, passes=(ours.y > 0) & (ours.y < 6)), torch.float64)
+    wide = torch.finfo(torch.float32).eps
+    for name, expected in exact.named().items():
+        mine, same = ours.named()[name], theirs.named()[name].double()
+        own = torch.finfo(case.x.dtype if name == "pooled" and case.x.dim() == 2 else mine.dtype).eps
+        expected, largest = expected.double(), expected.double().abs().max()
+        allowed = (same - expected).abs() + ulps * wide * largest + own * expected.abs() + 1e-30
+        if case.x.dtype != torch.float32 and name in exact.gradients:
+            allowed += own * largest  # g is rounded before it is multiplied
+        if name in ("weight", "bias"):  # sums of terms of either sign that are far larger than their sum
+            terms = (case.x.numel() / case.x.shape[1]) ** 0.5
+            allowed += 2 * (torch.finfo(case.x.dtype).eps if case.x.dim() == 2 else 4 * wide) * terms
+        excess = (mine.double() - expected).abs() - allowed
+        assert excess.isfinite().all(), name
+        at = int(excess.argmax())
+        what = f"{name} of {case.norm.activation}, {tuple(case.x.shape)}, {case.x.dtype}, at {at}"
+        assert excess.flatten()[at] <= 0, f"{what}: truth {expected.flatten()[at]:.9g}, ours {mine.flatten()[at]:.9g}"
+    return ours
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("last", [False, True], ids=["positions_last", "neurons_last"])
+@pytest.mark.parametrize("activation", OTHERS)
+def test_other_activations(activation, last, device):
+    for index, shape in enumerate(SHAPES):
+        turn = index + OTHERS.index(activation) + last  # options and dtypes take turns
+        options = OPTIONS[turn % len(OPTIONS)]
+        case = make_other(
+            shape, DTYPES[turn % 3], activation=activation, last=last, seed=turn, device=device, **options
+        )
+        ours = assert_other(case, ulps=64)
+        assert ours.y.stride() == case.x.stride()
+        if index == 4:
+            again = outcome(case, run).named()
+            for name, tensor in ours.named().items():
+                assert torch.equal(tensor, again[name]), f"{name} differs from run to run"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("last", [False, True], ids=["positions_last", "neurons_last"])
+@pytest.mark.parametrize("activation", OTHERS)
+def test_full_sizes_of_other_activations(activation, last, dtype):
+    for shape in ((128, 64, 32, 32), (64, 96, 7, 7), (128, 512, 2, 2), (4000, 300)):
+        for options in OPTIONS[:3]:
+            case = make_other(shape, dtype, activation=activation, last=last, device="cuda", **options)
+            ours, again = assert_other(case, ulps=16), outcome(case, run)
+            for name, tensor in ours.named().items():
+                assert torch.equal(tensor, again.named()[name]), f"{name} differs from run to run"
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("activation", OTHERS)
+def test_one_gradient_only_of_other_activations(activation, device):
+    for index, (shape, last) in enumerate((((4, 7, 3), False), ((4, 7, 6, 6), True))):
+        case = make_other(shape, activation=activation, last=last, residual=last, seed=index, device=device)
+        assert_other(Case(case.x, case.norm, case.dy, None), ulps=64)
+        assert_other(Case(case.x, case.norm, None, case.dpooled), ulps=64)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("activation", OTHERS)
+def test_a_residual_that_lies_otherwise(activation, device):
+    """Where it is kept for backward it comes as it was given."""
+    case = make_other((3, 5, 4, 4), activation=activation, residual=True, device=device)
+    apart = Case(case.x, case.norm._replace(residual=neurons_last(case.norm.residual)), case.dy, case.dpooled)
+    assert apart.norm.residual.stride() != case.x.stride()
+    expected, got = outcome(case, run).named(), outcome(apart, run).named()
+    for name, tensor in expected.items():
+        assert torch.equal(got[name], tensor), name
+
+
+EXTREMES = (-3e38, -1e30, -1e5, -200.0, -50.0, -3.0, -1e-20, -0.0, 0.0, 1e-20, 3.0, 6.0, 50.0, 1e5, 1e30, 3e38)
+
+
+def alone(values: tuple[float, ...], activation: str, device: str) -> tuple[Tensor, BatchNorm]:
+    """One sample of two neurons that batch norm leaves as it is."""
+    x = torch.tensor([values, values[::-1]], device=device)[None].requires_grad_()
+    zero, one = torch.zeros(2, device=device), torch.ones(2, device=device)
+    return x, BatchNorm(zero, one, None, None, None, False, 0.0, 0.0, activation)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("activation", OTHERS)
+def test_large_numbers_and_bounds(activation, device):
+    """Finite for finite numbers, and at the bounds as in PyTorch."""
+    x, norm = alone(EXTREMES, activation, device)
+    y, pooled = run(x, norm)
+    (dx,) = torch.autograd.grad([y, pooled], x, [torch.full_like(y, 2.0), torch.full_like(pooled, 16.0)])
+    exact = x.detach().double().requires_grad_()
+    expected = getattr(F, activation)(exact)
+    means = expected.abs().mean(2)
+    near = 1e-7 if activation == "gelu" else 1e-30  # 1 + erf(z / sqrt 2) loses digits, as in PyTorch
+    torch.testing.assert_close(y, expected.float(), rtol=1e-5, atol=near)
+    torch.testing.assert_close(pooled, means.float(), rtol=1e-6, atol=0)
+    (upstream,) = torch.autograd.grad([expected, means], exact, [torch.full_like(exact, 2), torch.full_like(means, 16)])
+    torch.testing.assert_close(dx, upstream.float(), rtol=1e-5, atol=max(near, 1e-18))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("activation", OTHERS)
+def test_infinities_and_nan_as_in_pytorch(activation, device):
+    x, norm = alone((torch.inf, -torch.inf, torch.nan, 1.0), activation, device)
+    y, pooled = run(x, norm)
+    (dx,) = torch.autograd.grad(y, x, torch.full_like(y, 2.0))
+    same = x.detach().clone().requires_grad_()
+    expected = getattr(F, activation)(same)
+    torch.testing.assert_close(y, expected, equal_nan=True)
+    (upstream,) = torch.autograd.grad(expected, same, torch.full_like(y, 2.0))
+    if activation in ("relu6", "hardswish"):  # PyTorch's vectorised code on a CPU stops NaN's gradient, or returns NaN
+        upstream = torch.where(x.isnan(), 2.0, upstream)
+    torch.testing.assert_close(dx, upstream, equal_nan=True)
+    assert pooled.isnan().all()
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -115,8 +267,9 @@ def test_nan_and_negative_zero_as_in_relu(device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_differentiable_twice(device):
-    case = as_leaves(make_case((4, 3, 5, 5), constant=False, residual=True, device=device))
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_differentiable_twice(activation, device):
+    case = as_leaves(make_other((4, 3, 5, 5), activation=activation, constant=False, residual=True, device=device))
     y, pooled = run(case.x, case.norm)
     upstream = [case.dy, case.dpooled]
     plain = torch.autograd.grad([y, pooled], case.leaves(), upstream, retain_graph=True)
@@ -136,8 +289,9 @@ def test_the_front_door_takes_it_on_a_gpu():
 
 
 @pytest.mark.gpu
-def test_compiles_whole():
-    case = make_case((4, 3, 5, 5), residual=True, device="cuda")
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_compiles_whole(activation):
+    case = make_other((4, 3, 5, 5), activation=activation, residual=True, device="cuda")
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
     eager = outcome(case, run).named()
     for name, tensor in outcome(case, compiled).named().items():
