@@ -17,7 +17,7 @@ from moda_kernels import _native_calls as calls
 from moda_kernels import closed_form
 from moda_kernels.batch_norm import RECTIFIERS, BatchNorm
 from moda_kernels.once import refuse_second_backward, relu_pool_gradient
-from moda_kernels.plain import is_traced
+from moda_kernels.plain import is_batch, is_traced
 from moda_kernels.precision import accumulation
 
 
@@ -83,24 +83,25 @@ class _NormReluPool(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         y, pooled, saved = kernels.norm_relu_pool_forward(x, norm)
         ctx.kernels, ctx.training, ctx.eps, ctx.activation = kernels, norm.training, norm.eps, norm.activation
-        ctx.bias_dtype = None if bias is None else bias.dtype
         # Like batch norm, this keeps the weight: a change of it before backward is an error. The bias is for a graph.
-        kept_bias = None if norm.rectifies else bias
-        ctx.save_for_backward(x, saved, weight, _kept(residual, y, norm.activation), kept_bias)
+        ctx.bias, ctx.bias_version = bias, None if bias is None else bias._version
+        ctx.save_for_backward(x, saved, weight, _kept(residual, y, norm.activation))
         return y, pooled
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, dpooled: Tensor | None) -> tuple[Tensor | None, ...]:
         if dy is None and dpooled is None:
             return (None,) * 6
-        if torch.is_grad_enabled():
-            return *_gradients_with_graph(ctx, dy, dpooled), None, None
-        x, saved, weight, kept, _ = ctx.saved_tensors
+        with_graph = torch.is_grad_enabled()
+        if with_graph or is_batch(dy) or is_batch(dpooled):  # of which plain PyTorch takes both
+            with torch.enable_grad():
+                return *_gradients_by_pytorch(ctx, dy, dpooled, with_graph), None, None
+        x, saved, weight, kept = ctx.saved_tensors
         dx, dresidual, parameters = ctx.kernels.norm_relu_pool_backward(
             x, kept, saved, dy, dpooled, ctx.training, ctx.activation
         )
         dweight = None if weight is None else parameters[0].to(weight.dtype)
-        dbias = None if ctx.bias_dtype is None else parameters[1].to(ctx.bias_dtype)
+        dbias = None if ctx.bias is None else parameters[1].to(ctx.bias.dtype)
         return dx, dresidual, dweight, dbias, None, None
 
 
@@ -109,41 +110,54 @@ def _kept(residual: Tensor | None, y: Tensor, activation: str) -> Tensor | None:
     return None if residual is None else y if activation in RECTIFIERS else residual
 
 
-def _gradients_with_graph(ctx: Any, dy: Tensor | None, dpooled: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Gradients of x, residual, weight and bias in operations of PyTorch, for a graph of them (create_graph=True)."""
-    x, saved, weight, kept, bias = ctx.saved_tensors
+def _gradients_by_pytorch(
+    ctx: Any, dy: Tensor | None, dpooled: Tensor | None, create_graph: bool
+) -> tuple[Tensor | None, ...]:
+    """Gradients of x, residual, weight and bias in operations of PyTorch."""
+    x, saved, weight, kept = ctx.saved_tensors
+    bias = ctx.bias
     if ctx.activation in RECTIFIERS:
-        return _through_mask(ctx, _leaves(x, weight), saved, kept, dy, dpooled)
+        return _through_mask(ctx, _leaves(x, weight), saved, kept, dy, dpooled, create_graph)
+    if bias is not None and bias._version != ctx.bias_version:
+        raise RuntimeError("bias: was modified by an inplace operation, and a graph of the gradient needs what it was")
     leaves = _leaves(x, kept, weight, bias)
     x, residual, weight, bias = leaves
     norm = BatchNorm(*_statistics(ctx, saved, weight), weight, bias, residual, ctx.training, 0.0, *_settings(ctx))
     given = zip(closed_form.norm_relu_pool(x, norm), (dy, dpooled), strict=True)
     results, upstream = zip(*[pair for pair in given if pair[1] is not None], strict=True)
     present = [leaf for leaf in leaves if leaf is not None]
-    gradients = iter(torch.autograd.grad(results, present, upstream, create_graph=True))
+    gradients = iter(torch.autograd.grad(results, present, upstream, create_graph=create_graph))
     return tuple(None if leaf is None else next(gradients) for leaf in leaves)
 
 
 def _through_mask(
-    ctx: Any, leaves: list[Any], saved: Tensor, y: Tensor | None, dy: Tensor | None, dpooled: Tensor | None
+    ctx: Any,
+    leaves: list[Any],
+    saved: Tensor,
+    y: Tensor | None,
+    dy: Tensor | None,
+    dpooled: Tensor | None,
+    create_graph: bool,
 ) -> tuple[Tensor | None, ...]:
     """The same where the activation's gradient is 0 or 1, and no function of x."""
     x, weight = leaves
     mean, _, scale, bias = (numbers.view(-1, *[1] * (x.dim() - 2)) for numbers in saved.detach().unbind())
-    z = (x.to(saved.dtype) - mean) * scale + bias if y is None else y.to(saved.dtype)  # positive exactly where y is
-    passes = z.sign() if ctx.activation == "relu" else z.sign().masked_fill(z.to(x.dtype) >= 6, 0)
-    g = relu_pool_gradient(passes.to(x.dtype), dy, dpooled)
+    with torch.set_grad_enabled(create_graph):
+        z = (x.to(saved.dtype) - mean) * scale + bias if y is None else y.to(saved.dtype)  # positive exactly where y is
+        passes = z.sign() if ctx.activation == "relu" else z.sign().masked_fill(z.to(x.dtype) >= 6, 0)
+        g = relu_pool_gradient(passes.to(x.dtype), dy, dpooled)
     running = _statistics(ctx, saved, weight)
     normalized = F.batch_norm(x, *running, weight, training=ctx.training, momentum=0.0, eps=_settings(ctx)[0])
-    dx, *dweight = torch.autograd.grad(normalized, [x] if weight is None else [x, weight], g, create_graph=True)
+    leaves = [leaf for leaf in leaves if leaf is not None]
+    dx, *dweight = torch.autograd.grad(normalized, leaves, g, create_graph=create_graph)
     over = (0, *range(2, x.dim()))
-    dbias = None if ctx.bias_dtype is None else g.sum(over, dtype=saved.dtype).to(ctx.bias_dtype)
+    dbias = None if ctx.bias is None else g.sum(over, dtype=saved.dtype).to(ctx.bias.dtype)
     return dx, None if y is None else g, dweight[0] if dweight else None, dbias
 
 
 def _leaves(*tensors: Tensor | None) -> list[Any]:
-    """The tensors, made to require gradients."""
-    return [x.detach().requires_grad_() if x is not None and not x.requires_grad else x for x in tensors]
+    """The tensors as leaves of what is computed from them here, whatever they were computed from, or share."""
+    return [None if x is None else x.view_as(x) if x.requires_grad else x.detach().requires_grad_() for x in tensors]
 
 
 def _statistics(ctx: Any, saved: Tensor, weight: Tensor | None) -> tuple[Tensor | None, Tensor | None]:

@@ -63,6 +63,9 @@ def check_batch_norm(x: Tensor, norm: BatchNorm) -> None:
         if tensor is not None:
             _check_per_neuron(name, tensor, x, dtype)
             dtype = tensor.dtype
+    for name, tensor in zip(_PER_NEURON[:2], norm[:2], strict=True):
+        if norm.training and tensor is not None and tensor.requires_grad:
+            raise ValueError(f"{name}: expected a tensor that requires no gradient when training, as it is overwritten")
     if (norm.running_mean is None) != (norm.running_var is None):
         missing = "running_mean" if norm.running_mean is None else "running_var"
         raise ValueError(

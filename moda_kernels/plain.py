@@ -88,6 +88,12 @@ def holds_numbers(tensor: Tensor) -> bool:
     return type(tensor) in _TYPES or not isinstance(tensor, FakeTensor)
 
 
+def is_batch(tensor: Tensor | None) -> bool:
+    """Whether this stands for several gradients at once: inside vmap, or with `is_grads_batched`."""
+    functorch = torch._C._functorch
+    return tensor is not None and (functorch.is_batchedtensor(tensor) or functorch.is_legacy_batchedtensor(tensor))
+
+
 def resolved(tensor: Tensor) -> Tensor:
     """The tensor with its values in memory of its own, for gradients that autograd hands to a kernel.
 
@@ -97,7 +103,7 @@ def resolved(tensor: Tensor) -> Tensor:
     problem = _problem(tensor)
     if problem is None:
         return tensor
-    batched = torch._C._functorch.is_batchedtensor(tensor) or torch._C._functorch.is_legacy_batchedtensor(tensor)
+    batched = is_batch(tensor)
     if batched:
         problem = "a batch of gradients (is_grads_batched, or vmap over a backward pass)"
     if batched or type(tensor) not in _TYPES:

@@ -377,6 +377,23 @@ def test_a_gradient_with_a_graph_is_the_gradient(dtype: torch.dtype, used: str):
             torch.testing.assert_close(b, a, rtol=rounding, atol=rounding * float(a.abs().max()))
 
 
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_a_graph_of_gradients_of_tensors_that_depend_on_one_another(activation: str):
+    """As in a ResNet: x is computed from what is added to its norm, and from the norm's own parameters."""
+    case = as_leaves(make_case((4, 3, 5, 5), torch.float64, constant=False, residual=True, activation=activation))
+    weight, bias, residual = case.norm.weight, case.norm.bias, case.norm.residual
+    leaves, found = (weight, bias, residual), []
+    for backend in ("native", "torch"):
+        x = residual * weight.view(-1, 1, 1) + bias.view(-1, 1, 1)
+        norm = case.norm._replace(bias=weight if activation == "silu" else bias, running_mean=None, running_var=None)
+        y, pooled = norm_relu_pool(x, **norm._asdict(), backend=backend)
+        first = torch.autograd.grad(y.pow(3).sum() + pooled.square().sum(), leaves, create_graph=True)
+        found.append([*first, *torch.autograd.grad(sum(g.square().sum() for g in first), leaves)])
+    largest = max(float(theirs.abs().max()) for theirs in found[1])  # some are 0 but for rounding: of a bias of x
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9 * largest)
+
+
 def test_differentiating_an_operators_gradient_is_an_error_that_names_the_way_out():
     case = as_leaves(make_case((4, 6, 5, 5)))
     (gradient,) = torch.autograd.grad(through_operator(case.x, case.norm)[1].sum(), case.x, create_graph=True)

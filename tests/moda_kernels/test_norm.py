@@ -169,6 +169,7 @@ def wrong(change: dict[str, object]) -> Case:
         ({"momentum": float("nan")}, ValueError, "momentum: expected a finite number, got nan"),
         ({"activation": "tanh"}, ValueError, "activation: expected one of 'relu', 'relu6', 'hardswish', 'silu', 'gelu', got 'tanh'"),
         ({"activation": torch.relu}, TypeError, "activation: expected a str, got builtin_function_or_method"),
+        ({"running_mean": torch.zeros(3, requires_grad=True)}, ValueError, "running_mean: expected a tensor that requires no gradient when training"),
         ({"eps": "1e-5"}, TypeError, "eps: expected a number, got str"),
         ({"eps": 0.0}, ValueError, "eps: expected a positive number when training, got 0.0"),
         ({"eps": -1.0, "training": False}, ValueError, "eps: expected a number of at least 0, got -1.0"),

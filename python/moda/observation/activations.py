@@ -94,7 +94,8 @@ def function_of(module: nn.Module) -> str:
 
 def function_called(name: str, kwargs: dict[str, Any]) -> str:
     """The same for a call of a function or method of PyTorch of this name."""
-    return name if name in ACTIVATIONS and kwargs.get("approximate", "none") == "none" else ""
+    plain = kwargs.keys() <= {"inplace", "approximate"} and kwargs.get("approximate", "none") == "none"
+    return name if name in ACTIVATIONS and plain else ""
 
 
 class Known:

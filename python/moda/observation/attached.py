@@ -53,8 +53,7 @@ class Root(Part):
                 output = taps._after(args, kwargs, output)
             return output
         except BaseException:
-            if run.record is not None:
-                run.record.abandon()
+            run.abandon()
             raise
         finally:
             taps._run = None
@@ -107,7 +106,11 @@ class Norm(Part):
         run = self.taps._run
         if run is None or run.inside or torch.compiler.is_compiling():
             return call(*args, **kwargs)
-        return run.call_norm(self, module, call, args, kwargs)
+        outer, run.caller = run.caller, None  # the function that it calls is none of the calls of whoever called it
+        try:
+            return run.call_norm(self, module, call, args, kwargs)
+        finally:
+            run.caller = outer
 
 
 class Caller(Part):

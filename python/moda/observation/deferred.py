@@ -8,6 +8,7 @@ same tensors, so that a model which does something else than in the probe still 
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from moda.observation.activations import plain_class
 from moda_kernels import closed_form
@@ -36,6 +37,11 @@ _BYPASSED = (
     f"autograd function or operator); {_WAY_OUT}"
 )
 
+_JOINED = (
+    "the gradient of a batch norm's result is asked for, which was computed in one operation with the activation "
+    f"behind it, and the first forward pass did not show that; {_WAY_OUT}"
+)
+
 # What may be asked of a result without computing it.
 _METADATA = frozenset(
     getattr(Tensor, name).__get__
@@ -47,6 +53,8 @@ _METADATA = frozenset(
         "element_size", "get_device", "__len__",
     )
 )  # fmt: skip
+# What asks for a gradient of a result, and the place among its arguments.
+_OF_GRADIENTS = {torch.autograd.grad: 1, Tensor.retain_grad: 0, Tensor.register_hook: 0}
 _ADDITIONS_IN_PLACE = frozenset((Tensor.add_, Tensor.__iadd__))
 _ADDITIONS = frozenset((torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__)) | _ADDITIONS_IN_PLACE
 
@@ -58,6 +66,7 @@ class NormCall:
         self.x = x
         self.norm = norm
         self.counted = False  # whether the batch is in the running statistics
+        self.joined = False  # whether an activation has computed it with itself, so that it is in no graph
         read = (x, norm.weight, norm.bias, *(() if norm.training else norm[:2]))
         self._versions = [(tensor, tensor._version) for tensor in read if tensor is not None]
 
@@ -88,9 +97,11 @@ class Deferred(Tensor):
     _residual: Tensor | None
     _residual_version: int
     _value: Tensor | None
+    _version_of_value: int  # when it was computed
+    _summand: weakref.ref[Deferred] | None  # of a sum, what the residual was added to
 
     @staticmethod
-    def __new__(cls, call: NormCall, residual: Tensor | None = None) -> Deferred:
+    def __new__(cls, call: NormCall, residual: Tensor | None = None, base: Deferred | None = None) -> Deferred:
         """Make a tensor without memory, of the shape that the result has."""
         x, needed = call.x, (call.x, call.norm.weight, call.norm.bias, residual)
         requires_grad = any(tensor is not None and tensor.requires_grad for tensor in needed)
@@ -100,11 +111,11 @@ class Deferred(Tensor):
         if requires_grad:
             with torch._C.DisableTorchFunctionSubclass():
                 made.register_hook(_refuse_gradient)  # type: ignore[no-untyped-call]
-        made._call, made._value = call, None
+        made._call, made._value, made._summand = call, None, None if base is None else weakref.ref(base)
         made._add(residual)
         return made
 
-    def __init__(self, call: NormCall, residual: Tensor | None = None) -> None:
+    def __init__(self, call: NormCall, residual: Tensor | None = None, base: Deferred | None = None) -> None:
         """Everything is done in `__new__`."""
 
     def _add(self, residual: Tensor | None) -> None:
@@ -122,9 +133,19 @@ class Deferred(Tensor):
             self._check()
             # Hooks of a checkpoint that this happens inside of must not see what is computed only once.
             with torch.inference_mode(False), torch.enable_grad(), saved_tensors_hooks(_same, _same):
-                value = self._call.plain()
+                value = self._unadded()
                 self._value = value if self._residual is None else value + self._residual
+            self._version_of_value = self._value._version
         return self._value
+
+    def _unadded(self) -> Tensor:
+        """The batch norm's own result: the tensor that who kept it has, as long as it is that."""
+        base = None if self._summand is None else self._summand()
+        if base is None or base._residual is not None:
+            return self._call.plain()
+        if base._value is None or base._value._version == base._version_of_value:
+            return base.plain()
+        return self._call.plain()
 
     def activated(self, function: str) -> tuple[Tensor, Tensor] | None:
         """The function of the result and its pooled activation, in one operation; None where that cannot be."""
@@ -139,12 +160,12 @@ class Deferred(Tensor):
         if backend is None:
             return None
         results = backend.norm_relu_pool(call.x, norm)
-        call.counted = True
+        call.counted = call.joined = True
         return results
 
     def overwrite(self, value: Tensor) -> None:
         """Stand for this value from here on."""
-        self._value = value
+        self._value, self._version_of_value = value, -1
 
     def _check(self) -> None:
         self._call.check()
@@ -159,6 +180,8 @@ class Deferred(Tensor):
         if func in _METADATA:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
+        if func in _OF_GRADIENTS and any(_is_joined(value) for value in tree_leaves(args[_OF_GRADIENTS[func]])):
+            raise RuntimeError(_JOINED)
         if func in _ADDITIONS and not kwargs and len(args) == 2:
             total = _sum(*args, inplace=func in _ADDITIONS_IN_PLACE)
             if total is not None:
@@ -184,12 +207,18 @@ def _sum(first: Any, second: Any, inplace: bool) -> Deferred | None:
     if type(other) is Deferred:
         other = other.plain()
     alike = type(other) is Tensor and torch.is_grad_enabled() and not other.is_inference()
+    if inplace and other.requires_grad and not norm.requires_grad:
+        return None  # which a tensor without memory cannot come to do
     if not alike or any(getattr(other, name) != getattr(norm, name) for name in ("shape", "dtype", "device", "layout")):
         return None
     if not inplace:
-        return Deferred(norm._call, other)
+        return Deferred(norm._call, other, norm)
     norm._add(other)
     return norm
+
+
+def _is_joined(value: Any) -> bool:
+    return type(value) is Deferred and value._call.joined
 
 
 def _may_be_added_to(value: Any) -> bool:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch._C import _functorch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -162,6 +163,8 @@ class Probe(Run):
         if module in self._stack[1:]:
             while self._stack.pop() is not module:
                 pass
+        if self._reads and has_hooks(module) and not is_plain_norm(module):  # hooks may keep what they see
+            self._note_reads(tensors_of((args, output), {}))
         self._adopt(type(module).__name__, args, {}, output)
 
     def whole(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -433,8 +436,11 @@ class Probe(Run):
             once = sum(module is normed.module for module in calls) == 1
             if once and all(self._reads[node] == 1 for node in normed.read_once):
                 fusible[normed.module] = normed.dims
+        as_functions = not all(is_plain_norm(module) for module in fusible)
         for module in self.paths:
             part = self._norm_part(module, module in fusible)
+            if as_functions and part is None and module in calls and _own_part(module) is None:
+                self.taps._attach(module, Norm(self.taps))  # what it calls is not taken for its parent's
             if part is not None:
                 part.dims[self.training] = fusible.get(module, 0)
 
@@ -455,6 +461,8 @@ class Probe(Run):
         name = _name(function)
         asked = name in _METADATA or name in _PROPERTIES
         tensors = list(_tensors(args)) + (list(_tensors(tuple(kwargs.values()))) if kwargs else [])
+        if any(map(is_lazy, tensors)):  # a parameter that is about to be made
+            return function(*args, **kwargs)
         before = [] if asked else [(tensor, tensor._version) for tensor in tensors if not tensor.is_inference()]
         for tensor, version in before if self._memory else ():
             self._note_version(tensor, version)
@@ -503,8 +511,10 @@ class Probe(Run):
         """Make the plan of what was found."""
         for found in self.found if self._blind else ():
             found.overwritten = True
-        for tensor in tensors_of((output,), {}):
+        outputs = tensors_of((output,), {})
+        for tensor in outputs:
             self._note_version(tensor, version_of(tensor))
+        self._note_reads(outputs)
         for reference, found in self._spares.values():
             found.spare = reference.expired()
         if self.taps.joins_norms:

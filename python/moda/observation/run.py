@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from typing import Any, TypeAlias
 
@@ -105,6 +105,7 @@ class Run:
         self.fuse_from = fuse_from
         self.norms_from = norms_from
         self.norms: list[NormCall] = []  # whose results were deferred in this pass
+        self.called: set[Norm] = set()  # of callers, which the probe saw calling one each
         self.overwriting = overwriting
         self.changes = function is not None or marking
         self.gradients = torch.is_grad_enabled()
@@ -218,8 +219,9 @@ class Run:
     def call_batch_norm(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The same for a call of `torch.nn.functional.batch_norm` by the module that is `self.caller`."""
         site = None if self.caller is None else self.caller.norm
-        if site is None or self.inside or not args or torch.compiler.is_dynamo_compiling():
+        if site is None or site in self.called or self.inside or not args or torch.compiler.is_dynamo_compiling():
             return call(*args, **kwargs)
+        self.called.add(site)
         given = dict(zip(_BATCH_NORM, args[1:], strict=False)) | kwargs
         norm = BatchNorm(**{**_BATCH_NORM, **given}, residual=None) if given.keys() <= _BATCH_NORM.keys() else None
         fusible = norm is not None and self._norm_is_fusible(site, args[0], norm.training)
@@ -394,6 +396,8 @@ class Run:
         """An activation of a deferred batch norm, in one operation with it; None where that cannot be."""
         if not function or value.dim() != tap.layout.dims or watched_by_others():
             return None
+        if function != "relu" and tap.overwritten:
+            return None  # the operation may keep it, where PyTorch's activation keeps its input
         results = value.activated(function)
         if results is None:
             return None
@@ -419,6 +423,14 @@ class Run:
         for norm in self.norms:
             norm.settle()
         return output
+
+    def abandon(self) -> None:
+        """The forward pass raised an error."""
+        for norm in self.norms:
+            with suppress(RuntimeError):
+                norm.settle()
+        if self.record is not None:
+            self.record.abandon()
 
     def whole(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """A module that is left whole has run."""

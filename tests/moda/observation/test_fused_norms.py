@@ -539,6 +539,122 @@ def drop(net: Net, z: Tensor, x: Tensor) -> Tensor:
     return net.relu(x)
 
 
+def kept(net: Net, z: Tensor, x: Tensor) -> Tensor:
+    net.__dict__["kept"] = z
+    return F.silu(z)
+
+
+def kept_summand(net: Net, z: Tensor, x: Tensor) -> Tensor:
+    net.__dict__["kept"] = z
+    return net.silu(z + x)
+
+
+def test_a_gradient_of_a_result_that_is_gone_is_an_error_not_lost():
+    _, model = twins(kept)
+    moda.accelerate(model, example=images(2))
+    loss = model(images()).sum()
+    for ask in (lambda z: z.retain_grad(), lambda z: z.register_hook(print), lambda z: torch.autograd.grad(loss, z)):
+        with pytest.raises(RuntimeError, match="gradient of a batch norm's result is asked for.*fuse_norms=False"):
+            ask(model.kept)
+    assert torch.equal(model.kept.relu(), model.kept.clamp_min(0))  # its values are there all the same
+
+
+def test_a_gradient_of_a_result_that_was_computed_is_the_plain_one(fused: list[bool]):
+    plain, model = twins(kept_summand)
+    moda.accelerate(model, example=images(2))
+    gradients = [torch.autograd.grad(net(images()).square().sum(), net.kept)[0] for net in (model, plain)]
+    assert torch.equal(*gradients)
+    assert not fused
+
+
+class Both(Net):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        z = self.norm(self.conv(x))
+        return F.silu(z), z
+
+
+def test_results_that_leave_the_model_in_the_first_pass_are_left_alone(fused: list[bool]):
+    model = Both(F.relu).train()
+    moda.accelerate(model, example=images(2))
+    y, z = model(images())
+    assert torch.equal(y, F.silu(z))
+    assert torch.autograd.grad(y.sum(), z)[0].shape == z.shape
+    assert not fused
+
+
+def test_results_that_hooks_see_in_the_first_pass_are_left_alone(fused: list[bool]):
+    seen: list[Tensor] = []
+    pair = twins(lambda net, z, x: F.silu(net.pool(z)))
+    for net in pair:
+        net.pool = nn.Identity()
+        net.pool.register_forward_hook(lambda module, args, output: seen.append(output))
+    plain, model = pair
+    moda.accelerate(model, example=images(2))
+    del seen[:]
+    losses = [net(images()).square().sum() for net in (model, plain)]
+    assert torch.equal(*losses)
+    assert torch.equal(*[torch.autograd.grad(loss, z)[0] for loss, z in zip(losses, seen, strict=True)])
+    assert not fused
+
+
+def test_a_pass_that_fails_counts_its_batch():
+    def stopping(net: Net, z: Tensor, x: Tensor) -> Tensor:
+        if net.__dict__.get("stops"):
+            raise StopIteration
+        return F.relu(z)
+
+    plain, model = twins(stopping)
+    moda.accelerate(model, example=images(2))
+    for net in (plain, model):
+        net.__dict__["stops"] = True
+        with pytest.raises(StopIteration):
+            net(images())
+    assert all(torch.equal(a, b) for a, b in zip(model.buffers(), plain.buffers(), strict=True))
+
+
+def test_a_childs_norm_is_not_taken_for_its_parents(fused: list[bool]):
+    def between(net: Net, z: Tensor, x: Tensor) -> Tensor:
+        y = net.other(F.silu(F.batch_norm(x, None, None, training=True)))
+        spread = net.other.running_var.mean()  # that they are read here keeps the child's norm plain
+        return F.relu(y) * spread
+
+    plain, model = twins(between)
+    moda.accelerate(model, example=images(2))
+    compare(model, plain, images())
+    assert fused == [False]
+
+
+def test_activations_that_are_overwritten_or_take_other_arguments(fused: list[bool]):
+    def halved(net: Net, z: Tensor, x: Tensor) -> Tensor:
+        return net.relu6(z + x).mul_(0.5)
+
+    plain, model = twins(halved)
+    moda.accelerate(model, example=images(2))
+    compare(model, plain, images(), exactly=True)
+    assert not fused
+    plain, model = twins(lambda net, z, x: F.silu(z))
+    moda.accelerate(model, example=images(2))
+    model.between = lambda net, z, x: torch._C._nn.silu(z, out=torch.empty_like(x))
+    with pytest.raises(RuntimeError, match="don't support automatic differentiation"):
+        model(images())
+
+
+def test_a_bias_may_change_before_backward_and_gradients_may_come_in_batches(fused: list[bool]):
+    for activation in (F.relu, F.relu6, F.hardswish, F.silu, F.gelu):
+        plain, model = twins(lambda net, z, x, activation=activation: activation(z))
+        moda.accelerate(model, example=images(2))
+        gradients = []
+        for net in (model, plain):
+            y = net(images())
+            with torch.no_grad():
+                net.norm.bias.add_(1)
+            gradients.append(torch.autograd.grad(y.square().sum(), net.norm.bias)[0])
+        torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-4)
+        jacobians = [torch.autograd.functional.jacobian(net, images(2), vectorize=True) for net in (model, plain)]
+        torch.testing.assert_close(*jacobians, rtol=1e-4, atol=1e-5)
+    assert len(fused) == 10
+
+
 def test_a_result_that_nobody_reads_still_counts_for_the_statistics():
     plain, model = twins(FUSED["module"][0])
     moda.accelerate(model, example=images(2))

@@ -211,3 +211,11 @@ def test_channels_last_and_autocast() -> None:
             y, other = model(x), plain(x)
         assert torch.equal(y, other)
         assert torch.isfinite(ModularLoss()(taps.activations(), LABELS))
+
+
+def test_lazy_modules_are_made_by_the_probe() -> None:
+    model = nn.Sequential(nn.LazyConv2d(4, 3), nn.ReLU(), nn.Flatten(), nn.LazyLinear(5), nn.ReLU())
+    taps = moda.observe(model)
+    model(images())
+    assert taps.names == ("1", "4")
+    assert [value.shape[1] for value in taps.activations()] == [4, 5]
