@@ -55,6 +55,10 @@ def unavailable(device: torch.device | None = None) -> str | None:
     return None
 
 
+# A compiler takes what it says for a constant: torch.compiler.assume_constant_result, without importing the compiler.
+unavailable._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def build_info() -> dict[str, Any]:
     """What the extension was built from and how it runs.
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.library import opcheck
 
+import moda_kernels
 from moda_kernels import _native_ops as ops
 from moda_kernels import closed_form, native
 from moda_kernels.segments import Segments
@@ -125,3 +126,19 @@ def test_more_than_2_to_the_31_elements():
     native.count_firings([x], LABELS[:1], 0.0, Tally(counts, sizes, invalid))
     assert counts[0][0].tolist() == [0, 0, 1]
     assert native.pool([x])[0].tolist() == [[0, 0, pytest.approx(1 / x.shape[2])]]
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x, labels: moda_kernels.norm_relu_pool(x, None, None, training=True, backend="native")[1],
+        lambda x, labels: moda_kernels.relu_pool(x, backend="native")[1],
+        lambda x, labels: moda_kernels.pool([x], backend="native")[0],
+        lambda x, labels: torch.stack(moda_kernels.modular_losses([x], labels, backend="native")),
+    ],
+)
+def test_the_backend_asked_for_by_name_compiles_whole(function):
+    torch._dynamo.reset()
+    x, labels = torch.randn(6, 3, 5, 5), torch.tensor([0, 1, 0, 1, 2, 2])
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x, labels), function(x, labels))
