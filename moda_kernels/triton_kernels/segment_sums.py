@@ -165,7 +165,7 @@ def _crossing_sum(sums, first, end, blocks, width, column, IN_PARTS: tl.constexp
 
 @triton.jit
 def segment_sum(values, member, start, end, sums, block, blocks, width, column, IN_PARTS: tl.constexpr):
-    """s_k of segment [start, end) in `column`, float64: from memory if it crosses a block boundary, else added up here."""
+    """s_k of segment [start, end) in `column`, float64: from memory if it crosses a block boundary, else added up."""
     if (start < block * BLOCK) | (end > block * BLOCK + BLOCK):
         total = _crossing_sum(sums, start // BLOCK, tl.cdiv(end, BLOCK), blocks, width, column, IN_PARTS)
     else:
