@@ -24,7 +24,7 @@ from moda_kernels.plain import is_traced
 from moda_kernels.tally import Tally
 from moda_kernels.triton_kernels import layouts
 from moda_kernels.triton_kernels.launching import launch
-from moda_kernels.triton_kernels.layouts import Layout, arrange
+from moda_kernels.triton_kernels.layouts import Layout, arrange, sum_of_lines
 from moda_kernels.triton_kernels.relu_pool_forward import PARTS_BLOCK, vector_width
 from moda_kernels.triton_kernels.segment_sums import class_sums
 from moda_kernels.triton_kernels.tables import on_device_of
@@ -84,12 +84,14 @@ def attribution_columns_kernel(
         offsets = (sample * positions + position)[:, None] * neurons + neuron[None, :]
         inside = tl.max_constancy((position < positions)[:, None] & (neuron < neurons)[None, :], [1, VEC])
         total += _products(x, g, offsets, inside, [1, ALIGN], [1, VEC])
-    part = tl.sum(total, 0)
+    part = sum_of_lines(tl.reshape(total, [1, POSITIONS, NEURONS]), VEC)
+    part = tl.reshape(part, [NEURONS])
     part = tl.where(splits == 1, tl.abs(part), part)
     tl.store(parts + split * rows + sample * neurons + neuron, part, mask=neuron < neurons)
 
 
-@triton.jit(do_not_specialize=["rows", "splits"])
+# Where a part begins is known at run time; a thread that wrote vectors of `out` would read numbers that lie apart.
+@triton.jit(do_not_specialize=["rows", "splits"], do_not_specialize_on_alignment=["parts", "out"])
 def add_attribution_parts_kernel(parts, out, rows: tl.int64, splits: tl.int64, BLOCK: tl.constexpr):
     """The magnitude of the sum over splits, split after split."""
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)

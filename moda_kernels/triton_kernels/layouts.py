@@ -65,6 +65,20 @@ def mean_of(total, positions, unit):
 
 
 @triton.jit
+def sum_of_lines(tile, VEC: tl.constexpr):
+    """The sums of a tile (groups, lines, neurons) over lines; each thread has VEC neurons of a line side by side.
+
+    Warps exchange theirs through shared memory, neuron after neuron. Of neurons in their order, lanes would want the
+    same banks; so the first ones of all lanes come first, then the second ones.
+    """
+    lanes: tl.constexpr = tile.shape[2] // VEC
+    taken = tl.permute(tl.reshape(tile, [tile.shape[0], tile.shape[1], lanes, VEC]), [0, 1, 3, 2])
+    sums = tl.sum(tl.reshape(taken, tile.shape), 1)
+    ordered = tl.permute(tl.reshape(sums, [tile.shape[0], VEC, lanes]), [0, 2, 1])
+    return tl.reshape(ordered, [tile.shape[0], tile.shape[2]])
+
+
+@triton.jit
 def sample_of(line, positions, LARGE: tl.constexpr):
     """The sample of a row of the matrix (N * S, C); divisions of 64 bits are slow."""
     if LARGE:  # noqa: SIM108 - Triton compiles the branch taken alone

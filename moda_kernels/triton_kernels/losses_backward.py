@@ -25,9 +25,24 @@ from moda_kernels.closed_form import Weights
 from moda_kernels.segments import Segments
 from moda_kernels.triton_kernels.launching import launch
 from moda_kernels.triton_kernels.pair_terms import but
-from moda_kernels.triton_kernels.rows import BLOCK, NEURONS, Tiling, load_rows, segment_bounds
-from moda_kernels.triton_kernels.segment_sums import has_several, in_parts, segment_sum, total_of
+from moda_kernels.triton_kernels.rows import (
+    BLOCK,
+    NEURONS,
+    Tiling,
+    load_rows,
+    members,
+    per_neuron,
+    per_sample,
+    segment_bounds,
+    store_rows,
+)
+from moda_kernels.triton_kernels.segment_sums import in_parts, segment_sum, total_of
 from moda_kernels.triton_kernels.tables import find_layer
+
+# Block and tile and their reasons: rows.py. Twice the warps: rows, gradient and sums in float64 are in registers at
+# once; with four warps a thread would need up to 252 registers of the 255 there are, with eight it needs up to 196.
+WARPS = 8
+W = tl.constexpr(WARPS)
 
 
 @triton.jit
@@ -45,21 +60,13 @@ def _per_pair(upstream, weight, pairs, layers):
 
 @triton.jit
 def _terms_of_layer(terms, first_tile, tiles, position, inside, samples):
-    """Sum of a term over a layer's tiles, (BLOCK,)."""
-    total = tl.zeros([BLOCK, BLOCK], tl.float32)
-    for start in range(0, tiles, BLOCK):
-        tile = start + tl.arange(0, BLOCK)
-        pointers = terms + (first_tile + tile)[:, None] * samples + position[None, :]
-        total += tl.load(pointers, mask=(tile < tiles)[:, None] & inside[None, :], other=0.0)
-    return tl.sum(total, 0)
-
-
-@triton.jit
-def _store(target, sample, inside, neurons, neuron, values, VEC: tl.constexpr):
-    pointers = target + sample[:, None] * neurons + neuron[None, :]
-    pointers = tl.max_contiguous(tl.multiple_of(pointers, [1, 4 * VEC]), [1, VEC])
-    mask = tl.max_constancy(inside[:, None] & (neuron < neurons)[None, :], [1, VEC])
-    tl.store(pointers, values, mask=mask)
+    """Sum of a term over a layer's tiles, (BLOCK,), four tiles at a time."""
+    total = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, tiles, 4):
+        for tile in tl.static_range(4):
+            there = inside & (start + tile < tiles)
+            total += tl.load(terms + (first_tile + start + tile) * samples + position, mask=there, other=0.0)
+    return total
 
 
 # Scalars lie anywhere; a variant for each of their alignments would be compiled for nothing.
@@ -91,7 +98,6 @@ def losses_backward_kernel(
     position = block * BLOCK + tl.arange(0, BLOCK)
     inside = position < samples
     sample = tl.load(order + position, mask=inside, other=0)
-    of_segment = tl.load(segment + sample, mask=inside, other=-1)
     first, last, _, _ = segment_bounds(order, offsets, segment, block, samples)
 
     of_same = -_per_pair(upstream_affinity, weight_affinity, same_pairs, layers)
@@ -102,32 +108,27 @@ def losses_backward_kernel(
     projection = of_same * _terms_of_layer(terms, first_tile, tiles, position, inside, samples)
     projection += of_different * _terms_of_layer(different, first_tile, tiles, position, inside, samples)
 
-    scale = tl.load(inverse + layer * samples + sample, mask=inside, other=0.0)
-    values = load_rows(rows, sample, inside, neurons, neuron, aligned)
+    scale = per_sample(tl.load(inverse + layer * samples + sample, mask=inside, other=0.0), W)
+    values = load_rows(rows, sample, inside, neurons, neuron, aligned, W)
     sign = (values > 0).to(tl.float32) - (values < 0).to(tl.float32)
-    values *= scale[:, None]
+    values *= scale
     blocks = tl.cdiv(samples, BLOCK)
     everything = total_of(sums, blocks, width, column, IN_PARTS)
-    gradient = of_same * values + of_different * but(everything, values)  # of a sample alone in its segment
+    gradient = of_same * values + of_different * but(everything, values, W)  # of a sample alone in its segment
     for index in range(first, last + 1):
-        if has_several(offsets, index):
-            of_class = segment_sum(values, of_segment, index, offsets, sums, block, blocks, width, column, IN_PARTS)
+        start = tl.load(offsets + index)
+        end = tl.load(offsets + index + 1)
+        if end - start > 1:
+            member = members(position, start, end, W)
+            of_class = segment_sum(values, member, start, end, sums, block, blocks, width, column, IN_PARTS)
             pull = of_same * of_class.to(tl.float32) + of_different * (everything - of_class).to(tl.float32)
-            gradient = tl.where((of_segment == index)[:, None], pull[None, :], gradient)
+            gradient = tl.where(member, per_neuron(pull, W), gradient)
     gradient -= of_same * values
     floored = scale >= 1e12
-    gradient -= tl.where(floored, 0.0, projection)[:, None] * values
-    gradient = gradient * scale[:, None] + of_magnitude * sign
+    gradient -= tl.where(floored, 0.0, per_sample(projection, W)) * values
+    gradient = gradient * scale + of_magnitude * sign
     gradient /= tl.load(table + 5 * layers + layer).to(tl.float32)
-    if aligned != 0:
-        _store(target, sample, inside, neurons, neuron, gradient, 4)
-    else:
-        _store(target, sample, inside, neurons, neuron, gradient, 1)
-
-
-# Block and tile and their reasons: rows.py. Twice the warps: rows, gradient and the terms of the projection are in
-# registers at once; with four warps a thread would need 246 registers of the 255 there are, with eight it needs 206.
-WARPS = 8
+    store_rows(target, sample, inside, neurons, neuron, aligned, gradient, W)
 
 
 def launch_losses_backward(

@@ -29,17 +29,31 @@ from moda_kernels.closed_form import Weights
 from moda_kernels.triton_kernels.launching import launch
 from moda_kernels.triton_kernels.layouts import LARGEST
 from moda_kernels.triton_kernels.preparation import Preparation
-from moda_kernels.triton_kernels.rows import BLOCK, NEURONS, WARPS, Tiling, load_rows, segment_bounds
-from moda_kernels.triton_kernels.segment_sums import has_several, in_parts, segment_sum, total_of
+from moda_kernels.triton_kernels.rows import (
+    BLOCK,
+    NEURONS,
+    WARPS,
+    Tiling,
+    load_rows,
+    members,
+    per_neuron,
+    per_sample,
+    segment_bounds,
+    sum_of_neurons,
+    sum_of_samples,
+)
+from moda_kernels.triton_kernels.segment_sums import in_parts, segment_sum, total_of
 from moda_kernels.triton_kernels.tables import find_layer
+
+W = tl.constexpr(WARPS)
 
 
 @triton.jit
-def but(everything, values):
+def but(everything, values, W: tl.constexpr):
     """The difference, rounded once or nearly so: the float64 in two parts, so that no element takes float64."""
     high = everything.to(tl.float32)
     low = (everything - high.to(tl.float64)).to(tl.float32)
-    return (high[None, :] - values) + low[None, :]
+    return (per_neuron(high, W) - values) + per_neuron(low, W)
 
 
 @triton.jit
@@ -112,27 +126,28 @@ def pair_terms_kernel(
     position = block * BLOCK + tl.arange(0, BLOCK)
     inside = position < samples
     sample = tl.load(order + position, mask=inside, other=0)
-    of_segment = tl.load(segment + sample, mask=inside, other=-1)
     first, last, _, _ = segment_bounds(order, offsets, segment, block, samples)
 
-    values = load_rows(rows, sample, inside, neurons, neuron, aligned)
+    values = load_rows(rows, sample, inside, neurons, neuron, aligned, W)
     # In a unit in which as many numbers as a tile has can be added, whatever they are.
-    magnitude = tl.sum(tl.sum(tl.abs(values) * (1.0 / (BLOCK * NEURONS)), 1), 0)
+    magnitude = tl.sum(sum_of_samples(tl.abs(values) * (1.0 / (BLOCK * NEURONS))), 0)
     magnitude *= (BLOCK * NEURONS) / (2.0 * neurons * samples)
-    values *= tl.load(inverse + layer * samples + sample, mask=inside, other=0.0)[:, None]
+    values *= per_sample(tl.load(inverse + layer * samples + sample, mask=inside, other=0.0), W)
 
     blocks = tl.cdiv(samples, BLOCK)
     everything = total_of(sums, blocks, width, column, IN_PARTS)
     own = values  # where a sample is the only one of its segment
-    others = but(everything, values)
+    others = but(everything, values, W)
     for index in range(first, last + 1):
-        if has_several(offsets, index):
-            of_class = segment_sum(values, of_segment, index, offsets, sums, block, blocks, width, column, IN_PARTS)
-            member = (of_segment == index)[:, None]
-            own = tl.where(member, of_class.to(tl.float32)[None, :], own)
-            others = tl.where(member, (everything - of_class).to(tl.float32)[None, :], others)
-    same_term = tl.sum(values * (own - values), 1)
-    different_term = tl.sum(values * others, 1)
+        start = tl.load(offsets + index)
+        end = tl.load(offsets + index + 1)
+        if end - start > 1:
+            member = members(position, start, end, W)
+            of_class = segment_sum(values, member, start, end, sums, block, blocks, width, column, IN_PARTS)
+            own = tl.where(member, per_neuron(of_class.to(tl.float32), W), own)
+            others = tl.where(member, per_neuron((everything - of_class).to(tl.float32), W), others)
+    same_term = sum_of_neurons(values * (own - values))
+    different_term = sum_of_neurons(values * others)
 
     tl.store(terms + tile * samples + position, same_term, mask=inside)
     different = terms + (width // NEURONS) * samples

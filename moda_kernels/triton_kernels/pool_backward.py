@@ -76,7 +76,8 @@ def _columns(x, dpooled, dx, tile, neurons, positions, splits, VEC: tl.constexpr
     neuron = (tile % blocks) * COLUMN_NEURONS + tl.arange(0, COLUMN_NEURONS)
     split = (tile // blocks) % splits
     sample = tile // (blocks * splits)
-    gradient = tl.load(dpooled + sample * neurons + neuron, mask=neuron < neurons, other=0.0) / positions
+    sources = tl.max_contiguous(tl.multiple_of(dpooled + sample * neurons + neuron, ACCESS), VEC)
+    gradient = tl.load(sources, mask=tl.max_constancy(neuron < neurons, VEC), other=0.0) / positions
     for start in range(split * SPAN, tl.minimum(split * SPAN + SPAN, positions), COLUMN_POSITIONS):
         position = start + tl.arange(0, COLUMN_POSITIONS)
         offsets = (sample * positions + position)[:, None] * neurons + neuron[None, :]

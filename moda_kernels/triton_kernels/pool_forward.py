@@ -25,7 +25,7 @@ import triton.language as tl
 
 from moda_kernels.triton_kernels import layouts
 from moda_kernels.triton_kernels.launching import launch
-from moda_kernels.triton_kernels.layouts import Layout, address_after, mean_of, unit_of
+from moda_kernels.triton_kernels.layouts import Layout, address_after, mean_of, sum_of_lines, unit_of
 from moda_kernels.triton_kernels.tables import device_table, find_layer
 
 TILE = tl.constexpr(layouts.TILE)
@@ -74,7 +74,8 @@ def _columns(x, out, tile, rows, neurons, positions, splits, VEC: tl.constexpr, 
         pointers = tl.max_contiguous(tl.multiple_of(pointers, [1, ACCESS]), [1, VEC])
         inside = tl.max_constancy((position < positions)[:, None] & (neuron < neurons)[None, :], [1, VEC])
         total += tl.abs(tl.load(pointers, mask=inside, other=0.0).to(tl.float32)) * unit
-    mean = mean_of(tl.sum(total, 0), positions, unit)
+    sums = sum_of_lines(tl.reshape(total, [1, COLUMN_POSITIONS, COLUMN_NEURONS]), VEC)
+    mean = mean_of(tl.reshape(sums, [COLUMN_NEURONS]), positions, unit)
     tl.store(out + split * rows + sample * neurons + neuron, mean, mask=neuron < neurons)
 
 
@@ -180,7 +181,7 @@ class Pooling:
 
         Args:
             addresses: of the layers.
-            pooled: of their pooled rows, which are read or written in vectors for FLAT alone.
+            pooled: of their pooled rows, which are read or written in vectors for FLAT and COLUMNS.
             targets: of what is written in the layout of the layers, too.
         """
         bits = 0
@@ -189,7 +190,8 @@ class Pooling:
         if bits % layouts.VECTOR_BYTES == 0:
             return self._aligned
         each = zip(self.layers, addresses, pooled, targets or addresses, strict=True)
-        return self._groups([a | t | (p if layer.layout.mode == layouts.FLAT else 0) for layer, a, p, t in each])
+        vectors = (layouts.FLAT, layouts.COLUMNS)
+        return self._groups([a | t | (p if layer.layout.mode in vectors else 0) for layer, a, p, t in each])
 
     def _groups(self, addresses: Sequence[int]) -> list[Group]:
         found: dict[tuple[torch.dtype, bool], dict[int, int]] = {}

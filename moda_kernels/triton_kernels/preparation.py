@@ -26,7 +26,7 @@ from torch import Tensor
 
 from moda_kernels.segments import Segments
 from moda_kernels.triton_kernels.launching import launch
-from moda_kernels.triton_kernels.rows import Tiling, load_rows
+from moda_kernels.triton_kernels.rows import Tiling, load_rows, sum_of_neurons
 
 
 @triton.jit
@@ -36,12 +36,12 @@ def _norms(table, inverse, layer, layers, samples, ROWS: tl.constexpr, WIDTH: tl
     neurons = tl.load(table + 2 * layers + layer)
     aligned = tl.load(table + 3 * layers + layer)
     sample = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    squares = tl.zeros([ROWS, WIDTH], tl.float64)
+    squares = tl.zeros([ROWS, 1, 1, WIDTH], tl.float64)
     for start in range(0, neurons, WIDTH):
         neuron = start + tl.arange(0, WIDTH)
-        values = load_rows(rows, sample, sample < samples, neurons, neuron, aligned).to(tl.float64)
+        values = load_rows(rows, sample, sample < samples, neurons, neuron, aligned, 1).to(tl.float64)
         squares += values * values
-    norm = tl.sqrt(tl.sum(squares, 1))
+    norm = tl.sqrt(sum_of_neurons(squares))
     floored = tl.where(norm < 1e-12, 1e-12, norm)  # NaN stays NaN
     result = tl.where(norm == 0, 0.0, 1.0 / floored)
     result = tl.where(norm == float("inf"), float("nan"), result)  # as everywhere: one makes all of its row NaN

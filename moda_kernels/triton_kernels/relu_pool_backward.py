@@ -94,6 +94,7 @@ def relu_pool_columns_backward_kernel(
         gradient = tl.zeros([LINES, NEURONS], tl.float32)
         if HAS_DPOOLED:
             shares = dpooled + sample_of(line, positions, LARGE)[:, None] * neurons + neuron[None, :]
+            shares = tl.max_contiguous(tl.multiple_of(shares, [1, ALIGN]), [1, VEC])
             gradient = tl.load(shares, mask=inside, other=0.0) / positions
         offsets = line[:, None] * neurons + neuron[None, :]
         _gradient(y, dy, dx, offsets, inside, gradient, HAS_DY, [1, ALIGN], [1, VEC])

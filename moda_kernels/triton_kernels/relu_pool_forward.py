@@ -20,7 +20,7 @@ from torch import Tensor
 from moda_kernels.triton_kernels import layouts
 from moda_kernels.triton_kernels.activation import activated, magnitude
 from moda_kernels.triton_kernels.launching import launch
-from moda_kernels.triton_kernels.layouts import Layout, mean_of, unit_of
+from moda_kernels.triton_kernels.layouts import Layout, mean_of, sum_of_lines, unit_of
 from moda_kernels.triton_kernels.tables import on_device_of
 
 
@@ -105,11 +105,12 @@ def relu_pool_columns_kernel(
         targets = tl.max_contiguous(tl.multiple_of(y + offsets, [1, 1, ALIGN]), [1, 1, VEC])
         tl.store(targets, value.to(y.dtype.element_ty), mask=inside)
         total += magnitude(value, ACTIVATION) * unit
-    means = mean_of(tl.sum(total, 1), positions, unit)
+    means = mean_of(sum_of_lines(total, VEC), positions, unit)
     tl.store(parts + split * rows + sample[:, None] * neurons + neuron[None, :], means, mask=row_inside)
 
 
-@triton.jit(do_not_specialize=["rows", "splits"])
+# Where a part begins is known at run time; a thread that wrote vectors of `pooled` would read numbers that lie apart.
+@triton.jit(do_not_specialize=["rows", "splits"], do_not_specialize_on_alignment=["parts", "pooled"])
 def add_parts_kernel(parts, pooled, rows: tl.int64, splits: tl.int64, BLOCK: tl.constexpr):
     """The sum over splits of the partial means, split after split."""
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)

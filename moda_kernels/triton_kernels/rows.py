@@ -33,22 +33,87 @@ BLOCK = tl.constexpr(BLOCK_SAMPLES)
 NEURONS = tl.constexpr(TILE_NEURONS)
 
 
-@triton.jit
-def _load(rows, sample, inside, neurons, neuron, VEC: tl.constexpr):
-    pointers = rows + sample[:, None] * neurons + neuron[None, :]
-    pointers = tl.max_contiguous(tl.multiple_of(pointers, [1, 4 * VEC]), [1, VEC])
-    mask = tl.max_constancy(inside[:, None] & (neuron < neurons)[None, :], [1, VEC])
-    return tl.load(pointers, mask=mask, other=0.0)
+# Triton deals a tile out to lanes, warps and registers from its last axis on. Of (samples, neurons) each of W warps
+# would get some samples; sums over samples would go through shared memory, where 16 or 32 lanes would want the same
+# bank, because each has four neurons side by side. So a tile has four axes,
+#
+#     (samples / W, W, W, neurons / W)          sample W i + k and neuron (neurons / W) j + l at (i, j, k, l)
+#
+# of which the last two are the lanes of a warp, which has neurons of its own, and the first is in registers.
 
 
 @triton.jit
-def load_rows(rows, sample, inside, neurons, neuron, aligned):
-    """rows[sample, neuron], 0 outside of the batch and the layer; `neurons` is the layer's C."""
+def per_sample(values, W: tl.constexpr):
+    """A value per sample, to be joined with a tile."""
+    return tl.reshape(values, [values.shape[0] // W, W])[:, None, :, None]
+
+
+@triton.jit
+def per_neuron(values, W: tl.constexpr):
+    """A value per neuron, to be joined with a tile."""
+    return tl.reshape(values, [W, values.shape[0] // W])[None, :, None, :]
+
+
+@triton.jit
+def sum_of_samples(tile):
+    """The sums of a tile over samples, without shared memory."""
+    sums = tl.sum(tl.sum(tile, 0), 1)
+    return tl.reshape(sums, [sums.shape[0] * sums.shape[1]])
+
+
+@triton.jit
+def sum_of_neurons(tile):
+    """The sums of a tile over neurons. Warps exchange theirs by sample, so that no two lanes want the same bank."""
+    sums = tl.permute(tl.sum(tile, 3), [0, 2, 1])
+    return tl.sum(tl.reshape(sums, [sums.shape[0] * sums.shape[1], sums.shape[2]]), 1)
+
+
+@triton.jit
+def _pointers(rows, sample, neurons, neuron, VEC: tl.constexpr, W: tl.constexpr):
+    pointers = rows + per_sample(sample, W) * neurons + per_neuron(neuron, W)
+    return tl.max_contiguous(tl.multiple_of(pointers, [1, 1, 1, 4 * VEC]), [1, 1, 1, VEC])
+
+
+@triton.jit
+def _mask(inside, neurons, neuron, VEC: tl.constexpr, W: tl.constexpr):
+    return tl.max_constancy(per_sample(inside, W) & per_neuron(neuron < neurons, W), [1, 1, 1, VEC])
+
+
+@triton.jit
+def _load(rows, sample, inside, neurons, neuron, VEC: tl.constexpr, W: tl.constexpr):
+    pointers = _pointers(rows, sample, neurons, neuron, VEC, W)
+    return tl.load(pointers, mask=_mask(inside, neurons, neuron, VEC, W), other=0.0)
+
+
+@triton.jit
+def load_rows(rows, sample, inside, neurons, neuron, aligned, W: tl.constexpr):
+    """A tile of rows[sample, neuron], 0 outside of the batch and the layer; `neurons` is the layer's C."""
     if aligned != 0:
-        values = _load(rows, sample, inside, neurons, neuron, 4)
+        values = _load(rows, sample, inside, neurons, neuron, 4, W)
     else:
-        values = _load(rows, sample, inside, neurons, neuron, 1)
+        values = _load(rows, sample, inside, neurons, neuron, 1, W)
     return values
+
+
+@triton.jit
+def _store(rows, sample, inside, neurons, neuron, values, VEC: tl.constexpr, W: tl.constexpr):
+    pointers = _pointers(rows, sample, neurons, neuron, VEC, W)
+    tl.store(pointers, values, mask=_mask(inside, neurons, neuron, VEC, W))
+
+
+@triton.jit
+def store_rows(rows, sample, inside, neurons, neuron, aligned, values, W: tl.constexpr):
+    """rows[sample, neuron] = a tile, inside of the batch and the layer."""
+    if aligned != 0:
+        _store(rows, sample, inside, neurons, neuron, values, 4, W)
+    else:
+        _store(rows, sample, inside, neurons, neuron, values, 1, W)
+
+
+@triton.jit
+def members(position, start, end, W: tl.constexpr):
+    """Whether samples at these positions are of the segment [start, end), to be joined with a tile."""
+    return per_sample((position >= start) & (position < end), W)
 
 
 @triton.jit

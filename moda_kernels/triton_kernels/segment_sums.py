@@ -29,8 +29,21 @@ from torch import Tensor
 
 from moda_kernels.triton_kernels.launching import launch
 from moda_kernels.triton_kernels.preparation import Preparation, launch_preparation
-from moda_kernels.triton_kernels.rows import BLOCK, BLOCK_SAMPLES, NEURONS, WARPS, Tiling, load_rows, segment_bounds
+from moda_kernels.triton_kernels.rows import (
+    BLOCK,
+    BLOCK_SAMPLES,
+    NEURONS,
+    WARPS,
+    Tiling,
+    load_rows,
+    members,
+    per_sample,
+    segment_bounds,
+    sum_of_samples,
+)
 from moda_kernels.triton_kernels.tables import find_layer, on_device_of
+
+W = tl.constexpr(WARPS)
 
 
 @triton.jit
@@ -59,23 +72,25 @@ def block_sums_kernel(
     position = block * BLOCK + tl.arange(0, BLOCK)
     inside = position < samples
     sample = tl.load(order + position, mask=inside, other=0)
-    of_segment = tl.load(segment + sample, mask=inside, other=-1)
     first, last, first_crosses, last_crosses = segment_bounds(order, offsets, segment, block, samples)
 
-    values = load_rows(rows, sample, inside, neurons, neuron, aligned)
+    values = load_rows(rows, sample, inside, neurons, neuron, aligned, W)
     if NORMALIZE:
-        values *= tl.load(inverse + layer * samples + sample, mask=inside, other=0.0)[:, None]
+        values *= per_sample(tl.load(inverse + layer * samples + sample, mask=inside, other=0.0), W)
     target = parts + block * width + tile * NEURONS + tl.arange(0, NEURONS)
     apart = tl.num_programs(0) * width
     exact = values.to(tl.float64)
-    tl.store(target, tl.sum(exact, 0))
-    tl.store(target + apart, tl.sum(tl.where((of_segment == first)[:, None], exact, 0.0), 0))
-    tl.store(target + 2 * apart, tl.sum(tl.where((of_segment == last)[:, None], exact, 0.0), 0))
+    tl.store(target, sum_of_samples(exact))
+    of_first = members(position, 0, tl.load(offsets + first + 1), W)
+    of_last = members(position, tl.load(offsets + last), samples, W)
+    tl.store(target + apart, sum_of_samples(tl.where(of_first, exact, 0.0)))
+    tl.store(target + 2 * apart, sum_of_samples(tl.where(of_last, exact, 0.0)))
 
     if PER_CLASS:
         out = tl.load(table + 4 * layers + layer).to(tl.pointer_type(tl.float32))
         for index in range(first + first_crosses.to(tl.int64), last + 1 - last_crosses.to(tl.int64)):
-            total = tl.sum(tl.where((of_segment == index)[:, None], values, 0.0), 0)
+            member = members(position, tl.load(offsets + index), tl.load(offsets + index + 1), W)
+            total = sum_of_samples(tl.where(member, values, 0.0))
             _store_class(out, neurons, neuron, labels, order, offsets, index, classes, total)
 
 
@@ -149,21 +164,13 @@ def _crossing_sum(sums, first, end, blocks, width, column, IN_PARTS: tl.constexp
 
 
 @triton.jit
-def segment_sum(values, of_segment, index, offsets, sums, block, blocks, width, column, IN_PARTS: tl.constexpr):
-    """s_k of segment `index` in `column`, float64: from memory if it crosses a block boundary, else from the block."""
-    start = tl.load(offsets + index)
-    end = tl.load(offsets + index + 1)
+def segment_sum(values, member, start, end, sums, block, blocks, width, column, IN_PARTS: tl.constexpr):
+    """s_k of segment [start, end) in `column`, float64: from memory if it crosses a block boundary, else added up."""
     if (start < block * BLOCK) | (end > block * BLOCK + BLOCK):
         total = _crossing_sum(sums, start // BLOCK, tl.cdiv(end, BLOCK), blocks, width, column, IN_PARTS)
     else:
-        total = tl.sum(tl.where((of_segment == index)[:, None], values, 0.0), 0).to(tl.float64)
+        total = sum_of_samples(tl.where(member, values, 0.0)).to(tl.float64)
     return total
-
-
-@triton.jit
-def has_several(offsets, index):
-    """Whether a segment has more than one sample: all that has to be added up."""
-    return tl.load(offsets + index + 1) - tl.load(offsets + index) > 1
 
 
 # Block, tile and warps and their reasons: rows.py. Parts of up to 16 blocks, 512 samples, are added up by those who
