@@ -97,7 +97,7 @@ class Deferred(Tensor):
     _residual: Tensor | None
     _residual_version: int
     _value: Tensor | None
-    _version_of_value: int  # when it was computed
+    _version_of_value: int  # when it was computed; -1 of what an activation wrote over the result
     _summand: weakref.ref[Deferred] | None  # of a sum, what the residual was added to
 
     @staticmethod
@@ -111,7 +111,8 @@ class Deferred(Tensor):
         if requires_grad:
             with torch._C.DisableTorchFunctionSubclass():
                 made.register_hook(_refuse_gradient)  # type: ignore[no-untyped-call]
-        made._call, made._value, made._summand = call, None, None if base is None else weakref.ref(base)
+        made._call, made._value, made._version_of_value = call, None, 0
+        made._summand = None if base is None else weakref.ref(base)
         made._add(residual)
         return made
 
@@ -218,7 +219,7 @@ def _sum(first: Any, second: Any, inplace: bool) -> Deferred | None:
 
 
 def _is_joined(value: Any) -> bool:
-    return type(value) is Deferred and value._call.joined
+    return type(value) is Deferred and value._call.joined and value._version_of_value != -1
 
 
 def _may_be_added_to(value: Any) -> bool:

@@ -559,6 +559,19 @@ def test_a_gradient_of_a_result_that_is_gone_is_an_error_not_lost():
     assert torch.equal(model.kept.relu(), model.kept.clamp_min(0))  # its values are there all the same
 
 
+def test_a_result_that_the_activation_overwrote_has_its_gradient(fused: list[bool]):
+    def overwritten(net: Net, z: Tensor, x: Tensor) -> Tensor:
+        net.__dict__["kept"] = z
+        F.relu(z, inplace=True)
+        return z
+
+    plain, model = twins(overwritten)
+    moda.accelerate(model, example=images(2))
+    gradients = [torch.autograd.grad(net(images()).square().sum(), net.kept)[0] for net in (model, plain)]
+    torch.testing.assert_close(*gradients)
+    assert len(fused) == 1
+
+
 def test_a_gradient_of_a_result_that_was_computed_is_the_plain_one(fused: list[bool]):
     plain, model = twins(kept_summand)
     moda.accelerate(model, example=images(2))
