@@ -215,6 +215,10 @@ struct Other {
   Activation kind;
 };
 
+// Whether a pointer that goes with a residual is there: known beforehand for ReLU. Others' kernels, which take as long to compile, ask it.
+template <bool kResidual, class F>
+MODA_INLINE bool is_there(const void* pointer) { return std::is_same<F, Relu>::value ? kResidual : pointer != nullptr; }
+
 template <class As>
 MODA_INLINE typename As::Value value_of(Relu, As as, typename As::Value z) { return as.where_fires(z, z); }
 template <class As>
@@ -260,7 +264,7 @@ MODA_INLINE void normalize_segments(const NormForward& norm, const Part& part, F
   // Writes element i of the segment at `offset`; gives its magnitude.
   const auto activate = [&](int64_t offset, int64_t i, auto as) {
     auto z = normalized(as.load(x + offset + i), as.load(mean + i), as.load(scale + i), as.load(bias + i));
-    if constexpr (kResidual) z += as.load(residual + offset + i);
+    if (is_there<kResidual, F>(residual)) z += as.load(residual + offset + i);
     const auto value = value_of(activation, as, z);
     as.template put<kPastCaches>(y + offset + i, value);
     return magnitude_of(activation, as, value);
@@ -302,14 +306,15 @@ MODA_INLINE void normalize_rows(const NormForward& norm, const Part& part, F act
   for (int64_t n = part.samples.begin; n < part.samples.end; ++n) {
     for (int64_t c = part.neurons.begin; c < part.neurons.end; ++c) {
       const int64_t offset = (n * C + c) * S, ahead = n + 1 < part.samples.end ? C * S : 0;
-      const T *x = static_cast<const T*>(layer.data) + offset, *residual = static_cast<const T*>(norm.residual) + (kResidual ? offset : 0);
+      const bool added = is_there<kResidual, F>(norm.residual);
+      const T *x = static_cast<const T*>(layer.data) + offset, *residual = static_cast<const T*>(norm.residual) + (added ? offset : 0);
       T* y = static_cast<T*>(layer.out) + offset;
       const Acc mean = saved.mean[c], scale = saved.scale[c], bias = saved.bias[c];
       double sum = 0, unused = 0;
       add_row<Acc>(S, sum, unused, [&](int64_t i, auto keep, Vector<Acc>& total, Vector<Acc>&) {
         __builtin_prefetch(x + ahead + i);
         Vector<Acc> z = normalized(Element<T>::load(x + i), mean, scale, bias);
-        if constexpr (kResidual) z += Element<T>::load(residual + i);
+        if (added) z += Element<T>::load(residual + i);
         const Vectors<Acc> as;
         const Vector<Acc> value = value_of(activation, as, z);
         put<kPastCaches>(y + i, value);
@@ -354,7 +359,7 @@ template <bool kResidual, class T, class As, class Each, class Share>
 MODA_INLINE typename As::Value gradient_at(Other f, const GradientTensors<T>& tensors, int64_t at, As as, typename As::Value centred,
                                            Each scale, Each bias, Share share) {
   typename As::Value z = centred * scale + bias;
-  if constexpr (kResidual) {
+  if (tensors.kept != nullptr) {
     const typename As::Value kept = as.load(tensors.kept + at);
     z = f.kind == Activation::kRelu6 ? kept : typename As::Value(z + kept);
   }
@@ -362,16 +367,16 @@ MODA_INLINE typename As::Value gradient_at(Other f, const GradientTensors<T>& te
 }
 
 // Whether the second reading finds g in dx, where the first one left it: f'(z) costs more than the traffic. Half precision would round it.
-template <bool kResidual, class T, class F>
-constexpr bool kLeavesGradient = !kResidual && std::is_same<F, Other>::value && std::is_same<T, AccOf<T>>::value;
+template <class T, class F>
+constexpr bool kLeavesGradient = std::is_same<F, Other>::value && std::is_same<T, AccOf<T>>::value;
 
 // Writes what the first reading knows already: the residual's gradient, and with running statistics the gradient of x.
 template <bool kResidual, bool kFrozen, class F, class T, class As, class Each>
 MODA_INLINE void write_gradient(const GradientTensors<T>& tensors, int64_t at, As as, typename As::Value g, Each scale) {
-  if constexpr (kResidual) as.save(tensors.dresidual + at, g);
+  if (is_there<kResidual, F>(tensors.dresidual)) as.save(tensors.dresidual + at, g);
   if constexpr (kFrozen) {
     as.save(tensors.dx + at, typename As::Value(g * scale));
-  } else if constexpr (kLeavesGradient<kResidual, T, F>) {
+  } else if constexpr (kLeavesGradient<T, F>) {
     as.save(tensors.dx + at, g);
   }
 }
@@ -478,15 +483,15 @@ MODA_INLINE void differentiate_task(const NormBackward& norm, const Part& part, 
     using Value = typename decltype(as)::Value;
     const Value centred = as.load(tensors.x + at) - mean;
     Value g;
-    if constexpr (kResidual) {
-      g = as.load(tensors.dresidual + at);
-    } else if constexpr (kLeavesGradient<kResidual, T, F>) {
+    if constexpr (kLeavesGradient<T, F>) {
       g = as.load(tensors.dx + at);
+    } else if (is_there<kResidual, F>(tensors.dresidual)) {
+      g = as.load(tensors.dresidual + at);
     } else {
       g = gradient_at<kResidual>(activation, tensors, at, as, centred, scale, bias, share);
     }
     // Lines that the first reading wrote are in a cache.
-    as.template put<kPastCaches && !kLeavesGradient<kResidual, T, F>>(tensors.dx + at, Value(g * scale - (centred * slope + level)));
+    as.template put<kPastCaches && !kLeavesGradient<T, F>>(tensors.dx + at, Value(g * scale - (centred * slope + level)));
   };
   if (has_columns(layer) || S < kFlatBelow) {
     Acc mean[kSegment], scale[kSegment], bias[kSegment], slope[kSegment], level[kSegment], share[kSegment] = {};
@@ -497,7 +502,7 @@ MODA_INLINE void differentiate_task(const NormBackward& norm, const Part& part, 
     expand(layer, part.neurons, level, [&](int64_t c) { return levels[c]; });
     const int64_t segments = has_columns(layer) ? S : 1, elements = has_columns(layer) ? neurons : neurons * S;
     for (int64_t n = part.samples.begin; n < part.samples.end; ++n) {
-      if (!kResidual) expand_share(layer, part.neurons, n, share);
+      if (!kResidual && !kLeavesGradient<T, F>) expand_share(layer, part.neurons, n, share);
       for (int64_t p = 0; p < segments; ++p) {
         const int64_t offset = has_columns(layer) ? (n * S + p) * C + part.neurons.begin : (n * C + part.neurons.begin) * S;
         over_elements<Acc>(elements, [&](int64_t i, auto as) {
@@ -514,7 +519,7 @@ MODA_INLINE void differentiate_task(const NormBackward& norm, const Part& part, 
         const auto value_at = [&](int64_t i, auto as) {
           differentiate(offset + i, as, mean, scale, bias, share, slopes[c], levels[c]);
         };
-        if constexpr (kLeavesGradient<kResidual, T, F>) {  // no element may be read again that has been written
+        if constexpr (kLeavesGradient<T, F>) {  // no element may be read again that has been written
           over_elements<Acc>(S, value_at);
         } else {
           int64_t i = 0;
@@ -531,6 +536,16 @@ MODA_INLINE void differentiate_task(const NormBackward& norm, const Part& part, 
 template <class Function>
 MODA_INLINE void with_flag(bool condition, Function function) {
   condition ? function(std::true_type{}) : function(std::false_type{});
+}
+
+// Calls function(std::true_type or std::false_type) by whether there is a residual; for other activations than ReLU see `is_there`.
+template <class F, class Function>
+MODA_INLINE void with_residual(const void* pointer, Function function) {
+  if constexpr (std::is_same<F, Relu>::value) {
+    with_flag(pointer != nullptr, function);
+  } else {
+    function(std::false_type{});
+  }
 }
 
 template <class F>
@@ -561,7 +576,7 @@ static inline void norm_pool_forward(const NormForward& norm, F activation, int 
         [&](int64_t block, int64_t chunk) {
           const Part part = part_of(layer, cut, block, chunk);
           with_flag(past_caches, [&](auto past) {
-            with_flag(norm.residual != nullptr, [&](auto residual) { normalize_task<past.value, residual.value, T>(norm, part, activation); });
+            with_residual<F>(norm.residual, [&](auto residual) { normalize_task<past.value, residual.value, T>(norm, part, activation); });
           });
         });
   });
@@ -582,7 +597,7 @@ static inline void norm_pool_backward(const NormBackward& norm, F activation, in
     using Acc = AccOf<T>;
     Acc* slopes = reinterpret_cast<Acc*>(sums + 2 * cut.chunks * C);
     Acc* levels = slopes + C;
-    with_flag(norm.dresidual != nullptr, [&](auto residual) {
+    with_residual<F>(norm.dresidual, [&](auto residual) {
       in_two_readings(
           layer, cut, threads, [](int64_t) {},
           [&](int64_t block, int64_t chunk) {
