@@ -52,7 +52,7 @@ _SUITES = {
     "step": "Training step: forward, cross entropy, modular loss, backward, SGD with momentum",
     "loss": "The modular losses of all layers",
     "relu_pool": "ReLU with pooling, against ReLU alone",
-    "norm": "Batch norm, ReLU and pooling as one operation, against PyTorch's batch norm and ReLU without pooling",
+    "norm": "Batch norm, activation and pooling as one operation, against PyTorch's the two without pooling",
     "firing": "Firing counts of a batch, all layers, against the published loop",
     "decomposition": "A decomposition pass, against the same pass without counting",
     "attribution": "A pass of attributions, against the forward and backward pass that it needs",

@@ -114,15 +114,17 @@ def _gradients_by_pytorch(
     ctx: Any, dy: Tensor | None, dpooled: Tensor | None, create_graph: bool
 ) -> tuple[Tensor | None, ...]:
     """Gradients of x, residual, weight and bias in operations of PyTorch."""
+    if ctx.activation in RECTIFIERS:
+        return _through_mask(ctx, dy, dpooled, create_graph)
     x, saved, weight, kept = ctx.saved_tensors
     bias = ctx.bias
-    if ctx.activation in RECTIFIERS:
-        return _through_mask(ctx, _leaves(x, weight), saved, kept, dy, dpooled, create_graph)
     if bias is not None and bias._version != ctx.bias_version:
         raise RuntimeError("bias: was modified by an inplace operation, and a graph of the gradient needs what it was")
     leaves = _leaves(x, kept, weight, bias)
     x, residual, weight, bias = leaves
-    norm = BatchNorm(*_statistics(ctx, saved, weight), weight, bias, residual, ctx.training, 0.0, *_settings(ctx))
+    norm = BatchNorm(
+        *_statistics(ctx, saved, weight), weight, bias, residual, ctx.training, 0.0, _eps(ctx), ctx.activation
+    )
     given = zip(closed_form.norm_relu_pool(x, norm), (dy, dpooled), strict=True)
     results, upstream = zip(*[pair for pair in given if pair[1] is not None], strict=True)
     present = [leaf for leaf in leaves if leaf is not None]
@@ -130,26 +132,19 @@ def _gradients_by_pytorch(
     return tuple(None if leaf is None else next(gradients) for leaf in leaves)
 
 
-def _through_mask(
-    ctx: Any,
-    leaves: list[Any],
-    saved: Tensor,
-    y: Tensor | None,
-    dy: Tensor | None,
-    dpooled: Tensor | None,
-    create_graph: bool,
-) -> tuple[Tensor | None, ...]:
+def _through_mask(ctx: Any, dy: Tensor | None, dpooled: Tensor | None, create_graph: bool) -> tuple[Tensor | None, ...]:
     """The same where the activation's gradient is 0 or 1, and no function of x."""
-    x, weight = leaves
+    given, saved, weight, y = ctx.saved_tensors
+    x, weight = leaves = _leaves(given, weight)
     mean, _, scale, bias = (numbers.view(-1, *[1] * (x.dim() - 2)) for numbers in saved.detach().unbind())
     with torch.set_grad_enabled(create_graph):
         z = (x.to(saved.dtype) - mean) * scale + bias if y is None else y.to(saved.dtype)  # positive exactly where y is
         passes = z.sign() if ctx.activation == "relu" else z.sign().masked_fill(z.to(x.dtype) >= 6, 0)
         g = relu_pool_gradient(passes.to(x.dtype), dy, dpooled)
     running = _statistics(ctx, saved, weight)
-    normalized = F.batch_norm(x, *running, weight, training=ctx.training, momentum=0.0, eps=_settings(ctx)[0])
-    leaves = [leaf for leaf in leaves if leaf is not None]
-    dx, *dweight = torch.autograd.grad(normalized, leaves, g, create_graph=create_graph)
+    normalized = F.batch_norm(x, *running, weight, training=ctx.training, momentum=0.0, eps=_eps(ctx))
+    present = [leaf for leaf in leaves if leaf is not None]
+    dx, *dweight = torch.autograd.grad(normalized, present, g, create_graph=create_graph)
     over = (0, *range(2, x.dim()))
     dbias = None if ctx.bias is None else g.sum(over, dtype=saved.dtype).to(ctx.bias.dtype)
     return dx, None if y is None else g, dweight[0] if dweight else None, dbias
@@ -168,8 +163,9 @@ def _statistics(ctx: Any, saved: Tensor, weight: Tensor | None) -> tuple[Tensor 
     return saved[0].to(dtype), saved[1].pow(-2).to(dtype)  # eps is in there
 
 
-def _settings(ctx: Any) -> tuple[float, str]:
-    return ctx.eps if ctx.training else 0.0, ctx.activation
+def _eps(ctx: Any) -> float:
+    """What goes with `_statistics`."""
+    return ctx.eps if ctx.training else 0.0
 
 
 def _kernels_for(x: Tensor) -> Kernels:

@@ -18,7 +18,7 @@ unless `torch.use_deterministic_algorithms(True)` is set (the Triton backend alw
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TypeAlias
 
 import torch
@@ -108,16 +108,8 @@ def norm_relu_pool(x: Tensor, norm: BatchNorm) -> tuple[Tensor, Tensor]:
     if norm.residual is not None:
         z = z + norm.residual
     # Neither batch norm nor the addition keeps its result for backward, so the ReLU may overwrite it.
-    y = torch.relu_(z) if norm.activation == "relu" else _FUNCTIONS[norm.activation](z)
+    y = torch.relu_(z) if norm.activation == "relu" else getattr(F, norm.activation)(z)
     return y, _pooled_relu(y) if norm.rectifies else pooled_activation(y)
-
-
-_FUNCTIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
-    "relu6": F.relu6,
-    "hardswish": F.hardswish,
-    "silu": F.silu,
-    "gelu": F.gelu,
-}
 
 
 def normalized_rows(pooled: Tensor) -> Tensor:

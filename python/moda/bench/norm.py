@@ -17,13 +17,6 @@ from moda_kernels import BackendUnavailableError, norm_relu_pool
 from moda_kernels.backends import select
 
 NORM = "batch norm, ReLU"
-OTHERS: dict[str, Callable[[Tensor], Tensor]] = {
-    "relu6": F.relu6,
-    "hardswish": F.hardswish,
-    "silu": F.silu,
-    "gelu": F.gelu,
-}
-"""Activations that are no ReLU; in place in models where PyTorch can."""
 _KINKS, _NEAR = (-3.0, 0.0, 3.0, 6.0), 1e-5
 _BACKENDS = ("torch", "triton", "native")
 
@@ -88,7 +81,8 @@ def _contenders(
 
 def _plain(inputs: Inputs, activation: str) -> Tensor:
     z = _normalized(inputs)
-    return torch.relu_(z) if activation == "relu" else OTHERS[activation](z)
+    y: Tensor = torch.relu_(z) if activation == "relu" else getattr(F, activation)(z)
+    return y
 
 
 def _normalized(inputs: Inputs) -> Tensor:
@@ -98,10 +92,10 @@ def _normalized(inputs: Inputs) -> Tensor:
 
 
 def _fused(inputs: Inputs, backend: str, activation: str) -> tuple[Tensor, Tensor]:
-    x, residual, *numbers = inputs
-    weight, bias, mean, var = numbers
-    settings = {"residual": residual, "training": True, "activation": activation, "backend": backend}
-    return norm_relu_pool(x, mean, var, weight, bias, **settings)  # type: ignore[arg-type]
+    x, residual, weight, bias, mean, var = inputs
+    return norm_relu_pool(
+        x, mean, var, weight, bias, residual=residual, training=True, activation=activation, backend=backend
+    )
 
 
 def _contender(name: str, function: Function, inputs: Inputs, plain: Callable[[Inputs], Tensor]) -> Contender:

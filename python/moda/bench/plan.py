@@ -17,9 +17,10 @@ from moda.bench.host import host_case
 from moda.bench.inputs import CIFAR, IMAGENET, MODELS, Shapes, tap_shapes
 from moda.bench.losses import LossInputs, loss_case
 from moda.bench.methods import method_cases
-from moda.bench.norm import OTHERS, norm_case
+from moda.bench.norm import norm_case
 from moda.bench.pooling import pooling_case
 from moda.bench.training_step import StepInputs, step_case
+from moda_kernels.batch_norm import ACTIVATIONS
 
 SUITES = (
     "step",
@@ -157,7 +158,7 @@ class Plan:
                     yield norm_case((128, *shape), self.device, self.budget, dtype=dtype, residual=residual)
         for shape in () if self.quick else _NARROW:
             for dtype in self.dtypes:
-                for activation in OTHERS:
+                for activation in ACTIVATIONS[1:]:
                     yield norm_case((64, *shape), self.device, self.budget, dtype=dtype, activation=activation)
 
     def _firing(self) -> Iterator[Case]:

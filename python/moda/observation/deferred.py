@@ -124,6 +124,11 @@ class Deferred(Tensor):
         self._residual_version = 0 if residual is None else residual._version
 
     @property
+    def is_sum(self) -> bool:
+        """Whether something was added to the result."""
+        return self._residual is not None
+
+    @property
     def is_open(self) -> bool:
         """Whether nobody has asked for the result so far."""
         return self._value is None and not self._call.counted

@@ -396,8 +396,8 @@ class Run:
         """An activation of a deferred batch norm, in one operation with it; None where that cannot be."""
         if not function or value.dim() != tap.layout.dims or watched_by_others():
             return None
-        if function != "relu" and tap.overwritten:
-            return None  # the operation may keep it, where PyTorch's activation keeps its input
+        if function == "relu6" and value.is_sum and tap.overwritten:
+            return None  # the operation keeps it, where PyTorch's activation keeps its input
         results = value.activated(function)
         if results is None:
             return None
